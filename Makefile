@@ -1,0 +1,68 @@
+# Everything a contributor runs. `make` alone lists the targets.
+
+PYTHON ?= python3
+SEEDS ?= 200
+PYTEST = -m pytest -q
+VERSIONS = 3.11 3.12 3.13 3.14
+
+.PHONY: help venv demo test test-all test-system lint bench sim clean
+.DELETE_ON_ERROR:
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+venv: .venv/.stamp ## make .venv with the package (editable) and the development tools
+	@:
+
+# $(1) an interpreter, $(2) the venv's directory, $(3) the extra. A half-made venv (no pip in it) is made anew.
+define install
+@$(1) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "zmqsched needs Python 3.11 or newer, $(1) is " + sys.version.split()[0] + ": make venv PYTHON=python3.11")'
+@$(2)/bin/python -m pip --version >/dev/null 2>&1 || $(1) -m venv --clear $(2)
+@$(2)/bin/python -m pip install -qq --disable-pip-version-check -e '.[$(3)]'
+@touch $(2)/.stamp
+endef
+
+.venv/.stamp: setup.cfg pyproject.toml
+	$(call install,$(PYTHON),.venv,dev)
+
+demo: venv ## start a small cluster and watch it survive a lost node
+	@.venv/bin/python examples/demo.py
+
+test: venv ## run the tests that need nothing but Python
+	@.venv/bin/python $(PYTEST) -m 'not system'
+
+# A pyenv shim may be on PATH for a version that is not switched on, so each candidate is tried.
+interpreter = $(firstword $(foreach p,python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python$(1)),\
+	$(shell $(p) -c '' >/dev/null 2>&1 && echo $(p))))
+found = $(foreach v,$(VERSIONS),$(if $(call interpreter,$(v)),$(v)))
+
+.venvs/%/.stamp: setup.cfg pyproject.toml
+	$(call install,$(call interpreter,$*),.venvs/$*,test)
+
+test-all: ## run the tests on every CPython from 3.11 on that this machine has
+	@ran=; for version in $(found); do \
+	    echo "== CPython $$version"; \
+	    $(MAKE) --no-print-directory .venvs/$$version/.stamp || exit; \
+	    .venvs/$$version/bin/python $(PYTEST) -m 'not system' || { echo "failed on CPython $$version" >&2; exit 1; }; \
+	    ran="$$ran $$version"; \
+	done; \
+	test -n "$$ran" || { echo "no CPython of $(VERSIONS) found" >&2; exit 1; }; \
+	echo "passed on CPython$$ran"
+
+test-system: venv ## run the tests that need system packages (Slurm, sshd)
+	@.venv/bin/python $(PYTEST) -m system; code=$$?; \
+	if [ $$code = 5 ]; then echo "no test is marked 'system': nothing was run"; else exit $$code; fi
+
+lint: venv ## ruff and mypy --strict
+	@.venv/bin/ruff check .
+	@.venv/bin/mypy
+
+bench: venv ## measure on this machine
+	@.venv/bin/python -m benchmarks
+
+sim: venv ## run the simulation: make sim SEEDS=1000
+	@.venv/bin/python -m zmqsched.sim --seeds $(SEEDS)
+
+clean: ## remove what make and the tools left behind
+	@rm -rf .venv .venvs build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

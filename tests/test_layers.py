@@ -1,0 +1,148 @@
+"""Imports only go down (docs/architecture.md): who may import whom, as tables, kept true by walking the sources."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "zmqsched"
+
+CORE_MAY = {"errors", "config", "protocol"}
+SHELL_MAY = CORE_MAY | {"core", "sockets", "pipes", "broker", "monitor", "node", "nursery", "journal"}
+EDGE_MAY = CORE_MAY | {"core", "payload", "sockets", "pipes"}
+
+# The modules of zmqsched that a module may import; a package stands for all that is in it. Not listed: assembly,
+# which may import anything.
+MAY = {
+    "errors": set(),
+    "config": {"errors"},
+    "protocol": {"errors", "config"},
+    "payload": {"errors", "config", "protocol"},  # its limits and its word for a payload
+    "core": CORE_MAY | {"core"},
+    "sockets": CORE_MAY | {"core"},
+    "pipes": CORE_MAY | {"core"},
+    "broker": SHELL_MAY,
+    "monitor": SHELL_MAY,
+    "node": SHELL_MAY,
+    "nursery": SHELL_MAY,
+    "journal": SHELL_MAY,
+    "worker": EDGE_MAY,
+    "client": EDGE_MAY,
+}
+ASSEMBLY = {"__init__", "__main__", "cluster", "sim", "cli", "launch", "joblib"}
+
+# What the layers must not take from outside, as prefixes of dotted names.
+CORE_NEVER = ("zmq", "time", "threading", "os", "socket", "logging", "pickle", "cloudpickle")
+PICKLERS = ("pickle", "cloudpickle", "dill", "marshal", "shelve")
+NEVER = {
+    "errors": ("zmq", *PICKLERS),
+    "config": ("zmq", *PICKLERS),
+    "protocol": ("zmq", *PICKLERS),
+    "payload": ("zmq",),
+    "core": CORE_NEVER,
+    "sockets": PICKLERS,
+    "pipes": PICKLERS,
+    "broker": PICKLERS,
+    "monitor": PICKLERS,
+    "node": PICKLERS,
+    "nursery": PICKLERS,
+    "journal": PICKLERS,
+}
+
+# (importer, imported): why this one may go up.
+EXCEPTIONS = {
+    ("nursery", "worker"): "its forked child becomes a worker and never returns; the nursery itself unpickles nothing",
+}
+
+# random's own functions share one hidden state; the core takes a Random and uses that.
+RANDOM_ALLOWED = {"Random"}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def dotted(path: Path) -> list[str]:
+    """["core", "link"] for zmqsched/core/link.py; a package's __init__ keeps its name."""
+    return list(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute dotted name) of everything imported anywhere in the file, inside functions too."""
+    package = ["zmqsched", *dotted(path)[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            prefix = ".".join([*base, *([node.module] if node.module else [])])
+            yield from ((node.lineno, f"{prefix}.{alias.name}") for alias in node.names)
+
+
+def layer(path: Path) -> str:
+    return dotted(path)[0]
+
+
+def target(name: str) -> str | None:
+    """The module of zmqsched that the name is or is in; "__init__" for what the package itself offers."""
+    parts = name.split(".")
+    if parts[0] != "zmqsched":
+        return None
+    if len(parts) > 1 and ((PACKAGE / parts[1]).is_dir() or (PACKAGE / f"{parts[1]}.py").exists()):
+        return parts[1]
+    return "__init__"
+
+
+def is_in(name: str, prefixes: tuple[str, ...]) -> bool:
+    return any(name == prefix or name.startswith(prefix + ".") for prefix in prefixes)
+
+
+def breaches(path: Path) -> Iterator[str]:
+    who = layer(path)
+    for line, name in imports(path):
+        whom = target(name)
+        where = f"{path.relative_to(PACKAGE.parent)}:{line}: {name}"
+        if whom is not None and who in MAY and whom not in MAY[who] | {who} and (who, whom) not in EXCEPTIONS:
+            yield f"{where}: {who} may not import {whom}"
+        if is_in(name, NEVER.get(who, ())):
+            yield f"{where}: never in {who}"
+        if who == "core" and is_in(name, ("random",)) and name.removeprefix("random.") not in RANDOM_ALLOWED:
+            yield f"{where}: the core takes a Random, it does not share random's hidden one"
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: ".".join(dotted(path)))
+def test_imports_only_go_down(path):
+    assert list(breaches(path)) == []
+
+
+def test_each_module_has_a_layer():
+    assert {layer(path) for path in modules()} <= MAY.keys() | ASSEMBLY
+
+
+def test_only_the_edges_ever_unpickle():
+    """The rule that the tables exist for, said once more without them."""
+    direct = {layer(path) for path in modules() if "payload" in {target(name) for _, name in imports(path)}}
+    assert direct <= {"payload", "worker", "client", *ASSEMBLY}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import zmq.utils",
+        "def f():\n    from ..payload import loads",
+        "from .. import payload",
+        "from random import shuffle",
+        "import random",
+        "import zmqsched.broker",
+        "from os import path",
+    ],
+)
+def test_the_walk_sees_each_way_to_import(source, tmp_path, monkeypatch):
+    package = tmp_path / "zmqsched"
+    (package / "core").mkdir(parents=True)
+    for name in ("payload.py", "broker.py", "core/links.py"):
+        (package / name).write_text("")
+    (package / "core/links.py").write_text(source)
+    monkeypatch.setattr(f"{__name__}.PACKAGE", package)
+    assert len(list(breaches(package / "core/links.py"))) == 1

@@ -1,0 +1,518 @@
+"""The node's brain: which worker gets which task, what to report, how much to ask for.
+
+Contract
+--------
+As the scheduler's: ``handle(event, now)`` takes in, ``Tick`` acts, ``next_deadline()`` says when; no clock, no I/O.
+
+How tasks get to workers
+------------------------
+* A worker's pipe is a queue that both ends can take from: the shell keeps the worker's end open as well. So short tasks
+  are given several at once, which saves a wake-up each, and when the first of them turns out to be long the rest is
+  taken back and given to others: what lies in a pipe is never stuck. And when a worker dies, what it had taken and not
+  answered is exactly the task it was running.
+* How many are given at once follows from how long tasks have taken lately: about ``BATCH_S`` of work.
+* Tasks that ask for more than one CPU, or for anything else, are given alone.
+* If the first in the queue does not fit, the others wait too: else a wide task would starve behind narrow ones. The
+  broker sends only what fits apart from CPUs, so this lasts until running tasks end.
+
+How tasks get to the node
+-------------------------
+* ``credit`` says how many unfinished tasks the node takes: its slots, and so many more as it can do in ``LOOKAHEAD_S``,
+  which hides the way to the broker and back. Nothing is prefetched until there is an estimate. When running tasks
+  take longer than estimated, the node takes less, and hands back what it holds beyond that: unstarted, unblamed.
+* Work starts only with a lease (``uplink.py``): a node that was frozen or cut off must not begin what has meanwhile been
+  given to another. Without one it waits; if the broker has given it up, what is unstarted is dropped, what runs is
+  finished and offered as it is.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable
+
+from ..config import BEAT_INTERVAL_S, SUSPECT_AFTER_BEATS
+from ..protocol import (
+    Attempt, Beat, Death, Dispatch, Done, Draining, Function, Functions, Goodbye, GroupAdd, Message, NeedFunctions, No,
+    NodeHello, Options, Order, Outcome, Payload, Progress, Results, Revoke, Run, SayHello, Shape, Stop, Welcome, Workers,
+    WorkerState, batches, payload_bytes,
+)  # fmt: skip
+from .events import (
+    AgentAction, AgentEvent, Born, Exited, Give, Leave, Log, Quit, Reached, Said, SendBeat, Start, TakeBack, TakenBack,
+    Tick, ToBroker,
+)  # fmt: skip
+from .functions import FunctionStore
+from .priorities import PriorityQueue
+from .uplink import Uplink
+
+LOOKAHEAD_S = 0.02
+BATCH_S = 0.001
+TASK_OVERHEAD_S = 20e-6  # what a task costs a worker besides the call itself
+MAX_BATCH = 32  # a pipe holds about 270 small runs
+MAX_PREFETCH = 256  # for each slot
+STUCK_AFTER_S = 0.005  # a batch whose first task takes this long is taken apart
+REPORT_AFTER_S = 0.05  # a task that runs this long is reported as running
+MAX_WORKER_FUNCTIONS = 512
+LEASE_S = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS
+RESTART_BACKOFF_S = 0.1  # doubled with each worker in a row that dies before its first task
+
+
+class Held:
+    """A task at this node. ``worker`` is 0 while it waits here; ``orphan``: the session that ordered it is over."""
+
+    __slots__ = ("attempt", "call", "options", "orphan", "reported", "shape", "task", "worker")
+
+    def __init__(self, order: Order, shape: Shape) -> None:
+        self.task = order.task
+        self.attempt = order.attempt
+        self.shape = shape
+        self.options: Options = shape.options
+        self.call: Payload = order.call
+        self.worker = 0
+        self.reported = False
+        self.orphan = False
+
+
+class Worker:
+    """``runs``: what it was given and has not answered, in order; the first of them is running since ``since``."""
+
+    __slots__ = ("done", "functions", "gpus", "id", "pid", "runs", "since", "taking_back", "uses")
+
+    def __init__(self, number: int) -> None:
+        self.id = number
+        self.pid = 0
+        self.done = 0
+        self.runs: OrderedDict[bytes, Held] = OrderedDict()
+        self.since = 0.0
+        self.functions: set[bytes] = set()
+        self.uses: tuple[tuple[str, float], ...] = ()
+        self.gpus: tuple[str, ...] = ()
+        self.taking_back = False
+
+    @property
+    def state(self) -> str:
+        return "starting" if not self.pid else "busy" if self.runs else "idle"
+
+
+class Agent:
+    def __init__(self, hello: NodeHello, gpus: Iterable[str] = ()) -> None:
+        self._uplink = Uplink(hello, BEAT_INTERVAL_S, LEASE_S)
+        self._slots = hello.slots
+        self._total = dict(hello.resources)
+        self._used = dict.fromkeys(self._total, 0.0)
+        self._gpu_load = dict.fromkeys(gpus, 0.0)
+        self._workers: dict[int, Worker] = {}
+        self._worker_numbers = 0
+        self._held: dict[bytes, Held] = {}
+        self._queue: PriorityQueue[Held] = PriorityQueue()
+        self._lacking: dict[bytes, list[Held]] = {}  # tasks whose function is on its way, by digest
+        self._functions = FunctionStore()
+        self._task_s: float | None = None  # how long a task takes, smoothed
+        self._credit = hello.credit  # as the broker was told
+        self._orphans = 0
+        self._outcomes: list[Outcome] = []
+        self._started: list[Attempt] = []
+        self._returned: list[Attempt] = []
+        self._deaths: list[Death] = []
+        self._workers_changed = False
+        self._beat_interval_s = BEAT_INTERVAL_S
+        self._beats = 0
+        self._beat_at = 0.0
+        self._start_at = 0.0
+        self._early_deaths = 0
+        self._leaving = ""
+        self._ended = False
+        self._out: list[AgentAction] = []
+        self.name = ""
+
+    # --- the contract ------------------------------------------------------------------------------------------------
+
+    def handle(self, event: AgentEvent, now: float) -> list[AgentAction]:
+        match event:
+            case Said(worker, message):
+                self._said(worker, message, now)
+            case Reached(envelope):
+                message = self._uplink.receive(envelope, now)
+                if message is not None:
+                    self._message(message, now)
+            case Tick():
+                self._tick(now)
+            case TakenBack(worker, runs):
+                self._taken_back(self._workers[worker], runs, now)
+            case Born(worker, pid):
+                self._workers[worker].pid = pid
+                self._workers_changed = True
+            case Exited(worker, pid, how, untaken):
+                self._exited(self._workers[worker], pid, how, untaken, now)
+            case Leave(drain, reason):
+                self._leave(drain=drain, reason=reason)
+        out, self._out = self._out, []
+        return out
+
+    def next_deadline(self) -> float:
+        times = [self._uplink.deadline(), self._beat_at]
+        if self._ended:
+            return self._uplink.deadline()
+        if self._outcomes or self._started or self._returned or self._deaths or self._workers_changed:
+            return 0.0
+        if len(self._workers) < self._slots:
+            times.append(self._start_at)
+        for worker in self._workers.values():
+            if worker.runs:
+                if len(worker.runs) > 1 and not worker.taking_back:
+                    times.append(worker.since + STUCK_AFTER_S)
+                if not next(iter(worker.runs.values())).reported:
+                    times.append(worker.since + REPORT_AFTER_S)
+        since = [worker.since for worker in self._workers.values() if worker.runs]
+        if self._queue and len(since) >= self._slots:
+            # When the queue is longer than what is worth prefetching at such a stall: see _hand_back.
+            stall = max(2 * LOOKAHEAD_S, self._slots * LOOKAHEAD_S / len(self._queue) + 0.001)
+            times.append(max(since) + stall)
+        return min(times)
+
+    def sanity_check(self) -> None:
+        queued = {held.task for held in self._queue}
+        lacking = {held.task for tasks in self._lacking.values() for held in tasks}
+        given = {task for worker in self._workers.values() for task in worker.runs}
+        assert not (queued & lacking or queued & given or lacking & given), "a task is in two places"
+        assert queued | lacking | given == self._held.keys(), "a task is held and nowhere, or the reverse"
+        for name, used in self._used.items():
+            uses = sum(dict(worker.uses).get(name, 0.0) for worker in self._workers.values() if worker.runs)
+            assert abs(used - uses) < 1e-6, f"{name} in use is off"
+            assert used <= self._total[name] + 1e-6, f"{name} is overbooked"
+        for worker in self._workers.values():
+            assert all(held.worker == worker.id for held in worker.runs.values()), "a run at another's worker"
+
+    @property
+    def held(self) -> int:
+        return len(self._held)
+
+    # --- from the broker ---------------------------------------------------------------------------------------------
+
+    def _message(self, message: Message, now: float) -> None:
+        match message:
+            case Dispatch(shapes, orders, functions):
+                self._learn(functions)
+                for order in orders:
+                    self._ordered(order, shapes[order.shape])
+            case Functions(functions):
+                self._learn(functions)
+            case Revoke(attempts):
+                for attempt in attempts:
+                    self._revoke(attempt)
+            case Welcome():
+                self._welcomed(message)
+            case SayHello():
+                self._session_over()
+            case No(_, text):
+                self._end(f"refused by the broker: {text}")
+            case Stop(drain):
+                self._leave(drain=drain, reason="told by the broker")
+            case _:
+                self._out.append(Log("warning", f"ignored a {type(message).__name__} from the broker"))
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        self.name = welcome.name
+        self._beat_interval_s = welcome.beat_interval_s
+        self._out.append(Log("info", f"joined as {welcome.name}"))
+        self._workers_changed = True
+        self._credit = self._slots  # what the hello said
+        for body in self._uplink.undelivered:  # what the last session did not deliver and is still worth something
+            if isinstance(body, Results | GroupAdd):
+                self._uplink.send(body)
+        self._uplink.undelivered.clear()
+        if self._leaving:
+            self._uplink.send(Draining())
+
+    def _session_over(self) -> None:
+        """The broker gave this node up: its tasks are placed elsewhere. What runs goes on and is offered when done."""
+        self._out.append(Log("warning", "the broker gave this node up; joining anew"))
+        for held in [*self._queue, *[held for tasks in self._lacking.values() for held in tasks]]:
+            self._drop(held)
+        for worker in self._workers.values():
+            for held in worker.runs.values():
+                self._orphans += not held.orphan
+                held.orphan = True
+            if len(worker.runs) > 1 and not worker.taking_back:
+                self._take_back(worker)
+        self._started.clear()
+        self._returned.clear()
+
+    def _ordered(self, order: Order, shape: Shape) -> None:
+        held = self._held.get(order.task)
+        if held is not None:  # it is here still, from an attempt that was given up: that one answers for both
+            held.attempt = order.attempt
+            self._orphans -= held.orphan
+            held.orphan = False
+            held.reported = False
+            return
+        held = self._held[order.task] = Held(order, shape)
+        self._functions.hold(shape.function)
+        if shape.function in self._functions:
+            self._queue.push(held.task, held, held.options.priority)
+        else:
+            if shape.function not in self._lacking:
+                self._uplink.send(NeedFunctions([shape.function]))
+            self._lacking.setdefault(shape.function, []).append(held)
+
+    def _learn(self, functions: list[Function]) -> None:
+        for function in functions:
+            self._functions.add(function.digest, function.blob)
+            for held in self._lacking.pop(function.digest, []):
+                self._queue.push(held.task, held, held.options.priority)
+
+    def _revoke(self, attempt: Attempt) -> None:
+        held = self._held.get(attempt.task)
+        if held is None or held.attempt != attempt.attempt or held.worker:
+            return  # answered, or running: its answer decides
+        self._drop(held)
+        self._returned.append(attempt)
+
+    # --- from the workers --------------------------------------------------------------------------------------------
+
+    def _said(self, number: int, message: Done | GroupAdd, now: float) -> None:
+        if isinstance(message, GroupAdd):
+            self._uplink.send(message)
+            return
+        worker = self._workers[number]
+        held = worker.runs.pop(message.task, None)
+        if held is None:
+            self._out.append(Log("warning", f"worker {number} answered what it was not given"))
+            return
+        worker.done += 1
+        worker.since = now
+        self._early_deaths = 0
+        took = message.seconds + TASK_OVERHEAD_S
+        self._task_s = took if self._task_s is None else self._task_s + 0.1 * (took - self._task_s)
+        self._outcomes.append(Outcome(held.task, held.attempt, message.ok, message.value, number))
+        self._forget(held)
+        if not worker.runs:
+            self._idle(worker)
+
+    def _exited(self, worker: Worker, pid: int, how: str, untaken: list[Run], now: float) -> None:
+        self._taken_back(worker, untaken, now)
+        if worker.runs:
+            running = worker.runs.popitem(last=False)[1]
+            assert not worker.runs, "a worker took more than one run"
+            self._deaths.append(Death(worker.id, pid, how, running.task, running.attempt))
+            self._forget(running)
+            self._idle(worker)
+        else:
+            self._deaths.append(Death(worker.id, pid, how))
+            if not worker.done:
+                self._start_at = now + RESTART_BACKOFF_S * 2 ** min(6, self._early_deaths)
+                self._early_deaths += 1
+        self._out.append(Log("warning", f"worker {worker.id} pid {pid} died: {how}"))
+        del self._workers[worker.id]
+        self._workers_changed = True
+
+    def _taken_back(self, worker: Worker, runs: list[Run], now: float) -> None:
+        worker.taking_back = False
+        for run in reversed(runs):
+            held = worker.runs.pop(run.task)
+            if run.function:
+                worker.functions.discard(run.digest)
+            held.worker = 0
+            if held.orphan:
+                self._forget(held)
+            else:
+                self._queue.push(held.task, held, held.options.priority, first=True)
+        if runs and not worker.runs:
+            self._idle(worker)
+
+    # --- acting --------------------------------------------------------------------------------------------------------
+
+    def _tick(self, now: float) -> None:
+        if self._ended:
+            self._flush(now)
+            return
+        self._start_workers(now)
+        self._watch_workers(now)
+        if self._uplink.has_lease(now):
+            self._give(now)
+        self._hand_back(now)
+        self._report(now)
+        if now >= self._beat_at:
+            self._beat(now)
+        if self._leaving and not self._held:
+            self._end(self._leaving)
+        self._flush(now)
+
+    def _flush(self, now: float) -> None:
+        self._out.extend(ToBroker(envelope) for envelope in self._uplink.flush(now))
+
+    def _start_workers(self, now: float) -> None:
+        while len(self._workers) < self._slots and now >= self._start_at:
+            self._worker_numbers += 1
+            self._workers[self._worker_numbers] = Worker(self._worker_numbers)
+            self._out.append(Start(self._worker_numbers))
+
+    def _watch_workers(self, now: float) -> None:
+        for worker in self._workers.values():
+            if not worker.runs:
+                continue
+            age = now - worker.since
+            if age >= STUCK_AFTER_S and len(worker.runs) > 1 and not worker.taking_back:
+                self._take_back(worker)
+            first = next(iter(worker.runs.values()))
+            if age >= REPORT_AFTER_S and not first.reported:
+                first.reported = True
+                self._started.append(Attempt(first.task, first.attempt))
+
+    def _take_back(self, worker: Worker) -> None:
+        worker.taking_back = True
+        self._out.append(TakeBack(worker.id))
+
+    def _give(self, now: float) -> None:
+        """Fill idle workers first, then all of them up to a batch."""
+        if not self._queue:
+            return
+        depth = self._depth()
+        ready = [
+            worker
+            for worker in self._workers.values()
+            if worker.pid and (not worker.runs or (len(worker.runs) < depth and now - worker.since < STUCK_AFTER_S))
+        ]
+        ready.sort(key=lambda worker: len(worker.runs))
+        for index, worker in enumerate(ready):
+            share = -(-len(self._queue) // (len(ready) - index))
+            while self._queue and share and len(worker.runs) < depth:
+                held = self._queue.head()
+                if not self._may_run(held, worker):
+                    break
+                self._start(self._queue.pop(), worker, now)
+                share -= 1
+
+    def _depth(self) -> int:
+        return 1 if self._task_s is None else min(MAX_BATCH, 1 + int(BATCH_S / self._task_s))
+
+    def _may_run(self, held: Held, worker: Worker) -> bool:
+        demand = held.options.resources
+        if worker.runs:
+            return demand == worker.uses and _is_plain(demand) and not worker.taking_back
+        return all(self._used.get(name, 0.0) + amount <= self._total.get(name, 0.0) + 1e-9 for name, amount in demand)
+
+    def _start(self, held: Held, worker: Worker, now: float) -> None:
+        demand = held.options.resources
+        if not worker.runs:
+            worker.since = now
+            worker.uses = demand
+            for name, amount in demand:
+                if amount:
+                    self._used[name] += amount
+            worker.gpus = self._pin(demand)
+        held.worker = worker.id
+        worker.runs[held.task] = held
+        fresh = len(worker.functions) >= MAX_WORKER_FUNCTIONS
+        if fresh:
+            worker.functions.clear()
+        digest = held.shape.function
+        function: Payload = b"" if digest in worker.functions else self._functions[digest]
+        worker.functions.add(digest)
+        env = (("CUDA_VISIBLE_DEVICES", ",".join(worker.gpus)),) if worker.gpus else ()
+        self._out.append(Give(worker.id, Run(held.task, held.attempt, digest, function, held.call, fresh, env)))
+
+    def _pin(self, demand: tuple[tuple[str, float], ...]) -> tuple[str, ...]:
+        """The least loaded GPUs for this task: whole ones, or a share of one."""
+        wanted = dict(demand).get("gpu", 0.0)
+        if not wanted or not self._gpu_load:
+            return ()
+        number = max(1, int(wanted))
+        chosen = sorted(self._gpu_load, key=lambda gpu: self._gpu_load[gpu])[:number]
+        for gpu in chosen:
+            self._gpu_load[gpu] += wanted / number
+        return tuple(chosen)
+
+    def _idle(self, worker: Worker) -> None:
+        wanted = dict(worker.uses).get("gpu", 0.0)
+        for gpu in worker.gpus:
+            self._gpu_load[gpu] -= wanted / len(worker.gpus)
+        for name, amount in worker.uses:
+            if amount:
+                self._used[name] -= amount
+        worker.uses = ()
+        worker.gpus = ()
+
+    def _hand_back(self, now: float) -> None:
+        """What lies here will not start for long: let the broker place it where it may."""
+        stall = self._stall(now)
+        excess = len(self._queue) - self._prefetch(stall)
+        if stall < 2 * LOOKAHEAD_S or excess <= 0:
+            return
+        last = [self._queue.pop_last() for _ in range(excess)]
+        self._returned.extend(Attempt(held.task, held.attempt) for held in reversed(last))
+        for held in last:
+            self._forget(held)
+
+    def _stall(self, now: float) -> float:
+        """For how long no worker has finished anything, if all are busy."""
+        ages = [now - worker.since for worker in self._workers.values() if worker.runs]
+        return min(ages) if len(ages) >= self._slots else 0.0
+
+    def _prefetch(self, stall: float) -> int:
+        if self._task_s is None:
+            return 0
+        return min(MAX_PREFETCH * self._slots, int(self._slots * LOOKAHEAD_S / max(self._task_s, stall)))
+
+    def _wanted_credit(self, now: float) -> int:
+        if self._leaving:
+            return 0
+        credit = max(0, self._slots - self._orphans) + self._prefetch(self._stall(now))
+        both_prefetch = min(credit, self._credit) > self._slots
+        if both_prefetch and 0.5 < credit / self._credit < 2.0:
+            return self._credit  # not worth a message
+        return credit
+
+    def _report(self, now: float) -> None:
+        start = 0
+        for count in batches(payload_bytes(outcome.value) + 60 for outcome in self._outcomes):
+            self._uplink.send(Results(self._outcomes[start : start + count]))
+            start += count
+        self._outcomes.clear()
+        credit = self._wanted_credit(now)
+        if credit != self._credit or self._started or self._returned or self._deaths:
+            self._credit = credit
+            self._uplink.send(Progress(credit, self._started, self._returned, self._deaths))
+            self._started, self._returned, self._deaths = [], [], []
+        if self._workers_changed:
+            self._workers_changed = False
+            self._uplink.send(Workers(self._worker_states()))
+
+    def _beat(self, now: float) -> None:
+        self._beat_at = now + self._beat_interval_s
+        self._beats += 1
+        self._out.append(SendBeat(Beat(self._uplink.hello.incarnation, self._beats, self._worker_states())))
+
+    def _worker_states(self) -> list[WorkerState]:
+        return [WorkerState(worker.id, worker.pid, worker.state, worker.done) for worker in self._workers.values()]
+
+    def _leave(self, *, drain: bool, reason: str) -> None:
+        if not drain:
+            self._end(reason)
+        elif not self._leaving:
+            self._leaving = reason
+            self._uplink.send(Draining())
+
+    def _end(self, reason: str) -> None:
+        self._ended = True
+        self._uplink.send(Goodbye(reason))
+        self._out.append(Quit(reason))
+
+    def _drop(self, held: Held) -> None:
+        """It waits here, unstarted; no longer."""
+        lacking = self._lacking.get(held.shape.function, [])
+        if held in lacking:
+            lacking.remove(held)
+            if not lacking:
+                del self._lacking[held.shape.function]
+        else:
+            self._queue.remove(held.task, held.options.priority)
+        self._forget(held)
+
+    def _forget(self, held: Held) -> None:
+        del self._held[held.task]
+        self._orphans -= held.orphan
+        self._functions.release(held.shape.function)
+
+
+def _is_plain(demand: tuple[tuple[str, float], ...]) -> bool:
+    return all(name == "cpu" and amount <= 1 for name, amount in demand)

@@ -1,0 +1,189 @@
+"""What goes into a core and what comes out: ``handle(event, now) -> list[Action]``.
+
+``peer`` is the transport's address of the other end (a ROUTER's routing id). It says where to send, never who it is.
+``user`` is who the transport's security says the peer is; empty where the transport has none (``ipc://``).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from ..protocol import (
+    Beat, Done, Drain, Envelope, Fact, Final, GroupAdd, GroupDone, GroupForget, GroupWait, No, Payload, Query, Report, Run,
+    Shape, Shutdown, Welcome,
+)  # fmt: skip
+
+
+class Arrived(NamedTuple):
+    peer: bytes
+    user: str
+    envelope: Envelope
+
+
+class BeatArrived(NamedTuple):
+    beat: Beat
+
+
+class Malformed(NamedTuple):
+    """Bytes that did not decode. ``answer`` tells the peer, where that helps it."""
+
+    peer: bytes
+    reason: str
+    answer: No | None = None
+
+
+class Undelivered(NamedTuple):
+    """The transport refused a send: the peer is gone, or its queue is full."""
+
+    peer: bytes
+    reason: Literal["unreachable", "full"]
+
+
+class Tick(NamedTuple):
+    """The turn is over, or the deadline has come: act."""
+
+
+class Send(NamedTuple):
+    peer: bytes
+    envelope: Envelope
+
+
+class Publish(NamedTuple):
+    fact: Fact
+
+
+class Log(NamedTuple):
+    level: Literal["debug", "info", "warning", "error"]
+    text: str
+
+
+class Quit(NamedTuple):
+    """The process that holds this core ends, in order."""
+
+    reason: str
+
+
+SchedulerEvent = Arrived | BeatArrived | Malformed | Undelivered | Tick
+SchedulerAction = Send | Publish | Log | Quit
+
+
+# --- the node's agent --------------------------------------------------------------------------------------------
+
+
+class Reached(NamedTuple):
+    """A message from the broker; a node has one peer, so there is no address."""
+
+    envelope: Envelope
+
+
+class Born(NamedTuple):
+    worker: int
+    pid: int
+
+
+class Exited(NamedTuple):
+    """A worker died. ``untaken``: the runs that lay in its pipe, taken back; ``how`` is a readable phrase."""
+
+    worker: int
+    pid: int
+    how: str
+    untaken: list[Run]
+
+
+class Said(NamedTuple):
+    worker: int
+    message: Done | GroupAdd
+
+
+class TakenBack(NamedTuple):
+    worker: int
+    runs: list[Run]
+
+
+class Leave(NamedTuple):
+    """Somebody wants this node to end: when it has finished what it runs, or now."""
+
+    drain: bool
+    reason: str
+
+
+class ToBroker(NamedTuple):
+    envelope: Envelope
+
+
+class Start(NamedTuple):
+    worker: int
+
+
+class Give(NamedTuple):
+    worker: int
+    run: Run
+
+
+class TakeBack(NamedTuple):
+    """Take the runs out of this worker's pipe that it has not taken yet."""
+
+    worker: int
+
+
+class SendBeat(NamedTuple):
+    """The shell adds what it measures: CPU and memory."""
+
+    beat: Beat
+
+
+AgentEvent = Reached | Born | Exited | Said | TakenBack | Leave | Tick
+AgentAction = ToBroker | Start | Give | TakeBack | SendBeat | Log | Quit
+# --- the client's brain ---------------------------------------------------------------------------------------------
+
+
+class Ask(NamedTuple):
+    """New tasks, and the functions they name."""
+
+    tasks: list[tuple[bytes, Shape, Payload]]
+    functions: dict[bytes, Payload]
+
+
+class Withdraw(NamedTuple):
+    """The caller no longer wants these."""
+
+    tasks: list[bytes]
+
+
+class Tell(NamedTuple):
+    """A message for the broker that has no answer, or one that is asked for by its ``request`` number."""
+
+    message: GroupAdd | GroupWait | GroupForget | Query | Shutdown | Drain
+
+
+class Began(NamedTuple):
+    """A session began; its first time, the cluster is reached."""
+
+    welcome: Welcome
+
+
+class Finished(NamedTuple):
+    finals: list[Final]
+
+
+class NowRunning(NamedTuple):
+    tasks: list[bytes]
+
+
+class Replied(NamedTuple):
+    message: GroupDone | Report
+
+
+class Warned(NamedTuple):
+    text: str
+
+
+class Broken(NamedTuple):
+    """The cluster refuses this client, was shut down, or is gone: nothing more will come."""
+
+    code: Literal["refused", "lost"]
+    reason: str
+
+
+ClientEvent = Ask | Withdraw | Tell | Reached | Leave | Tick
+ClientAction = ToBroker | Began | Finished | NowRunning | Replied | Warned | Broken

@@ -1,0 +1,152 @@
+"""A link: numbered messages between two ends, delivered in order and once, over a transport that loses.
+
+Rules
+-----
+* ZeroMQ keeps the order of messages within a connection, and loses whole messages, silently, when a connection breaks
+  or a peer is replaced (pitfalls 1 to 5, 13). A link repairs that for one *session*: one life of the peer, known to
+  one life of the broker. What outlives a session is repaired above it, by task id and attempt number.
+* Each message that matters has a sequence number from 1 (``seq``); 0 marks a message that may be lost. Each envelope
+  carries ``ack``, the highest number received in order. A message is kept until it is acknowledged.
+* The receiver takes number ``received + 1`` and nothing else; a duplicate is acknowledged again, a gap is ignored.
+* **Nothing is sent again on a timer: only on evidence.** A timer cannot tell a slow link, where the message is still
+  under way, from a lost one, and would fill the slow link with copies. So after a silence the sender asks:
+  ``Ping(high)``, the highest number sent so far. It travels behind the messages, so the ``Pong(high)`` that comes back
+  proves that each of them arrived or is lost, and its envelope's ``ack`` says which. Those missing are sent again.
+* At most ``WINDOW`` messages are on the way; the rest wait here. That keeps ZeroMQ's high-water mark (1,000) out of
+  reach, so that a refused send is a rare event instead of a way of life.
+
+Go-back-N with probing; TCP's "tail loss probe" (RFC 8985) asks the same question.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from ..protocol import Ack, Envelope, Message, Ping, Pong
+
+WINDOW = 200
+ACK_DELAY_S = 0.05  # an answer usually carries the acknowledgement sooner, for nothing
+PING_AFTER_S = 1.0
+
+
+class Link:
+    """One end. ``send`` queues; ``flush`` says what goes out now; ``receive`` says what came in.
+
+    ``confirmed_at``: the other end knew this session at some moment after this one (of our clock): a ping sent then was
+    answered. A message alone does not say so: it may have lain in a buffer while we slept.
+    """
+
+    __slots__ = (
+        "_ack_at", "_backlog", "_control", "_next", "_ping_at", "_ping_number", "_pings", "_resend", "_unacked",
+        "confirmed_at", "received", "session",
+    )  # fmt: skip
+
+    def __init__(self, session: int) -> None:
+        self.session = session
+        self.received = 0
+        self._next = 1
+        self._unacked: deque[tuple[int, Message]] = deque()
+        self._backlog: deque[Message] = deque()
+        self._control: list[Message] = []
+        self._ack_at: float | None = None
+        self._ping_at: float | None = None
+        self._resend = False
+        self._pings: deque[tuple[int, float]] = deque(maxlen=8)
+        self._ping_number = 0
+        self.confirmed_at = float("-inf")
+
+    def send(self, body: Message) -> None:
+        self._backlog.append(body)
+
+    def ping(self, now: float) -> None:
+        """Ask for a sign of life, and for what arrived."""
+        self._ping_number += 1
+        self._pings.append((self._ping_number, now))
+        self._control.append(Ping(self._next - 1, self._ping_number))
+
+    def receive(self, envelope: Envelope, now: float) -> Message | None:
+        """The message to act on, if this envelope holds the next one."""
+        self._acknowledged(envelope.ack, now)
+        body = envelope.body
+        if type(body) is Ping:
+            self._control.append(Pong(body.high, body.number))
+            return None
+        if type(body) is Pong:
+            self._compare(body)
+            return None
+        if envelope.seq == 0:
+            return None if type(body) is Ack else body
+        if envelope.seq != self.received + 1:
+            if envelope.seq <= self.received:
+                self._ack_at = now
+            return None
+        self.received += 1
+        if self._ack_at is None:
+            self._ack_at = now + ACK_DELAY_S
+        return body
+
+    def flush(self, now: float) -> list[Envelope]:
+        """Everything that should go out now, in order."""
+        out = self._lost()
+        while self._backlog and len(self._unacked) < WINDOW:
+            body = self._backlog.popleft()
+            self._unacked.append((self._next, body))
+            out.append(Envelope(self.session, self._next, self.received, body))
+            self._next += 1
+        if out:
+            self._ping_at = now + PING_AFTER_S
+        elif self._ping_at is not None and now >= self._ping_at:
+            self._ping_at = now + PING_AFTER_S
+            self.ping(now)
+        if self._control:
+            out.extend(Envelope(self.session, 0, self.received, body) for body in self._control)
+            self._control.clear()
+        if not out and self._ack_at is not None and now >= self._ack_at:
+            out.append(Envelope(self.session, 0, self.received, Ack()))
+        if out:
+            self._ack_at = None
+        return out
+
+    def reconnected(self) -> None:
+        """The transport is known to be a new one: what was not acknowledged went down with the old."""
+        self._resend = bool(self._unacked)
+
+    def unfinished(self) -> list[Message]:
+        """What the other end has not acknowledged, oldest first; for the next session when this one is over."""
+        return [body for _, body in self._unacked] + list(self._backlog)
+
+    def deadline(self) -> float | None:
+        """When ``flush`` has something to do; 0.0 for at once."""
+        if self._resend or self._control or (self._backlog and len(self._unacked) < WINDOW):
+            return 0.0
+        if self._ack_at is None:
+            return self._ping_at
+        return self._ack_at if self._ping_at is None else min(self._ack_at, self._ping_at)
+
+    def sanity_check(self) -> None:
+        numbers = [seq for seq, _ in self._unacked]
+        assert numbers == list(range(self._next - len(numbers), self._next)), "unacknowledged numbers have a hole"
+        assert len(numbers) <= WINDOW, "more on the way than the window allows"
+        assert bool(numbers) == (self._ping_at is not None), "a message on the way without a timer, or the reverse"
+
+    def _lost(self) -> list[Envelope]:
+        if not self._resend:
+            return []
+        self._resend = False
+        return [Envelope(self.session, seq, self.received, body) for seq, body in self._unacked]
+
+    def _acknowledged(self, ack: int, now: float) -> None:
+        if ack >= self._next:
+            return  # an acknowledgement of what was never sent: ignored
+        progress = False
+        while self._unacked and self._unacked[0][0] <= ack:
+            self._unacked.popleft()
+            progress = True
+        if progress:
+            self._ping_at = now + PING_AFTER_S if self._unacked else None
+
+    def _compare(self, pong: Pong) -> None:
+        """Whatever the peer will ever get of the numbers up to ``high`` it has: what it lacks is lost."""
+        if self._unacked and self._unacked[0][0] <= pong.high:
+            self._resend = True  # all of them: the peer ignores numbers behind a gap
+        self.confirmed_at = max([self.confirmed_at, *(at for number, at in self._pings if number == pong.number)])

@@ -1,0 +1,185 @@
+"""Node records, their states, and the index that finds a node for a task without looking at all of them.
+
+States
+------
+::
+
+    ALIVE ◄──► SUSPECT          DRAINING ──► GONE
+      │           │                │
+      └───────────┴───► LOST ◄─────┘
+      └───────────┴──────► DRAINING
+
+* ALIVE: heard of within the last beats. SUSPECT: three beats missing, asked by a ping; given nothing new meanwhile.
+  LOST: silent to the ping as well; it holds nothing any more. DRAINING: finishes what it has, takes nothing new.
+  GONE: left in order. A node that comes back from LOST says hello again and is a new record with a new id.
+* Any message of a node counts as a sign of life, by beat or by work channel.
+* ``credit`` is the node's own word for how many unfinished tasks it takes; the broker never goes beyond it.
+* A pool holds the nodes that have certain resource names and tags. Its heap is ordered by the policy's rank; entries of
+  nodes that have changed since are recognised by ``version`` and dropped when they come up.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from enum import StrEnum
+from random import Random
+from typing import TYPE_CHECKING
+
+from ..protocol import Host, NodeHello, WorkerState
+from .policy import Policy
+from .tasks import IllegalMove, Lane
+
+if TYPE_CHECKING:
+    from .tasks import Task
+
+Demand = tuple[tuple[str, float], ...]
+
+
+class NodeState(StrEnum):
+    ALIVE = "alive"
+    SUSPECT = "suspect"
+    DRAINING = "draining"
+    LOST = "lost"
+    GONE = "gone"
+
+
+ALIVE, SUSPECT, DRAINING, LOST, GONE = NodeState
+
+NODE_MOVES: dict[NodeState, frozenset[NodeState]] = {
+    ALIVE: frozenset({SUSPECT, DRAINING, LOST, GONE}),
+    SUSPECT: frozenset({ALIVE, DRAINING, LOST, GONE}),
+    DRAINING: frozenset({LOST, GONE}),
+    LOST: frozenset(),
+    GONE: frozenset(),
+}
+
+
+class Node:
+    __slots__ = (
+        "beat", "credit", "done", "functions", "heard_at", "id", "incarnation", "pinged_at", "pools",
+        "session", "slots", "state", "tags", "tasks", "total", "turn", "used", "version", "where", "workers",
+    )  # fmt: skip
+
+    def __init__(self, node_id: str, session: int, hello: NodeHello, now: float) -> None:
+        self.id = node_id
+        self.session = session
+        self.incarnation = hello.incarnation
+        self.where: Host = hello.where
+        self.slots = hello.slots
+        self.credit = hello.credit
+        self.total = dict(hello.resources)
+        self.used = dict.fromkeys(self.total, 0.0)
+        self.tags = frozenset(hello.tags)
+        self.state = ALIVE
+        self.tasks: dict[bytes, Task] = {}
+        self.functions: set[bytes] = set()
+        self.workers: list[WorkerState] = []
+        self.heard_at = now
+        self.pinged_at: float | None = None
+        self.beat = 0
+        self.done = 0
+        self.turn = 0
+        self.version = 0
+        self.pools: list[Pool] = []
+
+    @property
+    def assigned(self) -> int:
+        return len(self.tasks)
+
+    @property
+    def open(self) -> bool:
+        """Takes new tasks now."""
+        return self.state is ALIVE and len(self.tasks) < self.credit
+
+    def move(self, state: NodeState) -> None:
+        if state not in NODE_MOVES[self.state]:
+            raise IllegalMove(f"node {self.id}: {self.state} to {state}")
+        self.state = state
+
+    def fits(self, demand: Demand) -> bool:
+        """Room for one more such task. Prefetched tasks wait for a slot, so they may overbook ``cpu`` and nothing else."""
+        for name, amount in demand:
+            limit = self.total.get(name, 0.0)
+            if name == "cpu" and amount <= limit:
+                limit += max(0, self.credit - self.slots)
+            if self.used.get(name, 0.0) + amount > limit + 1e-9:
+                return False
+        return True
+
+    def could_hold(self, demand: Demand) -> bool:
+        """Would fit if the node were empty."""
+        return all(amount <= self.total.get(name, 0.0) + 1e-9 for name, amount in demand)
+
+    def take(self, task: Task, turn: int) -> None:
+        assert len(self.tasks) < self.credit, f"{self.id} would exceed its credit"
+        self.tasks[task.id] = task
+        for name, amount in task.kind.options.resources:
+            if amount:
+                self.used[name] += amount
+        self.turn = turn
+        self.version += 1
+
+    def drop(self, task: Task) -> None:
+        del self.tasks[task.id]
+        for name, amount in task.kind.options.resources:
+            if amount:
+                self.used[name] -= amount
+        self.version += 1
+
+
+class Pool:
+    """The nodes with these resource names and tags, best first. ``blocked``: lanes that found no room here."""
+
+    def __init__(self, names: frozenset[str], tags: frozenset[str], policy: Policy, random: Random) -> None:
+        self.names = names
+        self.tags = tags
+        self.nodes: dict[str, Node] = {}
+        self.blocked: dict[int, Lane] = {}
+        self._policy = policy
+        self._random = random
+        self._heap: list[tuple[float, int, int, Node]] = []
+        self._count = itertools.count()
+
+    def suits(self, node: Node) -> bool:
+        return self.tags <= node.tags and all(node.total.get(name, 0.0) > 0 for name in self.names)
+
+    def join(self, node: Node) -> None:
+        self.nodes[node.id] = node
+        node.pools.append(self)
+        self.offer(node)
+
+    def leave(self, node: Node) -> None:
+        del self.nodes[node.id]
+
+    def offer(self, node: Node) -> None:
+        """Enter the node at its present rank; to be called after each change of it."""
+        if not node.open:
+            return
+        entry = (self._policy.rank(node, self._random), next(self._count), node.version, node)
+        heapq.heappush(self._heap, entry)
+        if len(self._heap) > 64 + 4 * len(self.nodes):
+            self._heap = [entry for entry in self._heap if self._valid(entry)]
+            heapq.heapify(self._heap)
+
+    def find(self, demand: Demand) -> Node | None:
+        """The best node that has room for this demand now."""
+        heap = self._heap
+        skipped = []
+        found = None
+        while heap:
+            if not self._valid(heap[0]):
+                heapq.heappop(heap)
+                continue
+            node = heap[0][3]
+            if node.fits(demand):
+                found = node
+                break
+            skipped.append(heapq.heappop(heap))
+        for entry in skipped:
+            heapq.heappush(heap, entry)
+        return found
+
+    def _valid(self, entry: tuple[float, int, int, Node]) -> bool:
+        node = entry[3]
+        return entry[2] == node.version and node.open and node.id in self.nodes

@@ -1,0 +1,179 @@
+"""Which queued task goes to which node next: lanes of tasks, pools of nodes, and the policy's rank between them.
+
+Rules
+-----
+* The task with the highest priority goes first, among equals the oldest; a task that finds no room lets the next pass
+  (no free resource waits behind a task that cannot use it).
+* A lane that found no room is *blocked* until a node of its pool has changed: a turn costs time for what is new, not
+  for what is waiting.
+* The cost per task is one heap step among the nodes of a pool and one among the lanes that are ready.
+"""
+
+from __future__ import annotations
+
+import heapq
+from random import Random
+
+from ..protocol import Shape
+from .nodes import Demand, Node, Pool
+from .policy import Policy
+from .tasks import ASSIGNED, QUEUED, Kind, Lane, Task
+
+
+class Placement:
+    def __init__(self, policy: Policy, random: Random) -> None:
+        self._policy = policy
+        self._random = random
+        self._kinds: dict[Shape, Kind] = {}
+        self._lanes: dict[tuple[Demand, tuple[str, ...]], Lane] = {}
+        self._pools: dict[tuple[frozenset[str], frozenset[str]], Pool] = {}
+        self._nodes: dict[str, Node] = {}
+        self._ready: dict[int, Lane] = {}
+        self._changed: dict[str, Node] = {}
+        self._turn = 0
+
+    @property
+    def pending(self) -> bool:
+        """``place`` has something to look at."""
+        return bool(self._ready or self._changed)
+
+    def queued(self) -> int:
+        return sum(len(lane.tasks) for lane in self._lanes.values())
+
+    def kind(self, shape: Shape) -> Kind:
+        kind = self._kinds.get(shape)
+        if kind is None:
+            key = (shape.options.resources, shape.options.tags)
+            lane = self._lanes.get(key)
+            if lane is None:
+                demand, tags = key
+                lane = self._lanes[key] = Lane(demand, tags, self._pool(demand, tags))
+            lane.kinds += 1
+            kind = self._kinds[shape] = Kind(shape, lane)
+        return kind
+
+    def forget(self, kind: Kind) -> None:
+        """Its last task is finished."""
+        lane = kind.lane
+        del self._kinds[kind.shape]
+        lane.kinds -= 1
+        if not lane.kinds:
+            del self._lanes[lane.demand, lane.tags]
+            self._ready.pop(id(lane), None)
+            lane.pool.blocked.pop(id(lane), None)
+            self._drop_if_unused(lane.pool)
+
+    def enqueue(self, task: Task, *, first: bool = False) -> None:
+        lane = task.kind.lane
+        lane.tasks.push(task.id, task, task.kind.options.priority, first=first)
+        if id(lane) not in lane.pool.blocked:
+            self._ready[id(lane)] = lane
+
+    def withdraw(self, task: Task) -> None:
+        task.kind.lane.tasks.remove(task.id, task.kind.options.priority)
+
+    def join(self, node: Node) -> None:
+        self._nodes[node.id] = node
+        for pool in self._pools.values():
+            if pool.suits(node):
+                pool.join(node)
+        self.changed(node)
+
+    def leave(self, node: Node) -> None:
+        del self._nodes[node.id]
+        for pool in node.pools:
+            pool.leave(node)
+        self._changed.pop(node.id, None)
+
+    def changed(self, node: Node) -> None:
+        """The node may have room that it had not."""
+        self._changed[node.id] = node
+
+    def place(self) -> list[tuple[Task, Node]]:
+        """Assign all that can be assigned now: each pair is a new attempt."""
+        self._enter_changed()
+        heap = []
+        for lane in self._ready.values():
+            if lane.tasks:
+                head = lane.tasks.head()
+                heap.append((-head.kind.options.priority, head.seq, lane))
+        heapq.heapify(heap)
+        self._ready.clear()
+        pairs = []
+        while heap:
+            lane = heap[0][2]
+            node = lane.pool.find(lane.demand)
+            if node is None:
+                heapq.heappop(heap)
+                lane.pool.blocked[id(lane)] = lane
+                continue
+            task = lane.tasks.pop()
+            task.move(ASSIGNED)
+            task.attempt += 1
+            task.node = node.id
+            self._turn += 1
+            node.take(task, self._turn)
+            for pool in node.pools:
+                pool.offer(node)
+            pairs.append((task, node))
+            if lane.tasks:
+                head = lane.tasks.head()
+                heapq.heapreplace(heap, (-head.kind.options.priority, head.seq, lane))
+            else:
+                heapq.heappop(heap)
+        return pairs
+
+    def hopeless(self) -> list[Lane]:
+        """Lanes with tasks that no node here could hold even if it were empty."""
+        return [
+            lane
+            for lane in self._lanes.values()
+            if lane.tasks and not any(node.could_hold(lane.demand) for node in lane.pool.nodes.values())
+        ]
+
+    def lanes(self) -> list[Lane]:
+        return list(self._lanes.values())
+
+    def open_kinds(self) -> dict[Shape, int]:
+        return {shape: kind.open for shape, kind in self._kinds.items()}
+
+    def check_nothing_waits(self) -> None:
+        for lane in self._lanes.values():
+            if lane.tasks:
+                idle = [n.id for n in self._nodes.values() if lane.pool.suits(n) and n.open and n.fits(lane.demand)]
+                assert not idle, f"tasks wait for {lane.demand} while {idle} have room"
+
+    def sanity_check(self) -> None:
+        for lane in self._lanes.values():
+            tasks = list(lane.tasks)
+            assert len(tasks) == len(lane.tasks), "a lane's count is off"
+            assert all(task.state is QUEUED and task.kind.lane is lane for task in tasks), "a lane holds a stranger"
+            if tasks and id(lane) not in self._ready:
+                assert id(lane) in lane.pool.blocked, "a lane with tasks is neither ready nor blocked"
+        for pool in self._pools.values():
+            assert {n.id for n in self._nodes.values() if pool.suits(n)} == pool.nodes.keys(), "a pool misses a node"
+
+    def _enter_changed(self) -> None:
+        for node in self._changed.values():
+            for pool in node.pools:
+                pool.offer(node)
+                if pool.blocked and node.open:
+                    self._ready.update(pool.blocked)
+                    pool.blocked.clear()
+        self._changed.clear()
+
+    def _pool(self, demand: Demand, tags: tuple[str, ...]) -> Pool:
+        key = (frozenset(name for name, amount in demand if amount), frozenset(tags))
+        pool = self._pools.get(key)
+        if pool is None:
+            pool = self._pools[key] = Pool(*key, self._policy, self._random)
+            for node in self._nodes.values():
+                if pool.suits(node):
+                    pool.join(node)
+        return pool
+
+    def _drop_if_unused(self, pool: Pool) -> None:
+        if not any(lane.pool is pool for lane in self._lanes.values()):
+            del self._pools[pool.names, pool.tags]
+            for node in pool.nodes.values():
+                node.pools.remove(pool)

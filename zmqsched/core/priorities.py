@@ -1,0 +1,63 @@
+"""A queue by priority, first come first served within one, from which anything can be taken out in constant time."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class PriorityQueue(Generic[Item]):
+    """Items by key. An OrderedDict for each priority: a plain dict would scan what was deleted at its front."""
+
+    __slots__ = ("_count", "_priorities", "_queues")
+
+    def __init__(self) -> None:
+        self._queues: dict[int, OrderedDict[bytes, Item]] = {}
+        self._priorities: list[int] = []  # highest last
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Item]:
+        for priority in reversed(self._priorities):
+            yield from self._queues[priority].values()
+
+    def push(self, key: bytes, item: Item, priority: int, *, first: bool = False) -> None:
+        """Queue an item; ``first`` puts it before its equals, for one that was taken out before."""
+        queue = self._queues.get(priority)
+        if queue is None:
+            queue = self._queues[priority] = OrderedDict()
+            self._priorities = sorted(self._queues)
+        queue[key] = item
+        if first:
+            queue.move_to_end(key, last=False)
+        self._count += 1
+
+    def head(self) -> Item:
+        queue = self._queues[self._priorities[-1]]
+        return queue[next(iter(queue))]
+
+    def pop(self) -> Item:
+        return self._pop(self._priorities[-1], last=False)
+
+    def pop_last(self) -> Item:
+        return self._pop(self._priorities[0], last=True)
+
+    def remove(self, key: bytes, priority: int) -> None:
+        del self._queues[priority][key]
+        self._dropped(priority)
+
+    def _pop(self, priority: int, *, last: bool) -> Item:
+        item = self._queues[priority].popitem(last=last)[1]
+        self._dropped(priority)
+        return item
+
+    def _dropped(self, priority: int) -> None:
+        self._count -= 1
+        if not self._queues[priority]:
+            del self._queues[priority]
+            self._priorities.remove(priority)

@@ -1,0 +1,191 @@
+"""The client's brain: what it has asked for and has no answer to yet, and how that survives the broker's absence.
+
+Contract as the scheduler's. Every task asked for is kept, call and all, until its answer has come; whenever a session
+begins, all of them are submitted to it. Task ids are made here, so that the broker recognises what it has already. An
+answer is handed out once: later ones of the same task find nothing here and are dropped.
+"""
+
+from __future__ import annotations
+
+from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, CLUSTER_LOST_AFTER_S
+from ..protocol import (
+    Cancel, ClientHello, Envelope, Final, Finals, Function, Functions, Goodbye, GroupAdd, GroupDone, GroupWait, Message,
+    NeedFunctions, No, Notice, Payload, Query, Report, Running, SayHello, Shape, Submit, TaskSpec, Welcome, batches,
+    payload_bytes,
+)  # fmt: skip
+from .events import (
+    Ask, Began, Broken, ClientAction, ClientEvent, Finished, Leave, NowRunning, Reached, Replied, Tell, Tick, ToBroker,
+    Warned, Withdraw,
+)  # fmt: skip
+from .functions import FunctionStore
+from .uplink import Uplink
+
+MAX_SENT_FUNCTIONS = 4_096  # digests remembered as sent; past it, functions are sent again
+WARN_AFTER_S = 5.0
+
+
+class Requests:
+    def __init__(self, hello: ClientHello, lost_after_s: float = CLUSTER_LOST_AFTER_S) -> None:
+        self._uplink = Uplink(hello, BEAT_INTERVAL_S, CLIENT_LEASE_S)
+        self._open: dict[bytes, tuple[bytes, Shape, Payload]] = {}
+        self._fresh: list[tuple[bytes, Shape, Payload]] = []  # asked for, not yet submitted
+        self._functions = FunctionStore()
+        self._sent: set[bytes] = set()
+        self._asked: dict[int, GroupWait | Query] = {}  # requests without a reply
+        self._lost_after_s = lost_after_s
+        self._heard_at: float | None = None
+        self._ticked_at: float | None = None
+        self._warned = False
+        self._ended = False
+        self._out: list[ClientAction] = []
+
+    def handle(self, event: ClientEvent, now: float) -> list[ClientAction]:
+        match event:
+            case Ask(tasks, functions):
+                self._ask(tasks, functions)
+            case Reached(envelope):
+                self._reached(envelope, now)
+            case Tick():
+                self._tick(now)
+            case Withdraw(tasks):
+                self._withdraw(tasks)
+            case Tell(message):
+                if isinstance(message, GroupWait | Query):
+                    self._asked[message.request] = message
+                self._submit()  # what was asked for before is to arrive before
+                self._uplink.send(message)
+            case Leave(_, reason):
+                self._uplink.send(Goodbye(reason))
+        out, self._out = self._out, []
+        return out
+
+    def next_deadline(self) -> float:
+        if self._fresh:
+            return 0.0
+        return min(self._uplink.deadline(), self._warn_at())
+
+    def sanity_check(self) -> None:
+        assert {entry[0] for entry in self._fresh} <= self._open.keys(), "a task to submit is not open"
+        if self._uplink.link is not None:
+            self._uplink.link.sanity_check()
+
+    @property
+    def open(self) -> int:
+        return len(self._open)
+
+    def _ask(self, tasks: list[tuple[bytes, Shape, Payload]], functions: dict[bytes, Payload]) -> None:
+        for entry in tasks:
+            self._open[entry[0]] = entry
+            self._functions.hold(entry[1].function)
+        for digest, blob in functions.items():
+            self._functions.add(digest, blob)
+        self._fresh.extend(tasks)
+
+    def _withdraw(self, tasks: list[bytes]) -> None:
+        self._submit()
+        wanted = [task for task in tasks if task in self._open]
+        if wanted:
+            self._uplink.send(Cancel(wanted))
+
+    def _reached(self, envelope: Envelope, now: float) -> None:
+        message = self._uplink.receive(envelope, now)
+        if self._uplink.heard_at == now:
+            self._heard_at = now
+            self._warned = False
+        if message is not None:
+            self._message(message)
+
+    def _message(self, message: Message) -> None:
+        match message:
+            case Finals(finals):
+                self._finals(finals)
+            case Running(tasks):
+                self._out.append(NowRunning([task for task in tasks if task in self._open]))
+            case GroupDone() | Report():
+                if self._asked.pop(message.request, None) is not None:
+                    self._out.append(Replied(message))
+            case NeedFunctions(digests):
+                known = [Function(digest, self._functions[digest]) for digest in digests if digest in self._functions]
+                self._uplink.send(Functions(known))
+            case Welcome():
+                self._welcomed(message)
+            case Notice(text):
+                self._out.append(Warned(text))
+            case No(_, text):
+                self._break("refused", text)
+            case Goodbye(reason):
+                self._break("lost", reason)
+            case SayHello():
+                pass  # the uplink says it
+            case _:
+                self._out.append(Warned(f"ignored a {type(message).__name__} from the broker"))
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        self._out.append(Began(welcome))
+        self._sent.clear()
+        self._fresh = list(self._open.values())
+        self._submit()
+        for body in self._uplink.undelivered:
+            if isinstance(body, GroupAdd | Cancel):
+                self._uplink.send(body)
+        self._uplink.undelivered.clear()
+        for question in self._asked.values():
+            self._uplink.send(question)
+
+    def _finals(self, finals: list[Final]) -> None:
+        news = []
+        for final in finals:
+            entry = self._open.pop(final.task, None)
+            if entry is not None:
+                self._functions.release(entry[1].function)
+                news.append(final)
+        if news:
+            self._out.append(Finished(news))
+
+    def _tick(self, now: float) -> None:
+        if self._ended:
+            return
+        self._watch(now)
+        self._submit()
+        self._out.extend(ToBroker(envelope) for envelope in self._uplink.flush(now))
+
+    def _submit(self) -> None:
+        if not self._fresh or self._uplink.link is None:
+            return
+        tasks = [entry for entry in self._fresh if entry[0] in self._open]
+        self._fresh = []
+        start = 0
+        for count in batches(payload_bytes(call) + 64 for _, _, call in tasks):
+            self._uplink.send(self._submission(tasks[start : start + count]))
+            start += count
+
+    def _submission(self, tasks: list[tuple[bytes, Shape, Payload]]) -> Submit:
+        index: dict[Shape, int] = {}
+        specs = [TaskSpec(task, index.setdefault(shape, len(index)), call) for task, shape, call in tasks]
+        if len(self._sent) > MAX_SENT_FUNCTIONS:
+            self._sent.clear()
+        new = {shape.function for shape in index} - self._sent
+        self._sent |= new
+        return Submit(list(index), specs, [Function(digest, self._functions[digest]) for digest in sorted(new)])
+
+    def _watch(self, now: float) -> None:
+        gap = 0.0 if self._ticked_at is None else now - self._ticked_at
+        self._ticked_at = now
+        if self._heard_at is None:
+            self._heard_at = now
+        if gap > 2 * BEAT_INTERVAL_S:  # this process was stopped: the broker was not silent, nobody listened
+            self._heard_at += gap
+        if now >= self._heard_at + self._lost_after_s:
+            self._break("lost", f"the broker has been silent for {now - self._heard_at:.0f} s")
+        elif now >= self._warn_at():
+            self._warned = True
+            self._out.append(Warned(f"the broker has been silent for {now - self._heard_at:.0f} s; still trying"))
+
+    def _warn_at(self) -> float:
+        if self._heard_at is None:
+            return 0.0
+        return self._heard_at + (self._lost_after_s if self._warned else WARN_AFTER_S)
+
+    def _break(self, code: str, reason: str) -> None:
+        self._ended = True
+        self._out.append(Broken("refused" if code == "refused" else "lost", reason))

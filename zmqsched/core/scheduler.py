@@ -1,0 +1,676 @@
+"""The scheduler: the broker's truth about tasks and nodes, and the only place that decides.
+
+Contract
+--------
+* ``handle(event, now) -> list[Action]`` is the only way in and the only way out; ``next_deadline()`` says when the shell
+  must call again with ``Tick`` if nothing comes in before. ``now`` is a monotonic clock in seconds. No clock, no I/O, no
+  global randomness here: same events, same actions.
+* Events other than ``Tick`` are taken in; ``Tick`` acts on all of them together. The shell hands over what has arrived,
+  then ticks: under load, batches form by themselves, and a lone task still goes out at once.
+* No message of any peer raises. What is out of place is counted by reason in ``counts`` and dropped.
+
+What becomes of a task is in ``tasks.py``, of a node in ``nodes.py``; which task goes where in ``placement.py``; how
+messages survive a broken connection in ``link.py`` and ``sessions.py``.
+
+Answers
+-------
+An outcome that names the current attempt of its task decides it. One that does not is a *zombie*: from a node that was
+given up and its task placed anew. A zombie's value is as good as any and is accepted if the task is still open (first
+result wins); a zombie's error is not, for the newer attempt may succeed. Both are counted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from random import Random
+
+from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, PING_GRACE_S, SUSPECT_AFTER_BEATS
+from ..protocol import (
+    Attempt, Beat, Cancel, ClientHello, Death, Dispatch, Drain, Draining, Envelope, Fact, Final, Finals, Function,
+    Functions, Goodbye, GroupAdd, GroupDone, GroupForget, GroupWait, Message, NeedFunctions, No, NodeHello, NodeReport,
+    Notice, Order, Outcome, Progress, Query, Report, Results, Revoke, Running, SayHello, Shape, Shutdown, Stop, Submit,
+    Welcome, Workers, batches, payload_bytes,
+)  # fmt: skip
+from .events import (
+    Arrived, BeatArrived, Log, Malformed, Publish, Quit, SchedulerAction, SchedulerEvent, Send, Tick, Undelivered,
+)  # fmt: skip
+from .functions import FunctionStore
+from .groups import Answer, Groups, Waiter
+from .nodes import ALIVE, DRAINING, GONE, LOST, SUSPECT, Node
+from .placement import Placement
+from .policy import DEFAULT_POLICY, POLICIES
+from .sessions import Session, Sessions
+from .tasks import ASSIGNED, FINISHED, QUEUED, RUNNING, WAITING, Kind, Task
+from .timers import Timers
+
+MAX_NODE_FUNCTIONS = 4_096  # digests remembered as sent to a node; past it, functions are sent again
+FORMER_NODES = 32  # lost and departed nodes kept for reports
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``python`` is the "major.minor" that clients and nodes must share: functions by value are bytecode."""
+
+    name: str = "cluster"
+    epoch: int = 1
+    python: str = "3.11"
+    policy: str = DEFAULT_POLICY
+    beat_interval_s: float = BEAT_INTERVAL_S
+    suspect_after_s: float = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS
+    ping_grace_s: float = PING_GRACE_S
+    client_lease_s: float = CLIENT_LEASE_S
+    unservable_after_s: float = 3.0
+    max_deaths: int = 3
+
+
+class Scheduler:
+    def __init__(self, settings: Settings, random: Random) -> None:
+        self.settings = settings
+        self.counts: Counter[str] = Counter()
+        self._sessions = Sessions(random)
+        self._placement = Placement(POLICIES[settings.policy](), random)
+        self._functions = FunctionStore()
+        self._groups = Groups()
+        self._tasks: dict[bytes, Task] = {}
+        self._waiting: dict[bytes, dict[bytes, Task]] = {}  # by the digest of the function they wait for
+        self._nodes: dict[str, Node] = {}
+        self._by_incarnation: dict[bytes, Node] = {}
+        self._former: list[Node] = []
+        self._watch: Timers[str] = Timers()  # when to look at a node again, by id
+        self._node_numbers = 0
+        self._seq = 0
+        self._last_tick: float | None = None
+        self._next_round = 0.0
+        self._out: list[SchedulerAction] = []
+
+    # --- the contract ----------------------------------------------------------------------------------------------
+
+    def handle(self, event: SchedulerEvent, now: float) -> list[SchedulerAction]:
+        match event:
+            case Arrived(peer, user, envelope):
+                self._arrived(peer, user, envelope, now)
+            case Tick():
+                self._tick(now)
+            case BeatArrived(beat):
+                self._beat(beat, now)
+            case Malformed(peer, reason, answer):
+                self.counts[f"dropped: {reason}"] += 1
+                if answer is not None:
+                    self._out.append(Send(peer, Envelope(0, 0, 0, answer)))
+            case Undelivered(_, reason):
+                self.counts[f"send refused: {reason}"] += 1
+        out, self._out = self._out, []
+        return out
+
+    def next_deadline(self) -> float | None:
+        if self._placement.pending:
+            return 0.0
+        times = [self._sessions.deadline(), self._watch.next(), self._next_round]
+        return min(at for at in times if at is not None)
+
+    def sanity_check(self) -> None:
+        """Raise AssertionError if any two facts disagree."""
+        self._sessions.sanity_check()
+        self._placement.sanity_check()
+        self._groups.sanity_check()
+        kinds: Counter[Shape] = Counter()
+        for task in self._tasks.values():
+            kinds[task.kind.shape] += 1
+            held = task.state in (ASSIGNED, RUNNING)
+            assert task.state is not FINISHED, f"{task} is finished and kept"
+            assert held == bool(task.node), f"{task}: state and node disagree"
+            assert not held or self._nodes[task.node].tasks.get(task.id) is task, f"{task} is not at its node"
+            waits = task.id in self._waiting.get(task.kind.shape.function, {})
+            assert waits == (task.state is WAITING), f"{task}: waits for a function or not"
+            assert task.state is not QUEUED or not task.cancelled, f"{task} is cancelled and queued"
+        assert all(kind == kinds[shape] for shape, kind in self._placement.open_kinds().items()), "a kind's count is off"
+        assert self._functions.held() == Counter(shape.function for shape in kinds), "functions held for nobody"
+        for node in self._nodes.values():
+            assert node.state in (ALIVE, SUSPECT, DRAINING), f"{node.id} is {node.state} and kept"
+            for name in node.used:
+                used = sum(dict(task.kind.options.resources).get(name, 0.0) for task in node.tasks.values())
+                assert abs(node.used[name] - used) < 1e-6, f"{node.id}: {name} in use is off"
+        if not self._placement.pending:
+            self._placement.check_nothing_waits()
+
+    def open_counts(self) -> Counter[str]:
+        """What is held at this moment, by sort; empty when all is answered."""
+        counts = Counter(task.state.name for task in self._tasks.values())
+        counts["groups"] = len(self._groups)
+        counts["kinds"] = len(self._placement.open_kinds())
+        counts["at nodes"] = sum(node.assigned for node in self._nodes.values())
+        return +counts
+
+    # --- events ----------------------------------------------------------------------------------------------------
+
+    def _arrived(self, peer: bytes, user: str, envelope: Envelope, now: float) -> None:
+        body = envelope.body
+        if isinstance(body, ClientHello | NodeHello):
+            self._hello(peer, user, body, now)
+            return
+        session = self._sessions.get(envelope.session)
+        if session is None or session.user != user:
+            if not isinstance(body, SayHello):
+                self.counts["unknown session"] += 1
+                self._out.append(Send(peer, Envelope(envelope.session, 0, 0, SayHello())))
+            return
+        message = self._sessions.receive(session, peer, envelope, now)
+        if session.node:
+            self._heard(self._nodes[session.node], now)
+        if message is not None:
+            self._message(session, message, now)
+
+    def _message(self, session: Session, message: Message, now: float) -> None:
+        if isinstance(message, GroupAdd):  # from anybody: tasks count too
+            for group, delta in message.deltas:
+                self._answer(self._groups.add(group, delta))
+        elif session.node:
+            self._from_node(self._nodes[session.node], message, now)
+        else:
+            self._from_client(session, message, now)
+
+    def _from_client(self, session: Session, message: Message, now: float) -> None:
+        match message:
+            case Submit():
+                self._submit(session, message)
+            case Functions(functions):
+                self._learn(functions)
+            case Cancel(tasks):
+                for task_id in tasks:
+                    self._cancel(session, task_id)
+            case GroupWait(request, group):
+                self._answer(self._groups.wait(group, Waiter(session.token, request)))
+            case GroupForget(request):
+                self._groups.forget(session.token, request)
+            case Query(request):
+                self._sessions.send(session, self._report(request, now))
+            case Drain(node_id):
+                self._drain(session, node_id)
+            case Shutdown():
+                self._shut_down(now)
+            case Goodbye():
+                self._client_gone(session, "left")
+            case _:
+                self._misplaced(session, message)
+
+    def _from_node(self, node: Node, message: Message, now: float) -> None:
+        match message:
+            case Results(outcomes):
+                self._results(node, outcomes)
+            case Progress():
+                self._progress(node, message)
+            case Workers(workers):
+                node.workers = workers
+            case NeedFunctions(digests):
+                known = [Function(d, self._functions[d]) for d in digests if d in self._functions]
+                self._sessions.send(self._session_of(node), Functions(known))
+            case Draining():
+                self._start_draining(node)
+            case Goodbye(reason):
+                self._node_ends(node, left=True, why=reason or "left")
+            case _:
+                self._misplaced(self._session_of(node), message)
+
+    def _misplaced(self, session: Session, message: Message) -> None:
+        role = "node" if session.node else "client"
+        self.counts[f"dropped: {type(message).__name__} from a {role}"] += 1
+
+    def _beat(self, beat: Beat, now: float) -> None:
+        node = self._by_incarnation.get(beat.incarnation)
+        if node is None or beat.number <= node.beat:
+            self.counts["beats of nobody or out of order"] += 1
+            return
+        node.beat = beat.number
+        node.workers = beat.workers
+        self._heard(node, now)
+
+    def _tick(self, now: float) -> None:
+        self._forgive_own_absence(now)
+        for node_id in self._watch.due(now):
+            self._examine(self._nodes[node_id], now)
+        if now >= self._next_round:
+            self._next_round = now + self.settings.beat_interval_s
+            self._expire_clients(now)
+            self._fail_hopeless(now)
+            self._publish_counts()
+        self._dispatch()
+        self._flush(now)
+
+    # --- hello and goodbye -------------------------------------------------------------------------------------------
+
+    def _hello(self, peer: bytes, user: str, hello: ClientHello | NodeHello, now: float) -> None:
+        if (no := self._objection(hello)) is not None:
+            self.counts[f"refused: {no.code}"] += 1
+            self._out.append(Log("warning", f"refused {hello.where.host} pid {hello.where.pid}: {no.text}"))
+            self._out.append(Send(peer, Envelope(0, 0, 0, no)))
+            return
+        session = self._sessions.known(hello.incarnation)
+        if session is not None and (hello.life < session.life or session.user != user):
+            self.counts["stale hellos"] += 1
+            return
+        if session is not None and hello.life > session.life:
+            self._end_session(session, "began anew")
+            session = None
+        if session is None:
+            session = self._sessions.open(hello, peer, user, now)
+            if isinstance(hello, NodeHello):
+                self._node_joins(session, hello, now)
+        session.heard_at = now
+        if session.peer != peer:
+            session.peer = peer
+            session.link.reconnected()
+        name = session.node or self.settings.name
+        welcome = Welcome(session.token, session.life, self.settings.epoch, name, self.settings.beat_interval_s)
+        self._out.append(Send(peer, Envelope(session.token, 0, 0, welcome)))
+
+    def _objection(self, hello: ClientHello | NodeHello) -> No | None:
+        theirs = hello.where.python
+        if ".".join(theirs.split(".")[:2]) == self.settings.python:
+            return None
+        what = "node" if isinstance(hello, NodeHello) else "client"
+        return No(
+            "python",
+            f"this {what} runs Python {theirs}, the cluster Python {self.settings.python}: functions travel as bytecode, "
+            f"which another minor version cannot run. Start the {what} with Python {self.settings.python}.",
+        )
+
+    def _end_session(self, session: Session, why: str) -> None:
+        if session.node:
+            self._node_ends(self._nodes[session.node], left=False, why=why)
+        else:
+            self._client_gone(session, why)
+
+    def _client_gone(self, session: Session, why: str) -> None:
+        self._sessions.close(session)
+        self._groups.forget(session.token)
+        mine = [task for task in self._tasks.values() if task.client == session.token]
+        for task in mine:
+            self._drop(task, "its client is gone")
+        self._out.append(Log("info", f"client {session.where.host} pid {session.where.pid} {why}: {len(mine)} tasks dropped"))
+
+    def _node_joins(self, session: Session, hello: NodeHello, now: float) -> None:
+        self._node_numbers += 1
+        node = Node(f"n{self._node_numbers}", session.token, hello, now)
+        session.node = node.id
+        self._nodes[node.id] = node
+        self._by_incarnation[node.incarnation] = node
+        self._placement.join(node)
+        self._watch.set(node.id, now + self.settings.suspect_after_s)
+        text = f"{hello.where.host} pid {hello.where.pid}, {hello.slots} slots"
+        self._fact("joined", node, text)
+
+    def _node_ends(self, node: Node, *, left: bool, why: str) -> None:
+        """The node is gone or given up: it holds nothing any more, what it held is queued again."""
+        node.move(GONE if left else LOST)
+        del self._nodes[node.id]
+        del self._by_incarnation[node.incarnation]
+        self._watch.set(node.id, None)
+        self._placement.leave(node)
+        self._sessions.close(self._session_of(node))
+        self._former = [*self._former, node][-FORMER_NODES:]
+        held = list(node.tasks.values())
+        for task in reversed(held):  # to the front of the queue, the first of them last
+            self._let_go(task, node)
+            if task.kind.options.requeue or left:
+                self._requeue(task)
+            else:
+                self._fail(task, f"node {node.id} was lost while it held the task, and requeue=False forbids another try")
+        self.counts["requeued: node lost"] += len(held)
+        self._fact("gone" if left else "lost", node, f"{why}; {len(held)} tasks requeued")
+
+    def _start_draining(self, node: Node) -> None:
+        if node.state is not DRAINING:
+            node.move(DRAINING)
+            self._fact("draining", node, f"{node.assigned} tasks to finish")
+
+    def _drain(self, session: Session, node_id: str) -> None:
+        node = self._nodes.get(node_id)
+        if node is None:
+            self._sessions.send(session, Notice(f"there is no node {node_id!r}; nodes: {', '.join(self._nodes) or 'none'}"))
+            return
+        self._start_draining(node)
+        self._sessions.send(self._session_of(node), Stop(drain=True))
+
+    def _shut_down(self, now: float) -> None:
+        for session in self._sessions:
+            if session.node:
+                self._sessions.send(session, Stop(drain=False))
+            else:
+                self._sessions.send(session, Goodbye("the cluster was shut down"))
+        self._flush(now)
+        self._out.append(Quit("a client asked for it"))
+
+    # --- tasks -----------------------------------------------------------------------------------------------------
+
+    def _submit(self, session: Session, message: Submit) -> None:
+        self._learn(message.functions)
+        kinds = [self._placement.kind(shape) for shape in message.shapes]
+        missing = {shape.function for shape in message.shapes if shape.function not in self._functions}
+        for spec in message.tasks:
+            if spec.task in self._tasks:
+                self.counts["submitted again"] += 1
+                continue
+            kind = kinds[spec.shape]
+            self._seq += 1
+            task = self._tasks[spec.task] = Task(spec.task, session.token, kind, spec.call, self._seq)
+            self._open_kind(kind)
+            if kind.options.group:
+                self._answer(self._groups.add(kind.options.group, 1))
+            if kind.shape.function in missing:
+                self._waiting.setdefault(kind.shape.function, {})[task.id] = task
+            else:
+                task.move(QUEUED)
+                self._placement.enqueue(task)
+        self.counts["accepted"] += len(message.tasks)
+        for kind in kinds:
+            if not kind.open:
+                self._placement.forget(kind)
+        if missing:
+            self._sessions.send(session, NeedFunctions(sorted(missing)))
+
+    def _learn(self, functions: list[Function]) -> None:
+        for function in functions:
+            self._functions.add(function.digest, function.blob)
+            for task in self._waiting.pop(function.digest, {}).values():
+                task.move(QUEUED)
+                self._placement.enqueue(task)
+
+    def _open_kind(self, kind: Kind) -> None:
+        if not kind.open:
+            self._functions.hold(kind.shape.function)
+        kind.open += 1
+
+    def _results(self, node: Node, outcomes: list[Outcome]) -> None:
+        for outcome in outcomes:
+            task = self._tasks.get(outcome.task)
+            current = task is not None and task.node == node.id and task.attempt == outcome.attempt
+            if not current:
+                self.counts["zombie results"] += 1
+            if task is None or not (current or outcome.ok):
+                continue
+            if outcome.ok:
+                if not current and task.node:  # a newer attempt elsewhere is no longer wanted
+                    self._call_back(task)
+                self._finish(task, Final(task.id, "ok", outcome.value))
+                node.done += 1
+            elif task.failures < task.kind.options.retries and not task.cancelled:
+                task.failures += 1
+                self.counts["retried"] += 1
+                self._let_go(task, node)
+                self._requeue(task)
+            else:
+                self._finish(task, Final(task.id, "error", outcome.value))
+                node.done += 1
+
+    def _progress(self, node: Node, message: Progress) -> None:
+        if message.credit != node.credit:
+            node.credit = message.credit
+            node.version += 1
+            self._placement.changed(node)
+        for attempt in message.started:
+            task = self._current(node, attempt)
+            if task is not None and task.state is ASSIGNED:
+                task.move(RUNNING)
+                self._tell_running(task)
+        for attempt in reversed(message.returned):
+            task = self._current(node, attempt)
+            if task is not None:
+                self._let_go(task, node)
+                self._requeue(task)
+        for death in message.deaths:
+            self._death(node, death)
+
+    def _death(self, node: Node, death: Death) -> None:
+        self.counts["worker deaths"] += 1
+        self._fact("worker died", node, f"worker {death.worker} pid {death.pid}: {death.how}")
+        task = self._current(node, Attempt(death.task, death.attempt)) if death.task else None
+        if task is None:
+            return
+        self._let_go(task, node)
+        task.deaths += (f"worker {node.id}/{death.worker} on {node.where.host} (pid {death.pid}): {death.how}",)
+        if not task.kind.options.requeue:
+            self._fail(task, "its worker died, and requeue=False forbids another try")
+        elif len(task.deaths) >= self.settings.max_deaths:
+            self._fail(task, f"{len(task.deaths)} workers died running it")
+        else:
+            self.counts["requeued: worker died"] += 1
+            self._requeue(task)
+
+    def _current(self, node: Node, attempt: Attempt) -> Task | None:
+        task = self._tasks.get(attempt.task)
+        if task is not None and task.node == node.id and task.attempt == attempt.attempt:
+            return task
+        self.counts["late reports"] += 1
+        return None
+
+    def _cancel(self, session: Session, task_id: bytes) -> None:
+        task = self._tasks.get(task_id)
+        if task is not None and task.client == session.token:
+            self._drop(task, "cancelled")
+
+    def _drop(self, task: Task, why: str) -> None:
+        """Cancel what has not started. An attempt at a node is called back: the node hands it back, or its answer comes."""
+        if task.state in (WAITING, QUEUED):
+            self._finish(task, Final(task.id, "cancelled", text=why))
+        elif not task.cancelled:
+            task.cancelled = True
+            self._call_back(task)
+
+    def _call_back(self, task: Task) -> None:
+        session = self._session_of(self._nodes[task.node])
+        self._sessions.send(session, Revoke([Attempt(task.id, task.attempt)]))
+
+    def _let_go(self, task: Task, node: Node) -> None:
+        """The attempt at this node is over, the task is not."""
+        node.drop(task)
+        task.node = ""
+        self._placement.changed(node)
+
+    def _requeue(self, task: Task) -> None:
+        task.move(QUEUED)
+        self._placement.enqueue(task, first=True)
+        if task.cancelled:
+            self._finish(task, Final(task.id, "cancelled", text="cancelled before it started"))
+
+    def _fail(self, task: Task, why: str) -> None:
+        name = task.kind.options.name or f"task {task.id.hex()[-8:]}"
+        self._finish(task, Final(task.id, "WorkerDied", text="\n  ".join([f"{name} failed: {why}", *task.deaths])))
+
+    def _finish(self, task: Task, final: Final) -> None:
+        kind = task.kind
+        if task.node:
+            node = self._nodes[task.node]
+            self._let_go(task, node)
+        elif task.state is QUEUED:
+            self._placement.withdraw(task)
+        elif task.state is WAITING:
+            self._stop_waiting(task)
+        task.move(FINISHED)
+        del self._tasks[task.id]
+        kind.open -= 1
+        if not kind.open:
+            self._functions.release(kind.shape.function)
+            self._placement.forget(kind)
+        self.counts[final.verdict] += 1
+        session = self._sessions.get(task.client)
+        if session is not None:
+            session.finals.append(final)
+            self._sessions.touch(session)
+        if kind.options.group:
+            self._answer(self._groups.add(kind.options.group, -1))
+
+    def _stop_waiting(self, task: Task) -> None:
+        waiting = self._waiting[task.kind.shape.function]
+        del waiting[task.id]
+        if not waiting:
+            del self._waiting[task.kind.shape.function]
+
+    def _tell_running(self, task: Task) -> None:
+        session = self._sessions.get(task.client)
+        if session is not None:
+            session.running.append(task.id)
+            self._sessions.touch(session)
+
+    def _answer(self, answers: list[Answer]) -> None:
+        for waiter, error in answers:
+            session = self._sessions.get(waiter.owner) if isinstance(waiter.owner, int) else None
+            if session is not None:
+                # The finals that brought the counter to zero must not arrive behind the news that it is zero.
+                self._post(session)
+                self._sessions.send(session, GroupDone(waiter.request, error))
+
+    # --- acting ----------------------------------------------------------------------------------------------------
+
+    def _dispatch(self) -> None:
+        orders: dict[str, list[Task]] = {}
+        for task, node in self._placement.place():
+            orders.setdefault(node.id, []).append(task)
+        for node_id, tasks in orders.items():
+            node = self._nodes[node_id]
+            start = 0
+            for count in batches(payload_bytes(task.call) + 64 for task in tasks):
+                self._sessions.send(self._session_of(node), self._dispatch_message(node, tasks[start : start + count]))
+                start += count
+
+    def _dispatch_message(self, node: Node, tasks: list[Task]) -> Dispatch:
+        index: dict[Shape, int] = {}
+        orders = [
+            Order(task.id, task.attempt, index.setdefault(task.kind.shape, len(index)), task.call) for task in tasks
+        ]
+        if len(node.functions) > MAX_NODE_FUNCTIONS:
+            node.functions.clear()
+        new = {shape.function for shape in index} - node.functions
+        node.functions |= new
+        return Dispatch(list(index), orders, [Function(digest, self._functions[digest]) for digest in sorted(new)])
+
+    def _flush(self, now: float) -> None:
+        for session in self._sessions.dirty():
+            self._post(session)
+        self._out.extend(Send(peer, envelope) for peer, envelope in self._sessions.flush(now))
+
+    def _post(self, session: Session) -> None:
+        if session.running:
+            self._sessions.send(session, Running(session.running))
+            session.running = []
+        if session.finals:
+            start = 0
+            for count in batches(payload_bytes(final.value) + len(final.text) + 40 for final in session.finals):
+                self._sessions.send(session, Finals(session.finals[start : start + count]))
+                start += count
+            session.finals = []
+
+    # --- watching --------------------------------------------------------------------------------------------------
+
+    def _heard(self, node: Node, now: float) -> None:
+        node.heard_at = now
+        node.pinged_at = None
+        if node.state is SUSPECT:
+            node.move(ALIVE)
+            self._placement.changed(node)
+            self._fact("alive", node, "heard of again")
+
+    def _examine(self, node: Node, now: float) -> None:
+        """A node's deadline: it was heard of meanwhile, or becomes suspect and is asked, or was asked and is lost."""
+        if node.pinged_at is None:
+            due = node.heard_at + self.settings.suspect_after_s
+            if now >= due:
+                node.pinged_at = now
+                session = self._session_of(node)
+                session.link.ping(now)
+                self._sessions.touch(session)
+                if node.state is ALIVE:
+                    node.move(SUSPECT)
+                    self._fact("suspect", node, f"silent for {now - node.heard_at:.1f} s")
+                due = now + self._grace()
+            self._watch.set(node.id, due)
+        else:
+            self._node_ends(node, left=False, why=f"silent for {now - node.heard_at:.1f} s, to a ping as well")
+
+    def _grace(self) -> float:
+        """When most nodes fall silent together the fault is likelier ours, or the network's: they get one beat more."""
+        silent = sum(node.pinged_at is not None for node in self._nodes.values())
+        storm = silent > 2 and silent * 2 > len(self._nodes)
+        return self.settings.ping_grace_s + (self.settings.beat_interval_s if storm else 0.0)
+
+    def _forgive_own_absence(self, now: float) -> None:
+        """The loop ticks at least once a beat; if it did not, this process was stopped, and nobody else was silent."""
+        gap = 0.0 if self._last_tick is None else now - self._last_tick
+        self._last_tick = now
+        if gap > 1.5 * self.settings.beat_interval_s:
+            for node in self._nodes.values():
+                node.heard_at = min(now, node.heard_at + gap)
+                if node.pinged_at is not None:
+                    node.pinged_at = now
+            self._watch.shift(gap)
+            self._sessions.forgive(gap)
+            self.counts["own absences"] += 1
+            self._out.append(Log("warning", f"this broker did not run for {gap:.1f} s; deadlines are moved by as much"))
+
+    def _expire_clients(self, now: float) -> None:
+        for session in list(self._sessions):
+            if not session.node and now - session.heard_at > self.settings.client_lease_s:
+                self._client_gone(session, f"was silent for {now - session.heard_at:.0f} s")
+
+    def _fail_hopeless(self, now: float) -> None:
+        if not self._nodes:
+            return  # they may all be on their way: nothing is known about what they will offer
+        hopeless = self._placement.hopeless()
+        for lane in self._placement.lanes():
+            if lane not in hopeless:
+                lane.unservable_since = None
+        for lane in hopeless:
+            if lane.unservable_since is None:
+                lane.unservable_since = now
+            elif now - lane.unservable_since >= self.settings.unservable_after_s:
+                text = self._why_hopeless(lane.demand, lane.tags)
+                for task in list(lane.tasks):
+                    self._finish(task, Final(task.id, "Unschedulable", text=text))
+
+    def _why_hopeless(self, demand: Iterable[tuple[str, float]], tags: tuple[str, ...]) -> str:
+        wants = [f"{name}={amount:g}" for name, amount in demand if amount] + [f"tag {tag}" for tag in tags]
+        offers = [
+            f"{node.id} ({node.where.host}): " + ", ".join([f"{n}={a:g}" for n, a in node.total.items()] + sorted(node.tags))
+            for node in list(self._nodes.values())[:5]
+        ]
+        return (
+            f"no node can ever hold a task that needs {', '.join(wants)}. The nodes offer {'; '.join(offers)}. "
+            "Ask for less, or start a node that has it (zmqsched node --resource NAME=AMOUNT --tag TAG)."
+        )
+
+    def _publish_counts(self) -> None:
+        counts = [(name, number) for name, number in self._task_counts()]
+        self._out.append(Publish(Fact("counts", self.settings.name, counts=counts)))
+
+    def _task_counts(self) -> list[tuple[str, int]]:
+        running = sum(len(node.tasks) for node in self._nodes.values())
+        waiting = sum(len(tasks) for tasks in self._waiting.values())
+        return [("waiting", waiting), ("queued", self._placement.queued()), ("assigned", running)]
+
+    def _fact(self, kind: str, node: Node, text: str) -> None:
+        self._out.append(Publish(Fact(kind, node.id, text)))
+        self._out.append(Log("info", f"node {node.id} {kind}: {text}"))
+
+    def _report(self, request: int, now: float) -> Report:
+        nodes = [*self._nodes.values(), *self._former]
+        clients = sum(1 for session in self._sessions if not session.node)
+        counts = sorted(self.counts.items())
+        return Report(
+            request, self.settings.name, self.settings.epoch, self.settings.policy,
+            [_node_report(node, now) for node in nodes], self._task_counts(), counts, clients,
+        )  # fmt: skip
+
+    def _session_of(self, node: Node) -> Session:
+        session = self._sessions.get(node.session)
+        assert session is not None, f"{node.id} has no session"
+        return session
+
+
+def _node_report(node: Node, now: float) -> NodeReport:
+    return NodeReport(
+        id=node.id, where=node.where, state=node.state.value, slots=node.slots, credit=node.credit, assigned=node.assigned,
+        done=node.done, resources=tuple(node.total.items()),
+        free=tuple((name, total - node.used[name]) for name, total in node.total.items()),
+        tags=tuple(sorted(node.tags)), workers=list(node.workers), silent_s=max(0.0, now - node.heard_at),
+    )  # fmt: skip

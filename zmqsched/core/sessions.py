@@ -1,0 +1,112 @@
+"""Sessions of the broker's peers: who is behind an envelope, and what is to go to whom.
+
+Rules
+-----
+* A peer asks for a session with a hello that names its incarnation (one process) and the number of its session there
+  (``life``). The same hello again gets the same session; a higher life ends the session before it; a lower one is a
+  late copy and is ignored.
+* An envelope names its session by a random token; the routing id it came with is where answers go from then on. A new
+  routing id means a new connection: what was not acknowledged on the old one is sent again.
+* An envelope for a session that does not exist is answered ``SayHello``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+
+from ..protocol import ClientHello, Envelope, Final, Host, Message, NodeHello
+from .link import Link
+from .timers import Timers
+
+
+class Session:
+    """``finals`` and ``running`` collect what the next flush tells a client, so that many go as one message."""
+
+    __slots__ = ("finals", "heard_at", "incarnation", "life", "link", "node", "peer", "running", "token", "user", "where")
+
+    def __init__(self, token: int, hello: ClientHello | NodeHello, peer: bytes, user: str, now: float) -> None:
+        self.token = token
+        self.incarnation = hello.incarnation
+        self.life = hello.life
+        self.where: Host = hello.where
+        self.peer = peer
+        self.user = user
+        self.link = Link(token)
+        self.heard_at = now
+        self.node = ""  # the node's id, if this is a node
+        self.finals: list[Final] = []
+        self.running: list[bytes] = []
+
+
+class Sessions:
+    def __init__(self, random: Random) -> None:
+        self._random = random
+        self._by_token: dict[int, Session] = {}
+        self._by_incarnation: dict[bytes, Session] = {}
+        self._dirty: dict[int, Session] = {}
+        self._timers: Timers[int] = Timers()
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(self._by_token.values())
+
+    def get(self, token: int) -> Session | None:
+        return self._by_token.get(token)
+
+    def known(self, incarnation: bytes) -> Session | None:
+        return self._by_incarnation.get(incarnation)
+
+    def open(self, hello: ClientHello | NodeHello, peer: bytes, user: str, now: float) -> Session:
+        session = Session(self._random.getrandbits(52) + 1, hello, peer, user, now)
+        self._by_token[session.token] = session
+        self._by_incarnation[session.incarnation] = session
+        return session
+
+    def close(self, session: Session) -> None:
+        del self._by_token[session.token]
+        del self._by_incarnation[session.incarnation]
+        self._dirty.pop(session.token, None)
+        self._timers.set(session.token, None)
+
+    def receive(self, session: Session, peer: bytes, envelope: Envelope, now: float) -> Message | None:
+        session.heard_at = now
+        if session.peer != peer:
+            session.peer = peer
+            session.link.reconnected()
+        self.touch(session)
+        return session.link.receive(envelope, now)
+
+    def touch(self, session: Session) -> None:
+        """Something is to be sent to this peer; the next flush looks."""
+        self._dirty[session.token] = session
+
+    def send(self, session: Session, body: Message) -> None:
+        session.link.send(body)
+        self._dirty[session.token] = session
+
+    def flush(self, now: float) -> list[tuple[bytes, Envelope]]:
+        """Whatever is due now, to every peer that has something."""
+        for token in self._timers.due(now):
+            self._dirty[token] = self._by_token[token]
+        out = []
+        for session in self._dirty.values():
+            out.extend([(session.peer, envelope) for envelope in session.link.flush(now)])
+            self._timers.set(session.token, session.link.deadline())
+        self._dirty.clear()
+        return out
+
+    def deadline(self) -> float | None:
+        return 0.0 if self._dirty else self._timers.next()
+
+    def dirty(self) -> list[Session]:
+        return list(self._dirty.values())
+
+    def forgive(self, gap: float) -> None:
+        """The broker itself was away for ``gap`` seconds: nobody was silent meanwhile."""
+        for session in self._by_token.values():
+            session.heard_at += gap
+
+    def sanity_check(self) -> None:
+        assert {s.token for s in self._by_incarnation.values()} == self._by_token.keys(), "two indices of sessions differ"
+        for session in self._by_token.values():
+            session.link.sanity_check()

@@ -1,0 +1,108 @@
+"""Task records, their states, and the queues they wait in.
+
+States
+------
+::
+
+    WAITING ──► QUEUED ──► ASSIGNED ──► RUNNING
+       │          │ ▲         │  │        │ │
+       │          │ └─────────┘──┼────────┘ │      back to the queue: retry, node lost, worker died, handed back
+       ▼          ▼              ▼          ▼
+                         FINISHED
+
+* WAITING: its function has not arrived. QUEUED: in its lane. ASSIGNED: one attempt lies at one node. RUNNING: that node
+  said that a worker has it. FINISHED: answered; the record is forgotten.
+* Each step to ASSIGNED is a new attempt, numbered from 1; numbers only grow. An answer names its attempt, so a late one
+  is recognised rather than reasoned about.
+* A **lane** holds the queued tasks that ask for the same resources and tags: they fit on the same nodes, so one look at
+  the first tells about all. Within a lane: higher priority first, then first come, first served.
+* A **kind** is what tasks of one function with equal options share. It lives as long as it has unfinished tasks.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import TYPE_CHECKING
+
+from ..protocol import Options, Payload, Shape
+from .priorities import PriorityQueue
+
+if TYPE_CHECKING:
+    from .nodes import Pool
+
+
+class TaskState(IntEnum):
+    WAITING = 0
+    QUEUED = 1
+    ASSIGNED = 2
+    RUNNING = 3
+    FINISHED = 4
+
+
+WAITING, QUEUED, ASSIGNED, RUNNING, FINISHED = TaskState
+
+MOVES: dict[TaskState, frozenset[TaskState]] = {
+    WAITING: frozenset({QUEUED, FINISHED}),
+    QUEUED: frozenset({ASSIGNED, FINISHED}),
+    ASSIGNED: frozenset({RUNNING, QUEUED, FINISHED}),
+    RUNNING: frozenset({QUEUED, FINISHED}),
+    FINISHED: frozenset(),
+}
+
+
+class IllegalMove(AssertionError):
+    """A bug of ours: the record is unchanged."""
+
+
+class Task:
+    """One unfinished task. ``node`` is the node that holds the current attempt, by id; ``failures`` counts the user's
+    errors that were retried, ``deaths`` says how each worker died that was running this task."""
+
+    __slots__ = ("attempt", "call", "cancelled", "client", "deaths", "failures", "id", "kind", "node", "seq", "state")
+
+    def __init__(self, task_id: bytes, client: int, kind: Kind, call: Payload, seq: int) -> None:
+        self.id = task_id
+        self.client = client
+        self.kind = kind
+        self.call = call
+        self.seq = seq
+        self.state = WAITING
+        self.attempt = 0
+        self.node = ""
+        self.failures = 0
+        self.deaths: tuple[str, ...] = ()
+        self.cancelled = False
+
+    def move(self, state: TaskState) -> None:
+        if state not in MOVES[self.state]:
+            raise IllegalMove(f"task {self.id.hex()}: {self.state.name} to {state.name}")
+        self.state = state
+
+    def __repr__(self) -> str:
+        return f"<task {self.id.hex()[-6:]} {self.state.name} attempt {self.attempt} at {self.node or '-'}>"
+
+
+class Lane:
+    """The queue of one demand. ``unservable_since``: when it was noticed that no node could ever serve it."""
+
+    __slots__ = ("demand", "kinds", "pool", "tags", "tasks", "unservable_since")
+
+    def __init__(self, demand: tuple[tuple[str, float], ...], tags: tuple[str, ...], pool: Pool) -> None:
+        self.demand = demand
+        self.tags = tags
+        self.pool = pool
+        self.kinds = 0
+        self.tasks: PriorityQueue[Task] = PriorityQueue()
+        self.unservable_since: float | None = None
+
+
+class Kind:
+    """A function and the options it is to run with, shared by ``open`` unfinished tasks."""
+
+    __slots__ = ("lane", "open", "options", "shape")
+
+    def __init__(self, shape: Shape, lane: Lane) -> None:
+        self.shape = shape
+        self.options: Options = shape.options
+        self.lane = lane
+        self.open = 0

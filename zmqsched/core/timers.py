@@ -1,0 +1,46 @@
+"""Deadlines by key, without looking at the keys that are not due: a heap with lazy deletion."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterator
+from typing import Generic, TypeVar
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class Timers(Generic[Key]):
+    """At most one deadline a key."""
+
+    def __init__(self) -> None:
+        self._at: dict[Key, float] = {}
+        self._heap: list[tuple[float, int, Key]] = []
+        self._count = 0  # breaks ties, so that keys are never compared
+
+    def set(self, key: Key, at: float | None) -> None:
+        if at is None:
+            self._at.pop(key, None)
+        elif self._at.get(key) != at:
+            self._at[key] = at
+            self._count += 1
+            heapq.heappush(self._heap, (at, self._count, key))
+            if len(self._heap) > 64 + 4 * len(self._at):
+                self._heap = [entry for entry in self._heap if self._at.get(entry[2]) == entry[0]]
+                heapq.heapify(self._heap)
+
+    def next(self) -> float | None:
+        while self._heap and self._at.get(self._heap[0][2]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+    def due(self, now: float) -> Iterator[Key]:
+        """Keys whose deadline has come; each is forgotten as it is given."""
+        while (at := self.next()) is not None and at <= now:
+            key = heapq.heappop(self._heap)[2]
+            del self._at[key]
+            yield key
+
+    def shift(self, gap: float) -> None:
+        """Move every deadline: the clock ran while nobody was there to meet them."""
+        self._heap = [(at + gap, count, key) for at, count, key in self._heap]
+        self._at = {key: at + gap for key, at in self._at.items()}

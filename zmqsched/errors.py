@@ -1,0 +1,122 @@
+"""Every exception zmqsched raises, one tree, one root.
+
+::
+
+    ZmqschedError
+    ├── TaskError                       a task's future ends with one of these
+    │   ├── NotSerializable (TypeError)     the call cannot be pickled; names the culprit
+    │   ├── PayloadTooLarge (ValueError)    the call or the result is over the stated limit
+    │   ├── ResultNotSerializable (TypeError)
+    │   ├── ResultDecodeError               the result arrived but cannot be unpickled here
+    │   ├── RemoteError                     the task's own exception, as text: it could not be rebuilt here
+    │   ├── WorkerDied                      the task was running each time a worker died
+    │   └── Unschedulable                   no node can ever hold what the task asks for
+    ├── ClusterError                    the cluster cannot be found, reached or joined
+    │   ├── ClusterNotFound (LookupError)
+    │   ├── ClusterExists
+    │   ├── ConnectionFileError (ValueError)
+    │   ├── BrokerUnreachable (ConnectionError)
+    │   ├── Refused                         the broker said no, and why
+    │   └── ClusterLost (concurrent.futures.BrokenExecutor)
+    ├── StartError                      a process of the cluster did not start; holds its own words
+    ├── WaitGroupError (ValueError)     the counter went below zero
+    └── ProtocolError (ValueError)      bytes from a peer that are not a message of ours
+        └── VersionMismatch
+
+A task's own exception is none of these: it arrives as itself.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import BrokenExecutor
+
+
+class ZmqschedError(Exception):
+    """The root: catch it to catch whatever zmqsched itself raises."""
+
+
+class TaskError(ZmqschedError):
+    """A task could not be run or answered; everything else goes on."""
+
+
+class NotSerializable(TaskError, TypeError):
+    """The function or its arguments cannot be pickled."""
+
+
+class PayloadTooLarge(TaskError, ValueError):
+    """A call or result is over the limit; write it to a file and pass the path."""
+
+
+class ResultNotSerializable(TaskError, TypeError):
+    """The task finished but what it returned cannot be pickled."""
+
+
+class ResultDecodeError(TaskError):
+    """The result arrived but unpickling it failed in this process."""
+
+
+class RemoteError(TaskError):
+    """A task raised an exception that cannot be rebuilt here; its type and traceback follow as text."""
+
+
+class WorkerDied(TaskError):
+    """The task was running each time one of its workers died, too often to try again."""
+
+
+class Unschedulable(TaskError):
+    """No node of the cluster can ever hold what the task asks for."""
+
+
+class ClusterError(ZmqschedError):
+    """The cluster cannot be found, reached or joined."""
+
+
+class ClusterNotFound(ClusterError, LookupError):
+    """No running cluster of this user has that name."""
+
+
+class ClusterExists(ClusterError):
+    """A cluster of that name is running already."""
+
+
+class ConnectionFileError(ClusterError, ValueError):
+    """The connection file is missing, damaged, or not private to this user."""
+
+
+class BrokerUnreachable(ClusterError, ConnectionError):
+    """Nobody answers at the broker's addresses."""
+
+
+class Refused(ClusterError):
+    """The broker refused this client or node."""
+
+
+class ClusterLost(ClusterError, BrokenExecutor):
+    """The connection to the broker is gone and did not come back in time."""
+
+
+class StartError(ZmqschedError):
+    """A process of the cluster did not start."""
+
+
+class WaitGroupError(ZmqschedError, ValueError):
+    """A WaitGroup's counter went below zero."""
+
+
+class ProtocolError(ZmqschedError, ValueError):
+    """Bytes from a peer that are not a message of this protocol."""
+
+
+class VersionMismatch(ProtocolError):
+    """The peer speaks another major version of the protocol."""
+
+
+class RemoteTraceback(Exception):  # noqa: N818 - a carrier of text shown as a cause, never raised
+    """The traceback a task's exception had in its worker, shown as the exception's cause."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.text = text
+
+    def __str__(self) -> str:
+        return f'\n"""\n{self.text}"""'

@@ -1,0 +1,602 @@
+"""The one protocol: every message between clients, broker, nodes and workers, and its bytes.
+
+Rules
+-----
+* A message on a ZeroMQ link is a header frame and then *bulk* frames. The header is ``b"ZQ"``, the major and the minor
+  version (a byte each), then one msgpack-encoded :class:`Envelope`. Another major version is a
+  :class:`~zmqsched.errors.VersionMismatch`; a newer minor one is read, its unknown trailing fields ignored.
+* A message on a worker's pipe has no envelope: the kernel keeps a pipe's order and loses nothing. Its header is the
+  msgpack-encoded message alone.
+* Whatever can be many travels as many: a message carries lists.
+* A **payload** is pickled bytes that only clients and workers ever look into. In memory it is ``bytes``, or a list of
+  buffers (the pickle stream, then its out-of-band buffers). On the wire ``bytes`` of at most ``INLINE_MAX`` lie inside
+  the header; anything else is replaced by the count of bulk frames that hold it, taken in order of appearance.
+* Decoding never trusts: types, lengths and ranges are stated in the structs and checked by msgspec in C, counts of bulk
+  frames here. Whatever is wrong raises :class:`~zmqsched.errors.ProtocolError`; cost is bounded by the input's size,
+  and the size by the limits below.
+
+Sessions, sequence numbers and acknowledgements (the envelope's fields) are explained in ``core/link.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+import msgspec
+from msgspec import Meta, Struct
+
+from .errors import ProtocolError, VersionMismatch
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
+
+MAGIC = b"ZQ"
+MAJOR, MINOR = 1, 0
+
+# Limits. A frame costs ZeroMQ about a microsecond and copying 16 KiB about as much: below that, inline wins.
+INLINE_MAX = 16 * 1024
+# Senders cut batches near BATCH_BYTES; MAX_HEADER leaves room for the last item of a batch and for names.
+BATCH_BYTES = 256 * 1024
+BATCH_ITEMS = 2_000
+MAX_HEADER = 4 * 1024 * 1024
+MAX_ITEMS = 10_000
+MAX_FRAMES = 1_024
+# One call or one result. libzmq cuts a link at an oversize frame without a word, so the sender checks (pitfall 6).
+MAX_PAYLOAD = 1 << 30
+
+Payload: TypeAlias = "bytes | list[Buffer]"
+
+TaskId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Count = Annotated[int, Meta(ge=0, le=2**53)]
+Name = Annotated[str, Meta(max_length=255)]
+Text = Annotated[str, Meta(max_length=64 * 1024)]
+Amount = Annotated[float, Meta(ge=0, le=2**60)]
+if TYPE_CHECKING:
+    _Inline = Payload
+else:  # what the header itself may hold
+    _Inline = bytes | Annotated[int, Meta(ge=1, le=MAX_FRAMES)]
+
+
+class _Wire(Struct, array_like=True, frozen=True, gc=False):
+    """Fields travel by position; appending one with a default is a minor version."""
+
+
+# --- what messages are made of -----------------------------------------------------------------------------------
+
+
+class Options(_Wire):
+    """What a task asks for, apart from its call. Frozen and hashable: tasks that ask alike share one.
+
+    ``resources`` are (name, amount) sorted by name; ``memory`` is in bytes. ``group`` is the WaitGroup that the task's end
+    counts down. ``requeue=False`` with ``retries=0`` means at most one execution.
+    """
+
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] = 0
+    retries: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    resources: Annotated[tuple[tuple[Name, Amount], ...], Meta(max_length=64)] = (("cpu", 1.0),)
+    tags: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    name: Name = ""
+    group: Annotated[bytes, Meta(max_length=16)] = b""
+    requeue: bool = True
+
+
+class Shape(_Wire):
+    """What many tasks have in common: the function, by digest, and the options."""
+
+    function: Digest
+    options: Options = Options()
+
+
+class Function(_Wire):
+    digest: Digest
+    blob: _Inline
+
+
+class TaskSpec(_Wire):
+    """A task as its client made it; ``shape`` is an index into the message's shapes."""
+
+    task: TaskId
+    shape: Annotated[int, Meta(ge=0, lt=MAX_ITEMS)]
+    call: _Inline
+
+
+class Order(_Wire):
+    """One attempt at a task, as the broker sends it to a node."""
+
+    task: TaskId
+    attempt: Count
+    shape: Annotated[int, Meta(ge=0, lt=MAX_ITEMS)]
+    call: _Inline
+
+
+class Outcome(_Wire):
+    """How an attempt ended, as its worker said it: a value, or an exception."""
+
+    task: TaskId
+    attempt: Count
+    ok: bool
+    value: _Inline
+    worker: Count
+
+
+class Death(_Wire):
+    """A worker died. ``task`` is the attempt it was running, if any; ``how`` is one readable phrase."""
+
+    worker: Count
+    pid: Count
+    how: Text
+    task: Annotated[bytes, Meta(max_length=16)] = b""
+    attempt: Count = 0
+
+
+Verdict = Literal["ok", "error", "cancelled", "WorkerDied", "Unschedulable"]
+
+
+class Final(_Wire):
+    """A task's one final answer. ``value`` belongs to "ok" and "error"; the others explain themselves in ``text``."""
+
+    task: TaskId
+    verdict: Verdict
+    value: _Inline = b""
+    text: Text = ""
+
+
+class Attempt(_Wire):
+    """Names one attempt of one task."""
+
+    task: TaskId
+    attempt: Count
+
+
+class WorkerState(_Wire):
+    """A worker as its node sees it. ``cpu`` in percent of one core, ``memory`` in bytes of resident set."""
+
+    worker: Count
+    pid: Count
+    state: Literal["starting", "idle", "busy"]
+    done: Count = 0
+    cpu: Amount = 0.0
+    memory: Count = 0
+
+
+class Host(_Wire):
+    """Where a process runs and with what."""
+
+    host: Name
+    pid: Count
+    python: Name
+    versions: Annotated[tuple[tuple[Name, Name], ...], Meta(max_length=64)] = ()
+
+
+# --- messages that open, keep and close a session -----------------------------------------------------------------
+
+
+class ClientHello(_Wire, tag=1):
+    """``incarnation`` is new with each process, ``life`` with each session it asks for: a late copy of an earlier hello
+    is recognised by it. :class:`Welcome` returns it."""
+
+    incarnation: Token
+    life: Count
+    where: Host
+
+
+class NodeHello(_Wire, tag=2):
+    """``credit`` is how many unfinished tasks the node takes at once, the slots' own included."""
+
+    incarnation: Token
+    life: Count
+    where: Host
+    slots: Annotated[int, Meta(ge=1, le=10_000)]
+    credit: Annotated[int, Meta(ge=0, le=100_000)]
+    resources: Annotated[tuple[tuple[Name, Amount], ...], Meta(max_length=64)]
+    tags: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+
+
+class Welcome(_Wire, tag=3):
+    """The broker's yes. ``session`` goes into every later envelope; ``epoch`` is new with each life of a broker."""
+
+    session: Count
+    life: Count
+    epoch: Count
+    name: Name
+    beat_interval_s: Annotated[float, Meta(gt=0, le=3600)]
+
+
+class No(_Wire, tag=4):
+    """The broker's no: why, and what to do about it."""
+
+    code: Literal["version", "python", "role", "stopping"]
+    text: Text
+
+
+class SayHello(_Wire, tag=5):
+    """The broker does not know this session: it restarted, or gave the peer up."""
+
+
+class Ping(_Wire, tag=6):
+    """``high`` is the highest sequence number sent before it, ``number`` the ping's own."""
+
+    high: Count
+    number: Count
+
+
+class Pong(_Wire, tag=7):
+    """The ping's numbers, returned."""
+
+    high: Count
+    number: Count
+
+
+class Ack(_Wire, tag=8):
+    """Carries nothing but its envelope's acknowledgement."""
+
+
+class Goodbye(_Wire, tag=9):
+    reason: Text = ""
+
+
+# --- client and broker ---------------------------------------------------------------------------------------------
+
+
+class Submit(_Wire, tag=20):
+    shapes: Annotated[list[Shape], Meta(max_length=MAX_ITEMS)]
+    tasks: Annotated[list[TaskSpec], Meta(max_length=MAX_ITEMS)]
+    functions: Annotated[list[Function], Meta(max_length=MAX_ITEMS)] = []
+
+
+class Functions(_Wire, tag=21):
+    functions: Annotated[list[Function], Meta(max_length=MAX_ITEMS)]
+
+
+class NeedFunctions(_Wire, tag=22):
+    digests: Annotated[list[Digest], Meta(max_length=MAX_ITEMS)]
+
+
+class Cancel(_Wire, tag=23):
+    tasks: Annotated[list[TaskId], Meta(max_length=MAX_ITEMS)]
+
+
+class Finals(_Wire, tag=24):
+    finals: Annotated[list[Final], Meta(max_length=MAX_ITEMS)]
+
+
+class Running(_Wire, tag=25):
+    """These tasks of the client's were started. Sent for tasks that take a while; for the others the answer tells."""
+
+    tasks: Annotated[list[TaskId], Meta(max_length=MAX_ITEMS)]
+
+
+class GroupAdd(_Wire, tag=26):
+    """Add to WaitGroup counters; ``done()`` is a delta of -1."""
+
+    deltas: Annotated[list[tuple[Token, Annotated[int, Meta(ge=-(2**31), le=2**31)]]], Meta(max_length=MAX_ITEMS)]
+
+
+class GroupWait(_Wire, tag=27):
+    request: Count
+    group: Token
+
+
+class GroupForget(_Wire, tag=28):
+    """The waiter gave up."""
+
+    request: Count
+
+
+class GroupDone(_Wire, tag=29):
+    request: Count
+    error: Text = ""
+
+
+class Query(_Wire, tag=30):
+    request: Count
+
+
+class NodeReport(_Wire):
+    id: Name
+    where: Host
+    state: Name
+    slots: Count
+    credit: Count
+    assigned: Count
+    done: Count
+    resources: tuple[tuple[Name, Amount], ...]
+    free: tuple[tuple[Name, float], ...]
+    tags: tuple[Name, ...]
+    workers: list[WorkerState]
+    silent_s: float
+
+
+class Report(_Wire, tag=31):
+    request: Count
+    name: Name
+    epoch: Count
+    policy: Name
+    nodes: list[NodeReport]
+    tasks: list[tuple[Name, Count]]
+    counts: list[tuple[Name, Count]]
+    clients: Count
+
+
+class Notice(_Wire, tag=32):
+    """Something the user should know while nothing has failed yet."""
+
+    text: Text
+
+
+class Shutdown(_Wire, tag=33):
+    """Stop the whole cluster."""
+
+
+class Drain(_Wire, tag=34):
+    """Let this node finish what it runs, give it nothing new, and let it leave."""
+
+    node: Name
+
+
+# --- broker and node -----------------------------------------------------------------------------------------------
+
+
+class Dispatch(_Wire, tag=40):
+    shapes: Annotated[list[Shape], Meta(max_length=MAX_ITEMS)]
+    orders: Annotated[list[Order], Meta(max_length=MAX_ITEMS)]
+    functions: Annotated[list[Function], Meta(max_length=MAX_ITEMS)] = []
+
+
+class Revoke(_Wire, tag=41):
+    """Drop these attempts if they have not started."""
+
+    attempts: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)]
+
+
+class Stop(_Wire, tag=42):
+    """Leave the cluster: at once, or when what runs is finished."""
+
+    drain: bool
+
+
+class Results(_Wire, tag=43):
+    outcomes: Annotated[list[Outcome], Meta(max_length=MAX_ITEMS)]
+
+
+class Progress(_Wire, tag=44):
+    """What changed at a node besides results.
+
+    ``started``: attempts that have run a while. ``returned``: attempts handed back unstarted, to be placed anew.
+    ``deaths``: workers that died. ``credit``: how many unfinished tasks the node now takes.
+    """
+
+    credit: Annotated[int, Meta(ge=0, le=100_000)]
+    started: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)] = []
+    returned: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)] = []
+    deaths: Annotated[list[Death], Meta(max_length=MAX_ITEMS)] = []
+
+
+class Workers(_Wire, tag=45):
+    """All workers of the node, whenever one came or went."""
+
+    workers: Annotated[list[WorkerState], Meta(max_length=MAX_ITEMS)]
+
+
+class Draining(_Wire, tag=46):
+    """The node was told to leave (SIGTERM) and takes nothing new."""
+
+
+# --- node and worker (pipes) -----------------------------------------------------------------------------------------
+
+
+class Run(_Wire, tag=60):
+    """Run one attempt. ``function`` is empty when the worker has it by digest; ``fresh`` says forget the others first.
+
+    ``env`` is set for this task alone (``CUDA_VISIBLE_DEVICES``).
+    """
+
+    task: TaskId
+    attempt: Count
+    digest: Digest
+    function: _Inline
+    call: _Inline
+    fresh: bool = False
+    env: tuple[tuple[str, str], ...] = ()
+
+
+class Done(_Wire, tag=61):
+    task: TaskId
+    attempt: Count
+    ok: bool
+    value: _Inline
+    seconds: Amount
+
+
+# --- beats and facts (PUB) ----------------------------------------------------------------------------------------------
+
+
+class Beat(_Wire, tag=70):
+    """A node's heartbeat. ``cpu`` in percent of the host, ``memory`` in free bytes."""
+
+    incarnation: Token
+    number: Count
+    workers: Annotated[list[WorkerState], Meta(max_length=MAX_ITEMS)]
+    cpu: Amount = 0.0
+    memory: Count = 0
+
+
+class Fact(_Wire, tag=71):
+    """Something that happened, for observers; ``about`` is a node's or cluster's name."""
+
+    kind: Name
+    about: Name
+    text: Text = ""
+    counts: Annotated[list[tuple[Name, Count]], Meta(max_length=64)] = []
+
+
+Message: TypeAlias = (
+    ClientHello | NodeHello | Welcome | No | SayHello | Ping | Pong | Ack | Goodbye
+    | Submit | Functions | NeedFunctions | Cancel | Finals | Running | GroupAdd | GroupWait | GroupForget | GroupDone
+    | Query | Report | Notice | Shutdown | Drain
+    | Dispatch | Revoke | Stop | Results | Progress | Workers | Draining
+    | Beat | Fact
+)  # fmt: skip
+PipeMessage: TypeAlias = Run | Done | GroupAdd
+
+
+class Envelope(Struct, array_like=True, frozen=True, gc=False):
+    session: Count
+    seq: Count
+    ack: Count
+    body: Message
+
+
+# --- bytes ---------------------------------------------------------------------------------------------------------------
+
+_encoder = msgspec.msgpack.Encoder()
+_envelopes = msgspec.msgpack.Decoder(Envelope)
+_pipe_messages = msgspec.msgpack.Decoder(PipeMessage)
+_PREFIX = MAGIC + bytes((MAJOR, MINOR))
+
+# Which messages carry payloads: (field of the message or "" for itself, field of the item).
+_CARRIES: dict[type, tuple[tuple[str, str], ...]] = {
+    Submit: (("functions", "blob"), ("tasks", "call")),
+    Functions: (("functions", "blob"),),
+    Dispatch: (("functions", "blob"), ("orders", "call")),
+    Results: (("outcomes", "value"),),
+    Finals: (("finals", "value"),),
+    Run: (("", "function"), ("", "call")),
+    Done: (("", "value"),),
+}
+
+
+def encode(envelope: Envelope) -> list[Buffer]:
+    """One message as frames: the header, then bulk frames in order."""
+    bulk: list[Buffer] = []
+    body = envelope.body
+    if type(body) in _CARRIES:
+        slim = _without_bulk(body, bulk)
+        if slim is not body:
+            envelope = Envelope(envelope.session, envelope.seq, envelope.ack, slim)
+    return [_PREFIX + _encoder.encode(envelope), *bulk]
+
+
+def decode(frames: Sequence[Buffer]) -> Envelope:
+    """The message in these frames.
+
+    Raises
+    ------
+    ProtocolError
+        Not a message of this protocol, or over one of its limits.
+    """
+    if not 1 <= len(frames) <= MAX_FRAMES:
+        raise ProtocolError(f"a message has 1 to {MAX_FRAMES} frames, not {len(frames)}")
+    header = memoryview(frames[0])
+    if header.nbytes > MAX_HEADER:
+        raise ProtocolError(f"header of {header.nbytes} bytes is over the limit of {MAX_HEADER}")
+    prefix = bytes(header[:4])
+    if len(prefix) < 4 or prefix[:2] != MAGIC:
+        raise ProtocolError("not a zmqsched message")
+    if prefix[2] != MAJOR:
+        raise VersionMismatch(f"the peer speaks protocol {prefix[2]}.{prefix[3]}, this side {MAJOR}.{MINOR}")
+    envelope: Envelope = _decoded(_envelopes, header[4:])
+    _check(envelope.body)
+    _fill_bulk(envelope.body, frames)
+    return envelope
+
+
+def encode_pipe(message: PipeMessage) -> list[Buffer]:
+    bulk: list[Buffer] = []
+    slim = _without_bulk(message, bulk) if type(message) in _CARRIES else message
+    return [_encoder.encode(slim), *bulk]
+
+
+def decode_pipe(frames: Sequence[Buffer]) -> PipeMessage:
+    message: PipeMessage = _decoded(_pipe_messages, frames[0])
+    _fill_bulk(message, frames)
+    return message
+
+
+def payload_bytes(payload: Payload) -> int:
+    """Size of a payload, in bytes."""
+    if type(payload) is bytes:
+        return len(payload)
+    return sum(memoryview(part).nbytes for part in payload)
+
+
+def batches(sizes: Iterator[int], limit: int = BATCH_BYTES) -> Iterator[int]:
+    """Cut a run of items of these sizes into batches: yields how many items go into each."""
+    count = total = 0
+    for size in sizes:
+        if count and (count == BATCH_ITEMS or total + size > limit):
+            yield count
+            count = total = 0
+        count += 1
+        total += size
+    if count:
+        yield count
+
+
+def _decoded(decoder: Any, data: Buffer) -> Any:
+    try:
+        return decoder.decode(data)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
+        raise ProtocolError(f"malformed message: {error}") from None
+
+
+def _carriers(message: Any) -> Iterator[tuple[Any, str]]:
+    for where, field in _CARRIES.get(type(message), ()):
+        for item in getattr(message, where) if where else (message,):
+            yield item, field
+
+
+def _without_bulk(message: Any, bulk: list[Buffer]) -> Any:
+    """The message with every payload that is not small replaced by its count of frames, which join ``bulk``."""
+    replaced: dict[str, Any] = {}
+    for where, field in _CARRIES[type(message)]:
+        items = getattr(message, where) if where else (message,)
+        slim: list[Any] | None = None
+        for index, item in enumerate(items):
+            payload = getattr(item, field)
+            if type(payload) is bytes and len(payload) <= INLINE_MAX:
+                continue
+            parts = [payload] if type(payload) is bytes else payload
+            bulk.extend(parts)
+            if not where:
+                replaced[field] = len(parts)
+                continue
+            if slim is None:
+                slim = list(items)
+            slim[index] = msgspec.structs.replace(item, **{field: len(parts)})
+        if slim is not None:
+            replaced[where] = slim
+    return msgspec.structs.replace(message, **replaced) if replaced else message
+
+
+def _fill_bulk(message: Any, frames: Sequence[Buffer]) -> None:
+    """Put the bulk frames where the header left their counts; they must come out even."""
+    taken = 1
+    for item, field in _carriers(message):
+        count = getattr(item, field)
+        if type(count) is int:
+            parts = list(frames[taken : taken + count])
+            taken += count
+            if taken > len(frames):
+                raise ProtocolError("the header names more bulk frames than came with it")
+            msgspec.structs.force_setattr(item, field, parts)
+    if taken != len(frames):
+        raise ProtocolError(f"{len(frames) - taken} bulk frames that the header does not name")
+
+
+def _check(body: Message) -> None:
+    """What msgspec cannot state: indices within the message, and NaN, which passes every comparison it makes."""
+    pairs: list[tuple[str, float]] = []
+    if isinstance(body, Submit | Dispatch):
+        items = body.tasks if isinstance(body, Submit) else body.orders
+        if items and max(item.shape for item in items) >= len(body.shapes):
+            raise ProtocolError("a task names a shape that the message does not have")
+        pairs = [pair for shape in body.shapes for pair in shape.options.resources]
+    elif isinstance(body, NodeHello):
+        pairs = list(body.resources)
+    if not all(math.isfinite(amount) for _, amount in pairs):
+        raise ProtocolError("resource amounts must be finite numbers")

@@ -1,0 +1,463 @@
+"""Every ZeroMQ socket is made here, so that no option is forgotten anywhere.
+
+Rules
+-----
+* A Unix socket (``ipc://``) lies in a directory of mode 0700 and needs no more. A ``tcp://`` socket, loopback included,
+  is always CURVE: encrypted, and open to known keys only. Without keys it is refused, on both sides.
+* A bound socket may have both kinds. Then Unix peers are authenticated too (by their user id, as the kernel tells it),
+  and **every message of every peer carries a User-Id**. The broker drops what carries none: libzmq lets everybody in
+  while no :class:`Authenticator` runs, and that one check closes the gap.
+* The authenticator starts before the first bind and stops after the last socket is closed.
+* No routing ids are set and no handover is allowed (pitfalls 14 to 17): who a peer is, its messages say.
+* High-water marks only bound memory; the flow control is the protocol's credit. So sends are non-blocking, and EAGAIN
+  or EHOSTUNREACH is an event for the link, which sends again from its own queue.
+* Closing waits for unsent messages for two seconds at most, and for beats not at all: ``Context.term()`` cannot hang.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import re
+import socket
+import threading
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import NamedTuple, TypeAlias
+
+import zmq
+from zmq.utils import z85
+
+from . import config, protocol
+from .errors import BrokerUnreachable, StartError
+
+Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"
+Socket: TypeAlias = "zmq.Socket[bytes]"
+
+ZAP_DOMAIN = "zmqsched"
+# The User-Ids that the broker sees: the cluster's client key, and the Unix peers of a cluster that has keys.
+CLIENT_USER, LOCAL_USER = "client", "local"
+
+# Older ones have CVE-2019-13132: a stack overflow before authentication.
+_OLDEST_LIBZMQ = (4, 3, 2)
+_ZAP_ADDRESS = "inproc://zeromq.zap.01"
+# libzmq's limit is per frame and cuts the link; CURVE adds 33 bytes to a frame, hence the slack.
+_SLACK = 1024
+_MAX_FRAME = protocol.MAX_PAYLOAD + _SLACK
+# Beats and facts are a header without bulk frames.
+_MAX_SMALL_FRAME = protocol.MAX_HEADER + _SLACK
+_HWM = 1000
+# A beat is of use while it is fresh: better none than one from before the jam.
+_BEATS_SENT_HWM, _BEATS_RECEIVED_HWM = 10, 100
+_LINGER_MS = 2000
+_BACKLOG = 1024
+# A peer that connects and says nothing holds a descriptor; libzmq would let it for 30 s.
+_HANDSHAKE_MS = 5000
+# ZMTP heartbeats find a link that a router dropped. Only complete frames count as life (pitfall 20): a big frame over
+# a slow line must be through before the timeout, so that is generous. Dead nodes are noticed by their beats.
+_HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 15_000, 60_000
+_RECONNECT_TCP_MS, _RECONNECT_IPC_MS, _RECONNECT_MAX_MS = 100, 20, 5000
+
+_WILDCARDS = [ip_address(text) for text in ("0.0.0.0", "::", "::ffff:0.0.0.0")]
+_EVERYWHERE = "would listen on every interface; write the address of the one that is meant"
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """A cluster's CURVE keys in Z85. The connecting side has no ``server_secret``."""
+
+    server_public: bytes
+    client_public: bytes
+    client_secret: bytes = field(repr=False)
+    server_secret: bytes = field(repr=False, default=b"")
+
+    @classmethod
+    def generate(cls) -> Keys:
+        """New keys for a new cluster."""
+        if not zmq.has("curve"):
+            raise StartError("this libzmq has no CURVE encryption, which tcp:// needs; install pyzmq's own wheel")
+        (server_public, server_secret), (client_public, client_secret) = zmq.curve_keypair(), zmq.curve_keypair()
+        return cls(server_public, client_public, client_secret, server_secret)
+
+    @classmethod
+    def of(cls, file: config.ConnectionFile) -> Keys | None:
+        """The keys in a connection file; None if it holds none, as the cluster only has Unix sockets."""
+        if not file.server_key:
+            return None
+        return cls(file.server_key.encode(), file.client_public.encode(), file.client_secret.encode())
+
+
+class Bound(NamedTuple):
+    """A bound socket, and the addresses it got: where ``*`` was asked for, the port is in there."""
+
+    socket: Socket
+    addresses: list[str]
+
+
+def context() -> Context:
+    """A context of one's own. The process-wide ``Context.instance()`` belongs to the user's program, which may end it.
+
+    Raises
+    ------
+    StartError
+        libzmq is too old to be exposed to a network.
+    """
+    if zmq.zmq_version_info() < _OLDEST_LIBZMQ:
+        wanted = ".".join(map(str, _OLDEST_LIBZMQ))
+        raise StartError(f"libzmq {zmq.zmq_version()} is too old, {wanted} or newer is needed: pip install -U pyzmq")
+    return zmq.Context()
+
+
+def bind_router(ctx: Context, addresses: Iterable[str], keys: Keys | None) -> Bound:
+    """The broker's work socket."""
+    router = _socket(ctx, zmq.ROUTER, _MAX_FRAME)
+    # Without it, what is sent to a peer that left or is full vanishes without a word (pitfalls 1 and 2).
+    router.setsockopt(zmq.ROUTER_MANDATORY, 1)
+    return _bind(router, addresses, keys)
+
+
+def bind_sub(ctx: Context, addresses: Iterable[str], keys: Keys | None) -> Bound:
+    """The monitor's socket for beats. Poll it once it is bound: until then no node's beat is sent (pitfall 9)."""
+    sub = _socket(ctx, zmq.SUB, _MAX_SMALL_FRAME)
+    sub.setsockopt(zmq.RCVHWM, _BEATS_RECEIVED_HWM)
+    sub.setsockopt(zmq.LINGER, 0)
+    sub.setsockopt(zmq.SUBSCRIBE, b"")
+    return _bind(sub, addresses, keys)
+
+
+def bind_pub(ctx: Context, addresses: Iterable[str], keys: Keys | None) -> Bound:
+    """The broker's socket for facts. A slow observer loses facts and nobody else notices."""
+    pub = _socket(ctx, zmq.PUB, _MAX_SMALL_FRAME)
+    pub.setsockopt(zmq.LINGER, 0)
+    return _bind(pub, addresses, keys)
+
+
+def connect_dealer(
+    ctx: Context, addresses: Sequence[str], keys: Keys | None, timeout_s: float = config.CONNECT_TIMEOUT_S
+) -> Socket:
+    """A client's or node's link to the broker.
+
+    Raises
+    ------
+    BrokerUnreachable
+        Nobody answers at any of the addresses.
+    """
+    dealer = _socket(ctx, zmq.DEALER, _MAX_FRAME)
+    # Only to a link whose handshake is done. Otherwise libzmq would take messages while the broker is away and give
+    # them to whichever broker comes next (pitfall 12). As it is, a send is EAGAIN until there is a broker (POLLOUT
+    # tells), and the link's own queue, which knows what was acknowledged, is the only one.
+    dealer.setsockopt(zmq.IMMEDIATE, 1)
+    return _connect(dealer, addresses, keys, timeout_s)
+
+
+def connect_pub(
+    ctx: Context, addresses: Sequence[str], keys: Keys | None, timeout_s: float = config.CONNECT_TIMEOUT_S
+) -> Socket:
+    """A node's socket for its beats; raises as :func:`connect_dealer` does."""
+    pub = _socket(ctx, zmq.PUB, _MAX_SMALL_FRAME)
+    pub.setsockopt(zmq.SNDHWM, _BEATS_SENT_HWM)
+    pub.setsockopt(zmq.LINGER, 0)
+    return _connect(pub, addresses, keys, timeout_s)
+
+
+def connect_sub(
+    ctx: Context, addresses: Sequence[str], keys: Keys | None, timeout_s: float = config.CONNECT_TIMEOUT_S
+) -> Socket:
+    """An observer's socket for facts; raises as :func:`connect_dealer` does."""
+    sub = _socket(ctx, zmq.SUB, _MAX_SMALL_FRAME)
+    sub.setsockopt(zmq.LINGER, 0)
+    sub.setsockopt(zmq.SUBSCRIBE, b"")
+    return _connect(sub, addresses, keys, timeout_s)
+
+
+def user_id(frame: zmq.Frame) -> str:
+    """Who sent this frame (received with ``copy=False``), as the authenticator named it; "" if nobody vouched."""
+    try:
+        return str(frame.get("User-Id"))
+    except zmq.ZMQError:  # EINVAL: the connection has no such property
+        return ""
+
+
+def _socket(ctx: Context, kind: int, max_frame: int) -> Socket:
+    made = ctx.socket(kind)
+    made.setsockopt(zmq.LINGER, _LINGER_MS)
+    made.setsockopt(zmq.SNDHWM, _HWM)
+    made.setsockopt(zmq.RCVHWM, _HWM)
+    made.setsockopt(zmq.MAXMSGSIZE, max_frame)
+    made.setsockopt(zmq.HANDSHAKE_IVL, _HANDSHAKE_MS)
+    made.setsockopt(zmq.BACKLOG, _BACKLOG)
+    made.setsockopt(zmq.RECONNECT_IVL_MAX, _RECONNECT_MAX_MS)
+    return made
+
+
+def _tcp_options(made: Socket, address: str) -> None:
+    # Only where it is needed: with IPV6 on, IPv4 addresses come back as ::ffff:1.2.3.4.
+    made.setsockopt(zmq.IPV6, int(address.startswith("tcp://[")))
+    # The kernel's own check begins after two hours otherwise: half a minute, then three questions, ten seconds apart.
+    made.setsockopt(zmq.TCP_KEEPALIVE, 1)
+    made.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
+    made.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
+    made.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+    made.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
+    made.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
+
+
+def _bind(made: Socket, addresses: Iterable[str], keys: Keys | None) -> Bound:
+    """libzmq gives a listener the options of the moment it is bound: first the Unix sockets, then those with CURVE."""
+    got = []
+    try:
+        if keys is not None:
+            made.setsockopt_string(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
+        for address in sorted(addresses, key=lambda address: address.startswith("tcp://")):
+            if address.startswith("tcp://"):
+                _serve_curve(made, keys)
+                _tcp_options(made, address)
+            made.bind(address)
+            got.append(made.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+    except zmq.ZMQError as error:
+        made.close(linger=0)
+        raise StartError(f"cannot listen at {address}: {error.strerror}; choose another address or port") from None
+    except BaseException:
+        made.close(linger=0)
+        raise
+    return Bound(made, got)
+
+
+def _serve_curve(made: Socket, keys: Keys | None) -> None:
+    if keys is None or not keys.server_secret:
+        raise ValueError("a tcp:// address can only be bound with the server's keys")
+    made.setsockopt(zmq.CURVE_SERVER, 1)
+    made.setsockopt(zmq.CURVE_SECRETKEY, keys.server_secret)
+
+
+def _connect(made: Socket, addresses: Sequence[str], keys: Keys | None, timeout_s: float) -> Socket:
+    """To one address only: with several, a DEALER would share its messages out among them (pitfall 11)."""
+    try:
+        address = pick_address(addresses, timeout_s)
+        made.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_IPC_MS)
+        if address.startswith("tcp://"):
+            made.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_TCP_MS)
+            made.setsockopt(zmq.CONNECT_TIMEOUT, int(config.CONNECT_TIMEOUT_S * 1000))
+            _tcp_options(made, address)
+            _use_curve(made, keys)
+        made.connect(address)
+    except BaseException:
+        made.close(linger=0)
+        raise
+    return made
+
+
+def _use_curve(made: Socket, keys: Keys | None) -> None:
+    if keys is None:
+        raise ValueError("a tcp:// address can only be connected to with the cluster's keys")
+    made.setsockopt(zmq.CURVE_SERVERKEY, keys.server_public)
+    made.setsockopt(zmq.CURVE_PUBLICKEY, keys.client_public)
+    made.setsockopt(zmq.CURVE_SECRETKEY, keys.client_secret)
+
+
+class Authenticator:
+    """Tells libzmq, at each handshake with the context's bound sockets, whether to let the peer in (ZAP, RFC 27).
+
+    It lets in the CURVE keys it was given, each under the name that becomes its messages' User-Id, and Unix peers of
+    this user as ``LOCAL_USER``. pyzmq's ``ThreadAuthenticator`` is not used: it needs an asyncio loop, a callback that
+    raises ends its thread and then ``stop()`` hangs, and it admits every peer without a mechanism.
+
+    A handshake without an answer hangs for ever and nobody is told, so its owner looks at ``alive`` now and then.
+    """
+
+    _STOP = b"stop"
+
+    def __init__(self, ctx: Context, users: Mapping[bytes, str]) -> None:
+        """``users`` names each public key (Z85) that may connect."""
+        self._ctx = ctx
+        self._users = {z85.decode(key): name for key, name in users.items()}
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Before the first bind.
+
+        Raises
+        ------
+        StartError
+            The context has an authenticator already.
+        """
+        zap = self._ctx.socket(zmq.REP)
+        zap.setsockopt(zmq.LINGER, 0)
+        try:
+            zap.bind(_ZAP_ADDRESS)
+        except zmq.ZMQError as error:
+            zap.close()
+            raise StartError(f"cannot authenticate peers: {error.strerror}") from None
+        self._thread = threading.Thread(target=self._run, args=(zap,), name="zmqsched-zap", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """After the last bound socket is closed: from here on libzmq would let everybody in. Idempotent."""
+        if self._thread is None:
+            return
+        with self._ctx.socket(zmq.REQ) as control:
+            control.setsockopt(zmq.LINGER, 0)
+            control.connect(_ZAP_ADDRESS)
+            control.send(self._STOP)
+            self._thread.join()
+        self._thread = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether handshakes are being answered."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def _run(self, zap: Socket) -> None:
+        with zap:
+            while True:
+                try:
+                    request = zap.recv_multipart()
+                except zmq.ContextTerminated:
+                    return
+                if request == [self._STOP]:
+                    return
+                zap.send_multipart(self._reply(request))
+
+    def _reply(self, request: list[bytes]) -> list[bytes]:
+        """Never raises: a request that cannot be understood is one that is refused."""
+        try:
+            version, number, domain, address, _, mechanism, *credentials = request
+            user = self._user(domain, address, mechanism, credentials)
+        except Exception:  # noqa: BLE001 - whatever it is, an answer must go out
+            version, number, user = b"1.0", request[1] if len(request) > 1 else b"", None
+        if user is None:
+            return [version, number, b"400", b"No access", b"", b""]
+        return [version, number, b"200", b"OK", user.encode(), b""]
+
+    def _user(self, domain: bytes, address: bytes, mechanism: bytes, credentials: list[bytes]) -> str | None:
+        if domain != ZAP_DOMAIN.encode():
+            return None
+        if mechanism == b"CURVE":
+            (key,) = credentials
+            return self._users.get(key)
+        if mechanism == b"NULL":
+            # libzmq gives a Unix peer's address as localhost:UID:GID:PID, from SO_PEERCRED.
+            unix = re.fullmatch(rb"localhost:(\d+):\d+:\d+", address)
+            return LOCAL_USER if unix and int(unix[1]) == os.geteuid() else None
+        return None
+
+
+def pick_address(addresses: Sequence[str], timeout_s: float = config.CONNECT_TIMEOUT_S) -> str:
+    """The first of the broker's addresses that answers, host names replaced by the IP address that did.
+
+    libzmq itself never says that a name does not exist or nobody listens (pitfall 37), and it tries only one of a
+    name's IP addresses. Unix sockets are tried first and in order; the others all at once, so that an address that
+    swallows packets delays nobody.
+
+    Raises
+    ------
+    BrokerUnreachable
+        None answered within ``timeout_s`` seconds; names each address, what was wrong and what to do.
+    """
+    failed: dict[str, str] = {}
+    for address in addresses:
+        if address.startswith("ipc://"):
+            try:
+                return _probe_ipc(address, timeout_s)
+            except (OSError, ValueError) as error:
+                failed[address] = _reason(error)
+    others = [address for address in dict.fromkeys(addresses) if not address.startswith("ipc://")]
+    answer = _first_answer(others, timeout_s, failed)
+    if answer is not None:
+        return answer
+    listed = ", ".join(f"{address} ({why})" for address, why in failed.items()) or "there are none"
+    raise BrokerUnreachable(
+        f"nobody answers at the broker's addresses: {listed}; is the cluster running (zmqsched ls)? "
+        "For other hosts it must be started with --listen ADDR, and no firewall may be in between"
+    )
+
+
+def _first_answer(addresses: list[str], timeout_s: float, failed: dict[str, str]) -> str | None:
+    """Probe all at once. In threads, as looking up a name has no timeout; one that hangs is left behind."""
+    answers: queue.SimpleQueue[tuple[str, str | Exception]] = queue.SimpleQueue()
+
+    def probe(address: str) -> None:
+        try:
+            answers.put((address, _probe_tcp(address, timeout_s)))
+        except (OSError, ValueError) as error:
+            answers.put((address, error))
+
+    deadline = time.monotonic() + timeout_s
+    for address in addresses:
+        threading.Thread(target=probe, args=(address,), name="zmqsched-probe", daemon=True).start()
+    waiting = set(addresses)
+    while waiting:
+        try:
+            address, answer = answers.get(timeout=max(0.0, deadline - time.monotonic()))
+        except queue.Empty:
+            break
+        if isinstance(answer, str):
+            return answer
+        waiting.discard(address)
+        failed[address] = _reason(answer)
+    failed.update((address, f"no answer in {timeout_s:g} s") for address in addresses if address in waiting)
+    return None
+
+
+def _probe_ipc(address: str, timeout_s: float) -> str:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(timeout_s)
+        probe.connect(config.ipc_path(address))
+    return address
+
+
+def _probe_tcp(address: str, timeout_s: float) -> str:
+    with socket.create_connection(config.split_tcp(address), timeout=timeout_s) as probe:
+        # A free port of this host that is probed from that very port by chance answers itself.
+        if probe.getsockname() == probe.getpeername():
+            raise ConnectionRefusedError(0, "connection refused")
+        host, port = probe.getpeername()[:2]
+    return f"tcp://{_bracketed(host)}:{port}"
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return str(error)
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
+
+
+def listen_address(text: str = "") -> str:
+    """What to bind for ``--listen ADDR[:PORT]``: ``tcp://IP:PORT``, the port ``*`` (any free one) if none is given.
+
+    "" is loopback. Names are looked up, IPv6 addresses may come with or without brackets (with, if a port follows).
+    Listening on every interface at once is refused: it offers the cluster to networks one did not think of.
+
+    Raises
+    ------
+    ValueError
+        One line that says what is wrong and what to write instead.
+    """
+    host, port = _host_and_port(text or "127.0.0.1")
+    try:
+        found = ip_address(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    except (OSError, UnicodeError, IndexError):
+        raise ValueError(f"--listen {text}: {host!r} is not an address; write one that `ip addr` shows") from None
+    if found in _WILDCARDS:
+        raise ValueError(f"--listen {text} {_EVERYWHERE}")
+    return f"tcp://{_bracketed(str(found))}:{port}"
+
+
+def _host_and_port(text: str) -> tuple[str, str]:
+    match = re.fullmatch(r"\[([^\[\]]+)\](?::(\d{1,5}|\*))?|([^\[\]:]*)(?::(\d{1,5}|\*))?|([^\[\]]+)", text)
+    if match is None:
+        raise ValueError(f"--listen {text}: write ADDR, ADDR:PORT or [IPV6]:PORT")
+    inner, inner_port, host, host_port, bare = match.groups()
+    host, port = inner or bare or host, inner_port or host_port or "*"
+    if host in ("", "*"):
+        raise ValueError(f"--listen {text} {_EVERYWHERE}")
+    if bare is not None and bare.count(":") < 2:
+        raise ValueError(f"--listen {text}: the port must be a number from 1 to 65535")
+    if port != "*" and not 1 <= int(port) <= 65535:
+        raise ValueError(f"--listen {text}: the port must be a number from 1 to 65535")
+    return host, port

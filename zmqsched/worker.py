@@ -1,0 +1,166 @@
+"""A worker: reads one Run from its pipe, runs it, answers with Done, until the pipe ends.
+
+Rules
+-----
+* One Run is taken at a time and answered at once. So what a dead worker had taken and not answered is exactly the task
+  it was running, and no result waits behind the next task.
+* Whatever a task raises is its answer: SystemExit and KeyboardInterrupt too. Only losing the pipe ends a worker.
+* A function is kept by its digest, pickled if it could not be loaded, so that a later Run may try again.
+* Code inside a task reaches the node through :func:`tell`, from any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+from time import perf_counter
+from typing import Any
+
+from .errors import ProtocolError
+from .payload import pack_exception, pack_value, unpack_call, unpack_function
+from .pipes import Pipe
+from .protocol import Done, Payload, PipeMessage, Run, decode_pipe, encode_pipe
+
+# EX_SOFTWARE of sysexits.h: the task closed the pipe's descriptor, nobody can be answered any more.
+EXIT_PIPE_LOST = 70
+
+_pipe: Pipe | None = None
+
+
+def in_worker() -> bool:
+    """True in a process that runs tasks."""
+    return _pipe is not None
+
+
+def tell(message: PipeMessage) -> None:
+    """Send a message to this worker's node. Any thread of a task may call this.
+
+    Raises
+    ------
+    RuntimeError
+        This process is not a worker.
+    """
+    if _pipe is None:
+        raise RuntimeError("only code that runs inside a task can send messages to its node")
+    _pipe.send(encode_pipe(message))
+
+
+def run_worker(pipe: Pipe) -> None:
+    """Run what comes out of the pipe. Returns when the node has closed its end.
+
+    Raises
+    ------
+    SystemExit
+        With ``EXIT_PIPE_LOST``: a task closed the pipe.
+    """
+    global _pipe  # noqa: PLW0603 - a process is a worker or it is not
+    _pipe = pipe
+    functions = _Functions()
+    try:
+        while (frames := pipe.receive()) is not None:
+            message = decode_pipe(frames)
+            if not isinstance(message, Run):
+                raise ProtocolError(f"a worker is sent runs, not {type(message).__name__}")
+            pipe.send(encode_pipe(_attempt(message, functions)))
+    except BrokenPipeError:
+        return
+    except OSError as error:
+        with suppress(OSError):  # past sys.stderr, which the task may have closed as well
+            os.write(2, f"zmqsched worker {os.getpid()}: a task closed this worker's pipe ({error})\n".encode())
+        raise SystemExit(EXIT_PIPE_LOST) from error
+    finally:
+        _pipe = None
+
+
+class _Functions:
+    """The callables this worker has been given, by digest."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[bytes, Callable[..., Any]] = {}
+        self._pickled: dict[bytes, bytes] = {}
+
+    def accept(self, run: Run) -> None:
+        if run.fresh:
+            self._loaded.clear()
+            self._pickled.clear()
+        if run.function and run.digest not in self._loaded:
+            self._pickled[run.digest] = _joined(run.function)
+
+    def get(self, digest: bytes) -> Callable[..., Any]:
+        fn = self._loaded.get(digest)
+        return fn if fn is not None else self._load(digest)
+
+    def _load(self, digest: bytes) -> Callable[..., Any]:
+        blob = self._pickled.get(digest)
+        if blob is None:
+            raise ProtocolError(f"the node names a function this worker was never given: {digest.hex()}")
+        try:
+            fn = unpack_function(blob)
+        except BaseException as error:
+            error.add_note("(raised in the worker while it loaded the task's function, before the call)")
+            raise
+        self._loaded[digest] = fn
+        del self._pickled[digest]
+        return fn
+
+
+def _attempt(run: Run, functions: _Functions) -> Done:
+    """Run one attempt; whatever happens is its answer."""
+    pid = os.getpid()
+    seconds = 0.0
+    try:
+        functions.accept(run)
+        fn = functions.get(run.digest)
+        args, kwargs = _arguments(run.call)
+        before = _set_environment(run.env) if run.env else None
+        started = perf_counter()
+        try:
+            result = fn(*args, **kwargs)
+        finally:
+            seconds = perf_counter() - started
+            if before is not None:
+                _restore_environment(before)
+            if os.getpid() != pid:  # a child the task forked came back from it; there must be one answer
+                os._exit(0)
+        ok, value = True, pack_value(result)
+    except BaseException as error:  # noqa: BLE001 - whatever a task raises is its answer
+        ok, value = False, pack_exception(error)
+    _flush()
+    return Done(run.task, run.attempt, ok, value, seconds)
+
+
+def _arguments(call: Payload) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    try:
+        return unpack_call(call)
+    except BaseException as error:
+        error.add_note("(raised in the worker while it loaded the task's arguments, before the call)")
+        raise
+
+
+def _joined(payload: Payload) -> bytes:
+    return payload if isinstance(payload, bytes) else b"".join(payload)
+
+
+def _set_environment(env: tuple[tuple[str, str], ...]) -> list[tuple[str, str | None]]:
+    before = [(name, os.environ.get(name)) for name, _ in env]
+    os.environ.update(env)
+    return before
+
+
+def _restore_environment(before: list[tuple[str, str | None]]) -> None:
+    for name, value in before:
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def _flush() -> None:
+    """What a task printed is out before its answer is. The streams are the user's to close or to replace."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except Exception:  # noqa: BLE001 - closed, None, or without flush: nothing of ours to report
+            continue
