@@ -1,0 +1,46 @@
+"""zmqsched: run Python functions on all the cores of one machine, or of many, through ZeroMQ.
+
+>>> import zmqsched
+>>> zmqsched.map(pow, [2, 3], [10, 10])
+[1024, 59049]
+
+The names are loaded when first used: a worker imports this package too and needs none of them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .cluster import LocalCluster
+    from .easy import map  # noqa: A004 - zmqsched.map is the point
+    from .futures import Future
+    from .version import __version__
+    from .waitgroup import WaitGroup
+
+__all__ = ["Client", "Future", "LocalCluster", "WaitGroup", "__version__", "errors", "map"]
+
+_HOMES = {
+    "Client": "client",
+    "Future": "futures",
+    "LocalCluster": "cluster",
+    "WaitGroup": "waitgroup",
+    "__version__": "version",
+    "map": "easy",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return import_module(".errors", __name__)
+    if name not in _HOMES:
+        raise AttributeError(f"module 'zmqsched' has no attribute {name!r}")
+    value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -422,7 +422,7 @@ class ClusterLock:
                 return cls(directory, fd)
             time.sleep(_LOCK_PAUSE_S)
         raise ClusterExists(
-            f"a cluster named {name!r} is running already: stop it (zmqsched down --name {name}) or choose another name"
+            f"a cluster named {name!r} is running already: stop it (zmqsched down {name}) or choose another name"
         )
 
     def release(self) -> None:

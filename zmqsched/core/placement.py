@@ -123,12 +123,14 @@ class Placement:
                 heapq.heappop(heap)
         return pairs
 
-    def hopeless(self) -> list[Lane]:
-        """Lanes with tasks that no node here could hold even if it were empty."""
+    def hopeless(self, expected: list[Node]) -> list[Lane]:
+        """Lanes with tasks that no node, here or expected back, could hold even if it were empty."""
         return [
             lane
             for lane in self._lanes.values()
-            if lane.tasks and not any(node.could_hold(lane.demand) for node in lane.pool.nodes.values())
+            if lane.tasks
+            and not any(node.could_hold(lane.demand) for node in lane.pool.nodes.values())
+            and not any(lane.pool.suits(node) and node.could_hold(lane.demand) for node in expected)
         ]
 
     def lanes(self) -> list[Lane]:

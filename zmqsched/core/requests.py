@@ -60,7 +60,7 @@ class Requests:
         return out
 
     def next_deadline(self) -> float:
-        if self._fresh:
+        if self._fresh and self._uplink.link is not None:
             return 0.0
         return min(self._uplink.deadline(), self._warn_at())
 

@@ -51,7 +51,11 @@ FORMER_NODES = 32  # lost and departed nodes kept for reports
 
 @dataclass(frozen=True)
 class Settings:
-    """``python`` is the "major.minor" that clients and nodes must share: functions by value are bytecode."""
+    """``python`` is the "major.minor" that clients and nodes must share: functions by value are bytecode.
+
+    A task that no node can ever hold fails after ``unservable_after_s``; a node lost less than ``await_lost_s`` ago counts
+    as one that may be back.
+    """
 
     name: str = "cluster"
     epoch: int = 1
@@ -62,6 +66,7 @@ class Settings:
     ping_grace_s: float = PING_GRACE_S
     client_lease_s: float = CLIENT_LEASE_S
     unservable_after_s: float = 3.0
+    await_lost_s: float = 60.0
     max_deaths: int = 3
 
 
@@ -616,7 +621,8 @@ class Scheduler:
     def _fail_hopeless(self, now: float) -> None:
         if not self._nodes:
             return  # they may all be on their way: nothing is known about what they will offer
-        hopeless = self._placement.hopeless()
+        expected = [n for n in self._former if n.state is LOST and now - n.heard_at < self.settings.await_lost_s]
+        hopeless = self._placement.hopeless(expected)
         for lane in self._placement.lanes():
             if lane not in hopeless:
                 lane.unservable_since = None

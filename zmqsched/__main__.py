@@ -1,0 +1,120 @@
+"""``python -m zmqsched``, and the ``zmqsched`` command.
+
+``broker`` and ``node`` are started by the dozen and must be up in a moment, so they parse their arguments here and import
+no more than they need; the commands for people are in ``cli.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .config import ConnectionFile
+from .core.policy import DEFAULT_POLICY, POLICIES
+from .errors import ZmqschedError
+from .shell import LEVELS, report_failure, set_up_logging
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments[:1] == ["broker"]:
+        return _broker(arguments[1:])
+    if arguments[:1] == ["node"]:
+        return _node(arguments[1:])
+    from .cli import run  # noqa: PLC0415 - see above
+
+    return run(arguments)
+
+
+def _broker(arguments: list[str]) -> int:
+    parser = _parser("broker", "Run a broker: the process that owns the tasks and gives them to nodes.")
+    parser.add_argument("--name", default="default", help="the cluster's name (default: %(default)s)")
+    parser.add_argument(
+        "--listen",
+        nargs="?",
+        const="",
+        metavar="ADDRESS[:PORT]",
+        help="listen on TCP, encrypted, instead of Unix sockets; without an address on loopback",
+    )
+    parser.add_argument("--policy", choices=sorted(POLICIES), default=DEFAULT_POLICY, help="who gets a task (%(default)s)")
+    options = parser.parse_args(arguments)
+    set_up_logging(options.log_level)
+    try:
+        from . import sockets  # noqa: PLC0415 - after --help
+        from .broker import Broker  # noqa: PLC0415
+
+        listen = None if options.listen is None else sockets.listen_address(options.listen)
+        broker = Broker(options.name, options.policy, listen)
+    except ValueError as error:
+        return report_failure(options.ready_fd, ZmqschedError(str(error)))
+    except ZmqschedError as error:
+        return report_failure(options.ready_fd, error)
+    broker.run(until_eof=options.until_eof, ready_fd=options.ready_fd)
+    return 0
+
+
+def _node(arguments: list[str]) -> int:
+    parser = _parser("node", "Run a node: the process that owns this host's workers.")
+    parser.add_argument("--connect", required=True, metavar="FILE", help="the cluster's connection file")
+    parser.add_argument("-n", "--slots", type=_positive, help="workers (default: one for each usable CPU)")
+    parser.add_argument(
+        "--resource", action="append", default=[], metavar="NAME=AMOUNT", type=_resource, help="offer this; may be repeated"
+    )
+    parser.add_argument("--tag", action="append", default=[], help="offer tasks that ask for this tag; may be repeated")
+    parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="for the connection file to appear")
+    options = parser.parse_args(arguments)
+    set_up_logging(options.log_level)
+    try:
+        file = _load(Path(options.connect), options.wait)
+        from .node import Node  # noqa: PLC0415 - after --help
+
+        node = Node(file, options.slots, dict(options.resource), options.tag)
+        node.run(until_eof=options.until_eof, ready_fd=options.ready_fd)
+    except ZmqschedError as error:
+        return report_failure(options.ready_fd, error)
+    return 0
+
+
+def _load(path: Path, wait_s: float) -> ConnectionFile:
+    """The file, which its broker may be about to write."""
+    until = time.monotonic() + wait_s
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.005)
+    return ConnectionFile.load(path)
+
+
+def _parser(name: str, what: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"zmqsched {name}", description=what)
+    parser.add_argument("--log-level", choices=LEVELS, default=os.environ.get("ZMQSCHED_LOG", "info"))
+    parser.add_argument("--until-eof", action="store_true", help="end when standard input does")
+    parser.add_argument("--ready-fd", type=int, metavar="N", help="write one JSON line there when ready")
+    return parser
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if not 1 <= number <= 10_000:
+        raise argparse.ArgumentTypeError(f"{number} is not between 1 and 10000")
+    return number
+
+
+def _resource(text: str) -> tuple[str, float]:
+    name, _, amount = text.partition("=")
+    try:
+        number = float(amount)
+    except ValueError:
+        number = -1.0
+    if not name or not 0 <= number < 2**60:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=AMOUNT with a number of at least 0")
+    return name, number
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The broker's shell: sockets around the scheduler. It carries and never decides.
+
+One thread, one loop. A turn reads what has come in on ROUTER and SUB, hands it to the core, ticks the core, and sends what
+the core says. An unexpected error ends the process loudly. It never unpickles: payloads pass through as bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import secrets
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from time import monotonic
+
+import zmq
+
+from . import sockets
+from .config import CONNECTION_FILE, Addresses, ClusterLock, ConnectionFile, ipc_address, this_host
+from .core.events import Arrived, Log, Malformed, Publish, Quit, SchedulerAction, SchedulerEvent, Send, Tick, Undelivered
+from .core.scheduler import Scheduler, Settings
+from .errors import ProtocolError, VersionMismatch
+from .monitor import Monitor
+from .protocol import Envelope, No, decode, encode
+from .shell import StopSignals, log, say_ready
+from .version import __version__
+
+MAX_MESSAGES_PER_TURN = 200
+LINGER_MS = 1_000
+
+
+class Broker:
+    """A bound broker. ``run`` serves until told to stop; everything it made is gone when it returns."""
+
+    def __init__(self, name: str, policy: str, listen: str | None = None) -> None:
+        """Take the name, bind the sockets and write the connection file.
+
+        ``listen`` is a ``tcp://`` address (``sockets.listen_address``); None is Unix sockets in the cluster's directory.
+        """
+        self.lock = ClusterLock.acquire(name)
+        self._ctx = sockets.context()
+        self._keys = sockets.Keys.generate() if listen else None
+        self._authenticator: sockets.Authenticator | None = None
+        if self._keys:
+            self._authenticator = sockets.Authenticator(self._ctx, {self._keys.client_public: sockets.CLIENT_USER})
+            self._authenticator.start()
+
+        def addresses(role: str) -> list[str]:
+            return [_port_any(listen, role) if listen else ipc_address(self.lock.directory, role)]
+
+        try:
+            self._router, work = sockets.bind_router(self._ctx, addresses("work"), self._keys)
+            self._monitor = Monitor(self._ctx, addresses("beats"), self._keys)
+            self._pub, status = sockets.bind_pub(self._ctx, addresses("status"), self._keys)
+        except BaseException:
+            self._ctx.destroy(linger=0)
+            self.lock.remove()
+            raise
+        self.file = self._write_file(name, Addresses(work, self._monitor.addresses, status))
+        epoch = secrets.randbits(48)
+        settings = Settings(name=name, epoch=epoch, python=".".join(platform.python_version_tuple()[:2]), policy=policy)
+        self._core = Scheduler(settings, Random(secrets.randbits(64)))
+
+    @property
+    def path(self) -> Path:
+        return self.lock.directory / CONNECTION_FILE
+
+    def run(self, *, until_eof: bool, ready_fd: int | None) -> None:
+        stop = StopSignals(until_eof=until_eof)
+        poller = zmq.Poller()
+        for source in (self._router, self._monitor.socket, *stop.descriptors):
+            poller.register(source, zmq.POLLIN)
+        say_ready(ready_fd, {"pid": os.getpid(), "file": str(self.path)})
+        log.info("broker of cluster %s ready: %s", self.file.name, self.path)
+        try:
+            why = ""
+            while not why:
+                ready = dict(poller.poll(_timeout_ms(self._core.next_deadline())))
+                why = self._turn() or next((w for fd in stop.descriptors if fd in ready and (w := stop.read(fd))), "")
+                if self._authenticator and not self._authenticator.alive:
+                    why = "the authenticator died: nobody new could be let in"
+            log.info("broker ends: %s", why)
+        finally:
+            self._close()
+
+    def _turn(self) -> str:
+        """Take in, act, send. Returns why to end, if the core says so."""
+        now = monotonic()
+        why = ""
+        for event in self._arrivals():
+            why = self._perform(self._core.handle(event, now), now) or why
+        for beat in self._monitor.read():
+            why = self._perform(self._core.handle(beat, now), now) or why
+        return self._perform(self._core.handle(Tick(), now), now) or why
+
+    def _arrivals(self) -> list[SchedulerEvent]:
+        events: list[SchedulerEvent] = []
+        for _ in range(MAX_MESSAGES_PER_TURN):
+            try:
+                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            events.append(self._event(frames))
+        return events
+
+    def _event(self, frames: Sequence[zmq.Frame]) -> SchedulerEvent:
+        peer = frames[0].bytes
+        user = ""
+        if self._keys is not None and not (user := sockets.user_id(frames[0])):
+            return Malformed(peer, "no authenticated sender")
+        try:
+            return Arrived(peer, user, decode([frame.buffer for frame in frames[1:]]))
+        except VersionMismatch as error:
+            return Malformed(peer, "protocol version", No("version", f"{error}; install the same zmqsched on both sides"))
+        except ProtocolError:
+            return Malformed(peer, "malformed message")
+
+    def _perform(self, actions: list[SchedulerAction], now: float) -> str:
+        why = ""
+        for action in actions:
+            match action:
+                case Send(peer, envelope):
+                    if (refusal := self._send(peer, envelope)) is not None:
+                        self._core.handle(refusal, now)
+                case Publish(fact):
+                    with suppress(zmq.Again):  # facts are for observers; a slow one misses some
+                        self._pub.send_multipart(encode(Envelope(0, 0, 0, fact)), zmq.NOBLOCK)
+                case Log(level, text):
+                    getattr(log, level)(text)
+                case Quit(reason):
+                    why = reason
+        return why
+
+    def _send(self, peer: bytes, envelope: Envelope) -> Undelivered | None:
+        frames = encode(envelope)
+        try:
+            self._router.send_multipart([peer, *frames], zmq.NOBLOCK, copy=len(frames) == 1)
+        except zmq.Again:
+            return Undelivered(peer, "full")
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return Undelivered(peer, "unreachable")
+        return None
+
+    def _write_file(self, name: str, addresses: Addresses) -> ConnectionFile:
+        keys = self._keys
+        file = ConnectionFile(
+            name=name,
+            cluster_id=secrets.token_hex(16),
+            host=this_host(),
+            pid=os.getpid(),
+            python=platform.python_version(),
+            zmqsched=__version__,
+            addresses=addresses,
+            server_key=keys.server_public.decode() if keys else "",
+            client_public=keys.client_public.decode() if keys else "",
+            client_secret=keys.client_secret.decode() if keys else "",
+        )
+        file.write(self.path)
+        return file
+
+    def _close(self) -> None:
+        for made in (self._monitor.socket, self._pub):
+            made.close(linger=0)
+        self._router.close(linger=LINGER_MS)
+        if self._authenticator:
+            self._authenticator.stop()
+        self._ctx.term()
+        self.lock.remove()
+
+
+def _port_any(listen: str, role: str) -> str:
+    """A stated port is the work socket's; the other two take what is free and are found by the connection file."""
+    host, _, _ = listen.rpartition(":")
+    return listen if role == "work" else f"{host}:*"
+
+
+def _timeout_ms(deadline: float | None) -> int | None:
+    """Until then, rounded up: a millisecond early would only mean another turn."""
+    if deadline is None:
+        return None
+    return max(0, math.ceil((deadline - monotonic()) * 1000)) if deadline else 0

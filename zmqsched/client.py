@@ -1,0 +1,599 @@
+"""The client: an exact ``concurrent.futures.Executor`` in front of a cluster.
+
+How a call travels
+------------------
+``submit`` pickles in the caller's thread, makes the future, puts the packed call into an inbox and wakes the I/O thread
+if it sleeps. The I/O thread owns the socket and the client's brain (``core/requests.py``); it sends what has gathered as
+one batch, and completes futures as answers come. So a lone call goes out at once, and a loop of calls becomes batches.
+"""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import itertools
+import math
+import os
+import secrets
+import threading
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import zmq
+
+from . import errors, sockets
+from .config import CONNECT_TIMEOUT_S, ConnectionFile, find_cluster
+from .core import events
+from .core.events import ClientAction, ClientEvent
+from .core.requests import Requests
+from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, ProtocolError, Refused, ZmqschedError
+from .futures import Future
+from .host import where
+from .payload import Chunk, FunctionPickler, pack_call, unpack_exception, unpack_value
+from .protocol import ClientHello, Envelope, Final, GroupDone, Options, Payload, Query, Report, Shape, decode, encode
+from .records import NodeInfo, Status, WorkerInfo, node_infos, status_of, worker_infos
+
+if TYPE_CHECKING:
+    from .cluster import LocalCluster
+
+T = TypeVar("T")
+
+QUERY_TIMEOUT_S = 10.0
+CLOSE_TIMEOUT_S = 2.0
+MAX_MESSAGES_PER_TURN = 100
+
+_open_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+class Tasks(concurrent.futures.Executor):
+    """What a client and its views share: submitting, with one set of options."""
+
+    _client: Client
+    _options: Options
+
+    def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Run ``fn(*args, **kwargs)`` on the cluster.
+
+        Every keyword is ``fn``'s; a task's own settings are given by :meth:`options`.
+
+        Returns
+        -------
+        Future
+            Completes with the result, or with the task's own exception (its remote traceback is the ``__cause__``).
+            What cannot be pickled is an exception of the future too (:class:`~zmqsched.errors.NotSerializable`).
+
+        Raises
+        ------
+        TypeError
+            ``fn`` cannot be called.
+        RuntimeError
+            After ``shutdown``.
+        ClusterLost
+            The broker is gone.
+        """
+        if not callable(fn):
+            raise TypeError(f"submit needs a callable, not {type(fn).__name__}; to run f(x) write submit(f, x)")
+        return self._client._submit(fn, args, kwargs, self._options)
+
+    def map(
+        self,
+        fn: Callable[..., T],
+        *iterables: Iterable[Any],
+        timeout: float | None = None,
+        chunksize: int = 1,
+    ) -> Iterator[T]:
+        """As ``Executor.map``: submits at once, gives the results in order, lazily.
+
+        Parameters
+        ----------
+        timeout
+            Seconds from this call on until ``TimeoutError``.
+        chunksize
+            Items per task; more pays when a call takes less than about a millisecond.
+        """
+        if not callable(fn):
+            raise TypeError(f"map needs a callable, not {type(fn).__name__}")
+        if chunksize < 1:
+            raise ValueError(f"chunksize must be at least 1, not {chunksize}")
+        until = None if timeout is None else time.monotonic() + timeout
+        calls = zip(*iterables, strict=False)
+        if chunksize == 1:
+            return _results([self.submit(fn, *args) for args in calls], until)
+        chunk = Chunk(fn)
+        chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
+        futures = [self.submit(chunk, part) for part in chunks]
+        return itertools.chain.from_iterable(_results(futures, until))
+
+    def options(
+        self,
+        *,
+        priority: int | None = None,
+        retries: int | None = None,
+        resources: Mapping[str, float] | None = None,
+        tags: Iterable[str] | None = None,
+        name: str | None = None,
+        requeue: bool | None = None,
+    ) -> TaskOptions:
+        """A view of this client that submits with these settings; what is not given stays as it is here.
+
+        Parameters
+        ----------
+        priority
+            Higher first; tasks of equal priority run first come, first served.
+        retries
+            How often to run again after an exception of the task's own.
+        resources
+            Amounts by name that a node must have free: ``cpu`` (1 unless given), ``gpu``, ``memory`` in bytes, or
+            any name that nodes offer.
+        tags
+            Names that the node must have.
+        name
+            Shown in errors and reports.
+        requeue
+            False: never run a second time after a worker or node died while it may have been running; with
+            ``retries=0`` the task is executed at most once.
+        """
+        return TaskOptions(
+            self._client,
+            Options(
+                priority=self._options.priority if priority is None else _integer("priority", priority, -(2**31), 2**31),
+                retries=self._options.retries if retries is None else _integer("retries", retries, 0, 1_000_000),
+                resources=self._options.resources if resources is None else _resources(resources),
+                tags=self._options.tags if tags is None else _tags(tags),
+                name=self._options.name if name is None else _name(name),
+                group=self._options.group,
+                requeue=self._options.requeue if requeue is None else bool(requeue),
+            ),
+        )
+
+    def _in_group(self, group: bytes) -> TaskOptions:
+        """A view whose tasks count on this WaitGroup: up when accepted, down when answered."""
+        old = self._options
+        return TaskOptions(
+            self._client,
+            Options(old.priority, old.retries, old.resources, old.tags, old.name, group, old.requeue),
+        )
+
+
+class TaskOptions(Tasks):
+    """A client with other settings for its tasks; made by :meth:`Client.options`, cheap, not to be shut down."""
+
+    def __init__(self, client: Client, options: Options) -> None:
+        self._client = client
+        self._options = options
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Shuts the client itself down."""
+        self._client.shutdown(wait, cancel_futures=cancel_futures)
+
+
+class Client(Tasks):
+    """A connection to a cluster.
+
+    Parameters
+    ----------
+    cluster
+        A :class:`~zmqsched.LocalCluster`, the name of a running cluster, or a connection file's path. Without it:
+        ``$ZMQSCHED_CLUSTER`` (a name or a path), else this user's running cluster named "default", else a local
+        cluster is started, and stopped again with this client or at exit.
+    timeout
+        Seconds until the broker must have answered.
+
+    Raises
+    ------
+    ClusterNotFound, ConnectionFileError, BrokerUnreachable, Refused
+        One line each, with what to do.
+    """
+
+    def __init__(
+        self, cluster: LocalCluster | ConnectionFile | str | os.PathLike[str] | None = None, *, timeout: float = CONNECT_TIMEOUT_S
+    ) -> None:
+        self._owned: LocalCluster | None = None
+        file = self._find(cluster)
+        self._client = self
+        self._options = Options()
+        self._pid = os.getpid()
+        self._lock = threading.Lock()
+        self._idle = threading.Condition(self._lock)
+        self._closed = False
+        self._broken: ZmqschedError | None = None
+        self._functions = FunctionPickler()
+        self._prefix = secrets.token_bytes(8)
+        self._numbers = itertools.count(1)
+        self._futures: dict[bytes, Future[Any]] = {}
+        self._requests: dict[int, concurrent.futures.Future[Any]] = {}
+        self._inbox: deque[tuple[bytes, Shape, Payload, bytes] | ClientEvent] = deque()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._awake = False
+        self._began: concurrent.futures.Future[str] = concurrent.futures.Future()
+        self._ctx = sockets.context()
+        try:
+            self._dealer = sockets.connect_dealer(self._ctx, file.reachable("work"), sockets.Keys.of(file), timeout)
+            self._core = Requests(ClientHello(secrets.token_bytes(16), 1, where()))
+            self._thread = threading.Thread(target=self._serve, name="zmqsched client", daemon=True)
+            self._thread.start()
+            self.cluster_name = self._wait_until_begun(file, timeout)
+        except BaseException:
+            self._abandon()
+            raise
+        _open_clients.add(self)
+
+    # --- what users call, besides Tasks ------------------------------------------------------------------------------
+
+    def nodes(self) -> list[NodeInfo]:
+        """The nodes of the cluster; also those lost or left not long ago."""
+        return node_infos(self._report())
+
+    def workers(self) -> list[WorkerInfo]:
+        """The workers of all nodes that are there."""
+        return worker_infos(self._report())
+
+    def status(self) -> Status:
+        """The cluster at this moment: nodes, tasks by state, and what has happened so far."""
+        return status_of(self._report())
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """As ``Executor.shutdown``: take nothing more, and (``wait``) return when all futures are done.
+
+        A cluster that this client has started itself is stopped too.
+        """
+        with self._lock:
+            self._closed = True
+            futures = list(self._futures.values())
+        if cancel_futures:
+            for future in futures:
+                future.cancel()
+        if wait:
+            with self._idle:
+                while self._futures and self._thread.is_alive():
+                    self._idle.wait(1.0)
+            self._close()
+        elif not futures or cancel_futures:
+            self._close()
+        else:
+            threading.Thread(target=self._close_when_idle, name="zmqsched shutdown", daemon=True).start()
+
+    @property
+    def usable(self) -> bool:
+        """Neither shut down nor cut off from its cluster."""
+        return not self._closed and self._broken is None
+
+    @property
+    def _max_workers(self) -> int:
+        """How many tasks can run at once; dask and joblib read it."""
+        return max(1, sum(node.slots for node in self.nodes() if node.state == "alive"))
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "broken" if self._broken else "open"
+        return f"<zmqsched.Client of cluster {self.cluster_name!r}, {state}, {len(self._futures)} tasks unfinished>"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError("a zmqsched Client cannot be pickled: it is a connection; use it where it was made")
+
+    # --- submitting ----------------------------------------------------------------------------------------------------
+
+    def _submit(self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Future[T]:
+        self._check_usable()
+        task = self._prefix + next(self._numbers).to_bytes(8, "big")
+        future: Future[T] = Future(task, self._withdraw)
+        try:
+            digest, blob = self._functions.pack(fn)
+            call = pack_call(args, kwargs)
+        except errors.TaskError as error:
+            future.set_running_or_notify_cancel()
+            future.set_exception(error)
+            return future
+        with self._lock:
+            self._check_usable()
+            self._futures[task] = future
+            self._inbox.append((task, Shape(digest, options), call, blob))
+        self._nudge()
+        return future
+
+    def _check_usable(self) -> None:
+        if os.getpid() != self._pid:
+            raise RuntimeError("this zmqsched Client belongs to the process that made it; after a fork make a new one")
+        if self._broken is not None:
+            raise type(self._broken)(str(self._broken))
+        if self._closed:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+    def _withdraw(self, task: bytes) -> None:
+        self._post(events.Withdraw([task]))
+
+    def _post(self, event: ClientEvent) -> None:
+        self._inbox.append(event)
+        self._nudge()
+
+    def _nudge(self) -> None:
+        if not self._awake:
+            self._awake = True
+            os.eventfd_write(self._wake, 1)
+
+    def _request(self, make: Callable[[int], Any]) -> tuple[int, concurrent.futures.Future[Any]]:
+        """Send the message that ``make(request)`` is; the future completes with its reply."""
+        self._check_usable()
+        request = next(self._numbers)
+        reply: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._requests[request] = reply
+        self._post(events.Tell(make(request)))
+        return request, reply
+
+    def _report(self) -> Report:
+        request, reply = self._request(Query)
+        try:
+            return cast(Report, reply.result(QUERY_TIMEOUT_S))
+        except concurrent.futures.TimeoutError:
+            self._requests.pop(request, None)
+            raise BrokerUnreachable(f"the broker did not answer within {QUERY_TIMEOUT_S:.0f} s") from None
+
+    # --- beginning and ending ----------------------------------------------------------------------------------------
+
+    def _find(self, cluster: LocalCluster | ConnectionFile | str | os.PathLike[str] | None) -> ConnectionFile:
+        if isinstance(cluster, ConnectionFile):
+            return cluster
+        if (file := getattr(cluster, "file", None)) is not None:
+            return cast(ConnectionFile, file)
+        try:
+            return find_cluster(cast("str | os.PathLike[str] | None", cluster))
+        except ClusterNotFound:
+            if cluster is not None or os.environ.get("ZMQSCHED_CLUSTER"):
+                raise
+        from .cluster import LocalCluster  # noqa: PLC0415 - only when one is to be started
+
+        self._owned = LocalCluster()
+        return self._owned.file
+
+    def _wait_until_begun(self, file: ConnectionFile, timeout: float) -> str:
+        try:
+            return self._began.result(timeout)
+        except concurrent.futures.TimeoutError:
+            raise BrokerUnreachable(
+                f"the broker of cluster {file.name!r} does not answer within {timeout:g} s. If it was restarted, its "
+                "connection file is stale: use the new one."
+            ) from None
+
+    def _abandon(self) -> None:
+        """The constructor failed: leave nothing behind."""
+        if hasattr(self, "_thread"):
+            self._close()
+        else:
+            self._ctx.destroy(linger=0)
+            os.close(self._wake)
+            if self._owned:
+                self._owned.close()
+
+    def _close_when_idle(self) -> None:
+        with self._idle:
+            while self._futures and self._thread.is_alive():
+                self._idle.wait(1.0)
+        self._close()
+
+    def _close(self) -> None:
+        with self._lock:
+            self._closed = True
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._post(events.Leave(False, "client closed"))
+            self._thread.join(CLOSE_TIMEOUT_S)
+        _open_clients.discard(self)
+        if self._owned:
+            self._owned.close()
+
+    # --- the I/O thread ------------------------------------------------------------------------------------------------
+
+    def _serve(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._wake, zmq.POLLIN)
+        poller.register(self._dealer, zmq.POLLOUT)  # until the connection is there: a hello before is a hello lost
+        try:
+            while not poller.poll(1000) and not self._closed:
+                continue
+            poller.register(self._dealer, zmq.POLLIN)
+            while self._turn():
+                poller.poll(_timeout_ms(self._core.next_deadline()))
+        except Exception as error:
+            self._break(ClusterLost(f"the client's I/O thread failed: {error!r}"))
+            raise
+        finally:
+            self._dealer.close(linger=1_000)
+            self._ctx.term()
+            os.close(self._wake)
+
+    def _turn(self) -> bool:
+        """Take in, act, send; False when it is time to go."""
+        now = time.monotonic()
+        stay = self._take_inbox(now)
+        for _ in range(MAX_MESSAGES_PER_TURN):
+            try:
+                frames = self._dealer.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            try:
+                envelope = decode([frame.buffer for frame in frames])
+            except ProtocolError as error:
+                warnings.warn(f"zmqsched: the broker sent what is no message: {error}", RuntimeWarning, stacklevel=1)
+                continue
+            self._perform(self._core.handle(events.Reached(envelope), now))
+        self._perform(self._core.handle(events.Tick(), now))
+        return stay and self._broken is None
+
+    def _take_inbox(self, now: float) -> bool:
+        if self._awake:
+            os.eventfd_read(self._wake)
+            self._awake = False
+        stay = True
+        tasks: list[tuple[bytes, Shape, Payload]] = []
+        functions: dict[bytes, Payload] = {}
+        for _ in range(len(self._inbox)):
+            item = self._inbox.popleft()
+            if type(item) is tuple:
+                task, shape, call, blob = item
+                tasks.append((task, shape, call))
+                functions[shape.function] = blob
+                continue
+            if tasks:
+                self._perform(self._core.handle(events.Ask(tasks, functions), now))
+                tasks, functions = [], {}
+            event = cast(ClientEvent, item)
+            self._perform(self._core.handle(event, now))
+            stay = stay and not isinstance(event, events.Leave)
+        if tasks:
+            self._perform(self._core.handle(events.Ask(tasks, functions), now))
+        return stay
+
+    def _perform(self, actions: list[ClientAction]) -> None:
+        for action in actions:
+            match action:
+                case events.ToBroker(envelope):
+                    self._send(envelope)
+                case events.Finished(finals):
+                    for final in finals:
+                        self._complete(final)
+                    self._wake_if_idle()
+                case events.NowRunning(tasks):
+                    for task in tasks:
+                        self._now_running(task)
+                case events.Replied(message):
+                    reply = self._requests.pop(message.request, None)
+                    if reply is not None:
+                        reply.set_result(message)
+                case events.Began(welcome):
+                    if not self._began.done():
+                        self._began.set_result(welcome.name)
+                case events.Warned(text):
+                    warnings.warn(f"zmqsched: {text}", RuntimeWarning, stacklevel=1)
+                case events.Broken(code, reason):
+                    self._break(Refused(reason) if code == "refused" else ClusterLost(f"the cluster is gone: {reason}"))
+
+    def _send(self, envelope: Envelope) -> None:
+        frames = encode(envelope)
+        try:
+            self._dealer.send_multipart(frames, zmq.NOBLOCK, copy=len(frames) == 1)
+        except zmq.Again:
+            pass  # no connection now; the link sends again what is not acknowledged
+
+    def _complete(self, final: Final) -> None:
+        future = self._futures.pop(final.task, None)
+        if future is None or future.cancelled():
+            return
+        if not future.running() and not future.set_running_or_notify_cancel():
+            return
+        if final.verdict == "ok":
+            try:
+                value = unpack_value(final.value)
+            except errors.TaskError as error:
+                future.set_exception(error)
+            else:
+                future.set_result(value)
+        else:
+            future.set_exception(_failure(final))
+
+    def _now_running(self, task: bytes) -> None:
+        future = self._futures.get(task)
+        if future is not None and not future.running() and not future.done():
+            try:
+                future.set_running_or_notify_cancel()
+            except (concurrent.futures.InvalidStateError, RuntimeError):
+                return  # cancelled this very moment
+
+    def _wake_if_idle(self) -> None:
+        if not self._futures:
+            with self._idle:
+                self._idle.notify_all()
+
+    def _break(self, error: ZmqschedError) -> None:
+        """Nothing more will come: everything open fails with the reason."""
+        with self._lock:
+            self._broken = error
+            futures, self._futures = self._futures, {}
+            requests, self._requests = self._requests, {}
+        if not self._began.done():
+            self._began.set_exception(error)
+        for waiting in [*futures.values(), *requests.values()]:
+            if not waiting.done() and (waiting.running() or waiting.set_running_or_notify_cancel()):
+                waiting.set_exception(type(error)(str(error)))
+        self._wake_if_idle()
+
+
+def _results(futures: list[Future[T]], until: float | None) -> Iterator[T]:
+    """Results in order; whatever ends the iteration early cancels the rest."""
+
+    def generate() -> Iterator[T]:
+        futures.reverse()
+        try:
+            while futures:
+                future = futures.pop()
+                try:
+                    yield future.result() if until is None else future.result(max(0.0, until - time.monotonic()))
+                finally:
+                    future.cancel()
+        finally:
+            for future in futures:
+                future.cancel()
+
+    return generate()
+
+
+def _failure(final: Final) -> BaseException:
+    if final.verdict == "error":
+        return unpack_exception(final.value)
+    if final.verdict == "cancelled":
+        return concurrent.futures.CancelledError(final.text)
+    kind: type[Exception] = getattr(errors, final.verdict)
+    return kind(final.text)
+
+
+def _integer(name: str, value: int, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, not {value}")
+    return value
+
+
+def _resources(resources: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    amounts = {"cpu": 1.0}
+    for name, amount in resources.items():
+        if not isinstance(name, str) or not 0 < len(name) < 256:
+            raise TypeError(f"a resource's name is a short text, not {name!r}")
+        if isinstance(amount, bool) or not isinstance(amount, int | float):
+            raise TypeError(f"resources[{name!r}] must be a number, not {type(amount).__name__}")
+        if not math.isfinite(amount) or not 0 <= amount < 2**60:
+            raise ValueError(f"resources[{name!r}] must be a finite number of at least 0, not {amount}")
+        amounts[name] = float(amount)
+    if len(amounts) > 64:
+        raise ValueError(f"a task may name 64 resources, not {len(amounts)}")
+    return tuple(sorted(amounts.items()))
+
+
+def _tags(tags: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(tags, str):
+        raise TypeError(f"tags is a list of names; write tags=[{tags!r}]")
+    names = tuple(sorted({_name(tag) for tag in tags}))
+    if len(names) > 64:
+        raise ValueError(f"a task may have 64 tags, not {len(names)}")
+    return names
+
+
+def _name(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"a name is a text, not {type(name).__name__}")
+    return name[:255]
+
+
+def _timeout_ms(deadline: float) -> int:
+    return max(0, math.ceil((deadline - time.monotonic()) * 1000)) if deadline else 0
+
+
+@atexit.register
+def _close_all() -> None:
+    """At exit nothing waits: what is unfinished is cancelled, and said."""
+    for client in list(_open_clients):
+        unfinished = sum(not future.done() for future in client._futures.values())
+        if unfinished:
+            warnings.warn(f"zmqsched: the program ends with {unfinished} tasks unfinished; they are cancelled", stacklevel=1)
+        client.shutdown(wait=False, cancel_futures=True)

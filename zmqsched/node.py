@@ -1,0 +1,278 @@
+"""The node's shell: one connection to the broker, one pipe to each worker, the agent between them.
+
+One thread, one loop, as the broker's. The nursery is forked first, before ZeroMQ or any thread exists, and the workers
+from it. This process never unpickles and never runs user code.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import secrets
+from collections.abc import Iterable
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from . import host
+from .config import CONNECT_TIMEOUT_S, ConnectionFile
+from .core import events
+from .core.agent import Agent
+from .core.events import AgentAction, AgentEvent, Reached, Said, Tick
+from .errors import BrokerUnreachable, ProtocolError, Refused, StartError
+from .nursery import Born, Exited, Gone, Nursery
+from .pipes import Pipe
+from .protocol import Beat, Done, Envelope, GroupAdd, NodeHello, Run, WorkerState, decode, decode_pipe, encode, encode_pipe
+from .shell import StopSignals, log, say_ready
+
+if TYPE_CHECKING:
+    import psutil
+
+MAX_MESSAGES_PER_TURN = 100
+MAX_ANSWERS_PER_TURN = 64  # of each worker
+LINGER_MS = 2_000
+
+
+class Node:
+    """A node that runs until it is told to leave. ``slots``: workers; None is one for each usable CPU.
+
+    ``resources`` are added to what is found here, or replace it; ``cpu`` is never below the number of slots, for a slot
+    is what runs a task that asks for one.
+    """
+
+    def __init__(
+        self,
+        file: ConnectionFile,
+        slots: int | None = None,
+        resources: dict[str, float] | None = None,
+        tags: Iterable[str] = (),
+    ) -> None:
+        self._nursery = Nursery()
+        from . import sockets  # noqa: PLC0415 - not before the nursery has been forked
+
+        self._file = file
+        self._ctx = sockets.context()
+        keys = sockets.Keys.of(file)
+        self._dealer = sockets.connect_dealer(self._ctx, file.reachable("work"), keys)
+        self._pub = sockets.connect_pub(self._ctx, file.reachable("beats"), keys)
+        found, gpus = _resources(slots, resources or {})
+        slots = slots or host.usable_cpus()
+        hello = NodeHello(
+            secrets.token_bytes(16), 1, host.where(), slots, slots, tuple(sorted(found.items())), tuple(sorted(set(tags)))
+        )
+        self._agent = Agent(hello, gpus)
+        self._incarnation = hello.incarnation
+        self._pipes: dict[int, tuple[Pipe, Pipe]] = {}  # by worker: our end, and the copy of its end
+        self._readable: dict[int, int] = {}  # worker by descriptor
+        self._unsent: dict[int, list[Run]] = {}  # what could not be put into a dying worker's pipe
+        self._measured: dict[int, psutil.Process] = {}
+        self._why = ""
+
+    def run(self, *, until_eof: bool, ready_fd: int | None) -> None:
+        """Serve until told to leave.
+
+        Raises
+        ------
+        Refused
+            The broker does not take this node, and says why.
+        """
+        import zmq  # noqa: PLC0415 - as above
+
+        self._zmq = zmq
+        stop = StopSignals(until_eof=until_eof)
+        self._poller = zmq.Poller()
+        for source in (self._dealer, self._nursery, *stop.descriptors):
+            self._poller.register(source, zmq.POLLIN)
+        try:
+            if not self._dealer.poll(CONNECT_TIMEOUT_S * 1000, zmq.POLLOUT):
+                raise BrokerUnreachable(
+                    f"the broker of cluster {self._file.name!r} does not let this node in: is the connection file stale?"
+                )
+            self._loop(stop, ready_fd)
+        finally:
+            self._close()
+        if self._why.startswith("refused"):
+            raise Refused(self._why)
+        log.info("node ends: %s", self._why)
+
+    def _loop(self, stop: StopSignals, ready_fd: int | None) -> None:
+        self._step(Tick())
+        named = ""
+        while not self._why:
+            ready = dict(self._poller.poll(_timeout_ms(self._agent.next_deadline())))
+            for descriptor in stop.descriptors:
+                if descriptor in ready and (why := stop.read(descriptor)):
+                    self._step(events.Leave(why == "SIGTERM", why))
+            self._read_workers(ready)
+            if self._nursery.fileno() in ready:
+                self._read_nursery()
+            self._read_broker()
+            self._step(Tick())
+            if self._agent.name and not named:
+                named = self._agent.name
+                say_ready(ready_fd, {"pid": os.getpid(), "node": named})
+
+    def _step(self, event: AgentEvent) -> None:
+        for action in self._agent.handle(event, monotonic()):
+            self._act(action)
+
+    def _act(self, action: AgentAction) -> None:
+        match action:
+            case events.Give(worker, run):
+                self._give(worker, run)
+            case events.ToBroker(envelope):
+                self._send(envelope)
+            case events.TakeBack(worker):
+                self._step(events.TakenBack(worker, self._untaken(worker)))
+            case events.Start(worker):
+                self._start(worker)
+            case events.SendBeat(beat):
+                self._send_beat(beat)
+            case events.Log(level, text):
+                getattr(log, level)(text)
+            case events.Quit(reason):
+                self._why = reason
+
+    # --- workers ---------------------------------------------------------------------------------------------------
+
+    def _start(self, worker: int) -> None:
+        pipes = self._pipes[worker] = self._nursery.spawn(worker)
+        self._readable[pipes[0].fileno()] = worker
+        self._poller.register(pipes[0], self._zmq.POLLIN)
+
+    def _give(self, worker: int, run: Run) -> None:
+        try:
+            if self._pipes[worker][0].send(encode_pipe(run), wait=False):
+                return
+        except BrokenPipeError:  # it is dying; its exit is about to be reported
+            self._unsent.setdefault(worker, []).append(run)
+            return
+        self._step(events.TakenBack(worker, [run]))
+
+    def _read_workers(self, ready: dict[object, int]) -> None:
+        for descriptor, worker in list(self._readable.items()):
+            if descriptor in ready:
+                self._read_worker(worker)
+
+    def _read_worker(self, worker: int, limit: int = MAX_ANSWERS_PER_TURN) -> None:
+        pipe = self._pipes[worker][0]
+        for _ in range(limit):
+            try:
+                frames = pipe.receive(wait=False)
+                if frames is None:
+                    return
+                message = decode_pipe(frames)
+            except BlockingIOError:
+                return
+            except ProtocolError as error:
+                log.warning("worker %d sent what is no message: %s", worker, error)
+                continue
+            if isinstance(message, Done | GroupAdd):
+                self._step(Said(worker, message))
+
+    def _untaken(self, worker: int) -> list[Run]:
+        """The runs that lie in the worker's pipe, taken out again."""
+        runs: list[Run] = []
+        while True:
+            try:
+                frames = self._pipes[worker][1].receive(wait=False)
+            except BlockingIOError:
+                return runs
+            if frames is None:
+                return runs
+            message = decode_pipe(frames)
+            if isinstance(message, Run):
+                runs.append(message)
+
+    def _read_nursery(self) -> None:
+        for event in self._nursery.read():
+            match event:
+                case Born(worker, pid):
+                    self._step(events.Born(worker, pid))
+                case Exited(worker, pid, how):
+                    self._buried(worker, pid, how)
+                case Gone():
+                    raise StartError("this node's nursery process died: no worker can be started any more")
+
+    def _buried(self, worker: int, pid: int, how: str) -> None:
+        self._read_worker(worker, limit=1_000_000)  # what it said before it died
+        untaken = self._untaken(worker) + self._unsent.pop(worker, [])
+        ours, kept = self._pipes.pop(worker)
+        del self._readable[ours.fileno()]
+        self._poller.unregister(ours)
+        self._measured.pop(pid, None)
+        ours.close()
+        kept.close()
+        self._step(events.Exited(worker, pid, how, untaken))
+
+    # --- the broker ------------------------------------------------------------------------------------------------
+
+    def _read_broker(self) -> None:
+        for _ in range(MAX_MESSAGES_PER_TURN):
+            try:
+                frames = self._dealer.recv_multipart(self._zmq.NOBLOCK, copy=False)
+            except self._zmq.Again:
+                return
+            try:
+                envelope = decode([frame.buffer for frame in frames])
+            except ProtocolError as error:
+                log.warning("the broker sent what is no message: %s", error)
+                continue
+            self._step(Reached(envelope))
+
+    def _send(self, envelope: Envelope) -> None:
+        frames = encode(envelope)
+        try:
+            self._dealer.send_multipart(frames, self._zmq.NOBLOCK, copy=len(frames) == 1)
+        except self._zmq.Again:
+            pass  # no connection now; the link sends again what is not acknowledged
+
+    def _send_beat(self, beat: Beat) -> None:
+        import psutil  # noqa: PLC0415 - a fiftieth of a second that the start does not wait for
+
+        measured = Beat(
+            beat.incarnation,
+            beat.number,
+            [self._measure(state) for state in beat.workers],
+            psutil.cpu_percent(),
+            psutil.virtual_memory().available,
+        )
+        try:
+            self._pub.send_multipart(encode(Envelope(0, 0, 0, measured)), self._zmq.NOBLOCK)
+        except self._zmq.Again:
+            pass  # the next one comes in a second
+
+    def _measure(self, state: WorkerState) -> WorkerState:
+        import psutil  # noqa: PLC0415
+
+        if not state.pid:
+            return state
+        try:
+            process = self._measured.get(state.pid)
+            if process is None:
+                process = self._measured[state.pid] = psutil.Process(state.pid)
+            cpu, memory = process.cpu_percent(), process.memory_info().rss
+        except psutil.Error:  # it died this very moment
+            return state
+        return WorkerState(state.worker, state.pid, state.state, state.done, cpu, memory)
+
+    def _close(self) -> None:
+        self._nursery.close()
+        for ours, kept in self._pipes.values():
+            ours.close()
+            kept.close()
+        self._pub.close(linger=0)
+        self._dealer.close(linger=LINGER_MS)
+        self._ctx.term()
+
+
+def _resources(slots: int | None, given: dict[str, float]) -> tuple[dict[str, float], list[str]]:
+    cpus = host.usable_cpus()
+    gpus = host.gpus()
+    found = {"cpu": float(max(cpus, slots or 0)), "memory": float(host.usable_memory())}
+    if gpus:
+        found["gpu"] = float(len(gpus))
+    return {**found, **given}, gpus
+
+
+def _timeout_ms(deadline: float) -> int:
+    return max(0, math.ceil((deadline - monotonic()) * 1000)) if deadline else 0

@@ -1,0 +1,79 @@
+"""What the broker's and the node's loops share: waiting for a stop, logging, and the line that says ready.
+
+A process that is started by another says when it is ready, or why it is not, by one JSON line on a descriptor given to it
+(``--ready-fd``; 1 is standard output). With ``--until-eof`` it ends when its standard input does: the starter holds the
+other end, so it ends with the starter, however that ends.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import sys
+from types import FrameType
+
+from .errors import ZmqschedError
+
+log = logging.getLogger("zmqsched")
+LEVELS = ("debug", "info", "warning", "error")
+
+
+class StopSignals:
+    """SIGTERM, SIGINT and (if asked) the end of standard input, as readable descriptors for a poll loop."""
+
+    def __init__(self, *, until_eof: bool) -> None:
+        self._read, self._write = socket.socketpair()
+        self._read.setblocking(False)
+        self._write.setblocking(False)
+        signal.set_wakeup_fd(self._write.fileno(), warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, _nothing)
+        signal.signal(signal.SIGINT, _nothing)
+        self.descriptors = [self._read.fileno(), *([0] if until_eof else [])]
+
+    def read(self, descriptor: int) -> str:
+        """Why to stop: "SIGTERM", "SIGINT", "end of input", or "" if there is no reason."""
+        if descriptor == 0:
+            return "" if os.read(0, 4096) else "end of input"
+        numbers = set(self._read.recv(64))
+        stops = [sig.name for sig in (signal.SIGINT, signal.SIGTERM) if sig in numbers]
+        return stops[0] if stops else ""
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """A Python-level handler, so that the wake-up descriptor is written."""
+
+
+def set_up_logging(level: str) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s zmqsched %(message)s", "%H:%M:%S"))
+    log.addHandler(handler)
+    log.setLevel(level.upper())
+    log.propagate = False
+
+
+def say_ready(descriptor: int | None, facts: dict[str, object]) -> None:
+    if descriptor is None:
+        return
+    line = json.dumps(facts) + "\n"
+    if descriptor == 1:
+        print(line, end="", flush=True)
+        return
+    try:
+        os.write(descriptor, line.encode())
+    except BrokenPipeError:
+        pass  # the starter is gone; the end of input will say so
+    else:
+        os.close(descriptor)
+
+
+def report_failure(descriptor: int | None, error: ZmqschedError) -> int:
+    """Say why this process did not start, or ends, to its starter and its user. Returns the exit code."""
+    print(f"zmqsched: {error}", file=sys.stderr)
+    try:
+        say_ready(descriptor, {"error": str(error), "type": type(error).__name__})
+    except OSError:
+        pass  # it had said ready before, the descriptor is closed
+    return 1

@@ -1,0 +1,99 @@
+"""WaitGroup: wait for any group of tasks across the cluster, as Go's ``sync.WaitGroup``.
+
+The counter lives in the broker. A WaitGroup can be passed to tasks, on any node: ``add`` and ``done`` work there too.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import secrets
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from . import worker
+from .core.events import Tell
+from .errors import WaitGroupError
+from .protocol import GroupAdd, GroupForget, GroupWait
+
+if TYPE_CHECKING:
+    from .client import Tasks
+    from .futures import Future
+
+T = TypeVar("T")
+
+_MAX_DELTA = 2**31
+
+
+class WaitGroup:
+    """A counter that can be waited on.
+
+    ``go(fn, ...)`` is the usual way: it adds one, submits the task, and counts down when the task is answered, whether with
+    a result or an error, exactly once, however often it had to be run. ``add`` and ``done`` are for counting by hand.
+    """
+
+    def __init__(self, client: Tasks) -> None:
+        self._tasks: Tasks | None = client
+        self._group = secrets.token_bytes(16)
+
+    def go(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Add one, submit the task, count down at its end. Returns its future."""
+        return self._here()._in_group(self._group).submit(fn, *args, **kwargs)
+
+    def add(self, n: int = 1) -> None:
+        """Add ``n``, which may be negative, to the counter."""
+        if isinstance(n, bool) or not isinstance(n, int):
+            raise TypeError(f"add needs an int, not {type(n).__name__}")
+        if abs(n) > _MAX_DELTA:
+            raise ValueError(f"add takes numbers up to {_MAX_DELTA}, not {n}")
+        message = GroupAdd([(self._group, n)])
+        if self._tasks is None:
+            worker.tell(message)
+        else:
+            self._tasks._client._check_usable()
+            self._tasks._client._post(Tell(message))
+
+    def done(self) -> None:
+        """Count down by one."""
+        self.add(-1)
+
+    def wait(self, timeout: float | None = None) -> None:
+        """Return when the counter is zero. What was added before, in this process, is counted.
+
+        Raises
+        ------
+        TimeoutError
+            It was not zero within ``timeout`` seconds.
+        WaitGroupError
+            It went below zero: more ``done`` than ``add``. The counter is zero again after that.
+        """
+        client = self._here()._client
+        request, reply = client._request(lambda number: GroupWait(number, self._group))
+        try:
+            error = reply.result(timeout).error
+        except concurrent.futures.TimeoutError:
+            client._requests.pop(request, None)
+            client._post(Tell(GroupForget(request)))
+            raise TimeoutError(f"the WaitGroup was not done within {timeout} s") from None
+        if error:
+            raise WaitGroupError(error)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (self._group,)
+
+    def __repr__(self) -> str:
+        return f"<zmqsched.WaitGroup {self._group.hex()[:8]}>"
+
+    def _here(self) -> Tasks:
+        if self._tasks is None:
+            raise RuntimeError("inside a task a WaitGroup can add() and done(); go() and wait() need a client")
+        return self._tasks
+
+
+def _arrived(group: bytes) -> WaitGroup:
+    """A WaitGroup unpickled in a task."""
+    if not worker.in_worker():
+        raise RuntimeError("a WaitGroup can be sent to tasks, not to other programs")
+    made = WaitGroup.__new__(WaitGroup)
+    made._tasks = None
+    made._group = group
+    return made
