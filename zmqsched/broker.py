@@ -6,7 +6,6 @@ the core says. An unexpected error ends the process loudly. It never unpickles: 
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 import secrets
@@ -25,7 +24,7 @@ from .core.scheduler import Scheduler, Settings
 from .errors import ProtocolError, VersionMismatch
 from .monitor import Monitor
 from .protocol import Envelope, No, decode, encode
-from .shell import StopSignals, log, say_ready
+from .shell import StopSignals, log, say_ready, tune_garbage_collection
 from .version import __version__
 
 MAX_MESSAGES_PER_TURN = 200
@@ -70,41 +69,35 @@ class Broker:
 
     def run(self, *, until_eof: bool, ready_fd: int | None) -> None:
         stop = StopSignals(until_eof=until_eof)
-        poller = zmq.Poller()
-        for source in (self._router, self._monitor.socket, *stop.descriptors):
-            poller.register(source, zmq.POLLIN)
+        waiter = sockets.Waiter(self._router, self._monitor.socket)
+        for descriptor in stop.descriptors:
+            waiter.add(descriptor)
         say_ready(ready_fd, {"pid": os.getpid(), "file": str(self.path)})
+        tune_garbage_collection()
         log.info("broker of cluster %s ready: %s", self.file.name, self.path)
         try:
             why = ""
             while not why:
-                ready = dict(poller.poll(_timeout_ms(self._core.next_deadline())))
-                why = self._turn() or next((w for fd in stop.descriptors if fd in ready and (w := stop.read(fd))), "")
+                ready = waiter.wait(self._core.next_deadline())
+                why = self._turn(beats=self._monitor.descriptor in ready)
+                for descriptor in ready.intersection(stop.descriptors):
+                    why = why or stop.read(descriptor)
                 if self._authenticator and not self._authenticator.alive:
                     why = "the authenticator died: nobody new could be let in"
             log.info("broker ends: %s", why)
         finally:
             self._close()
 
-    def _turn(self) -> str:
+    def _turn(self, *, beats: bool) -> str:
         """Take in, act, send. Returns why to end, if the core says so."""
         now = monotonic()
         why = ""
-        for event in self._arrivals():
-            why = self._perform(self._core.handle(event, now), now) or why
-        for beat in self._monitor.read():
-            why = self._perform(self._core.handle(beat, now), now) or why
+        for frames in sockets.receive_all(self._router, MAX_MESSAGES_PER_TURN):
+            why = self._perform(self._core.handle(self._event(frames), now), now) or why
+        if beats:
+            for beat in self._monitor.read():
+                why = self._perform(self._core.handle(beat, now), now) or why
         return self._perform(self._core.handle(Tick(), now), now) or why
-
-    def _arrivals(self) -> list[SchedulerEvent]:
-        events: list[SchedulerEvent] = []
-        for _ in range(MAX_MESSAGES_PER_TURN):
-            try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                break
-            events.append(self._event(frames))
-        return events
 
     def _event(self, frames: Sequence[zmq.Frame]) -> SchedulerEvent:
         peer = frames[0].bytes
@@ -137,7 +130,7 @@ class Broker:
     def _send(self, peer: bytes, envelope: Envelope) -> Undelivered | None:
         frames = encode(envelope)
         try:
-            self._router.send_multipart([peer, *frames], zmq.NOBLOCK, copy=len(frames) == 1)
+            sockets.send(self._router, [peer, *frames])
         except zmq.Again:
             return Undelivered(peer, "full")
         except zmq.ZMQError as error:
@@ -177,10 +170,3 @@ def _port_any(listen: str, role: str) -> str:
     """A stated port is the work socket's; the other two take what is free and are found by the connection file."""
     host, _, _ = listen.rpartition(":")
     return listen if role == "work" else f"{host}:*"
-
-
-def _timeout_ms(deadline: float | None) -> int | None:
-    """Until then, rounded up: a millisecond early would only mean another turn."""
-    if deadline is None:
-        return None
-    return max(0, math.ceil((deadline - monotonic()) * 1000)) if deadline else 0

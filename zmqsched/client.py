@@ -386,15 +386,14 @@ class Client(Tasks):
     # --- the I/O thread ------------------------------------------------------------------------------------------------
 
     def _serve(self) -> None:
-        poller = zmq.Poller()
-        poller.register(self._wake, zmq.POLLIN)
-        poller.register(self._dealer, zmq.POLLOUT)  # until the connection is there: a hello before is a hello lost
+        waiter = sockets.Waiter(self._dealer)
+        waiter.add(self._wake)
         try:
-            while not poller.poll(1000) and not self._closed:
+            # A hello before the connection is there would be a hello lost.
+            while not self._dealer.poll(100, zmq.POLLOUT) and not self._closed:
                 continue
-            poller.register(self._dealer, zmq.POLLIN)
             while self._turn():
-                poller.poll(_timeout_ms(self._core.next_deadline()))
+                waiter.wait(self._core.next_deadline())
         except Exception as error:
             self._break(ClusterLost(f"the client's I/O thread failed: {error!r}"))
             raise
@@ -407,11 +406,7 @@ class Client(Tasks):
         """Take in, act, send; False when it is time to go."""
         now = time.monotonic()
         stay = self._take_inbox(now)
-        for _ in range(MAX_MESSAGES_PER_TURN):
-            try:
-                frames = self._dealer.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                break
+        for frames in sockets.receive_all(self._dealer, MAX_MESSAGES_PER_TURN):
             try:
                 envelope = decode([frame.buffer for frame in frames])
             except ProtocolError as error:
@@ -472,7 +467,7 @@ class Client(Tasks):
     def _send(self, envelope: Envelope) -> None:
         frames = encode(envelope)
         try:
-            self._dealer.send_multipart(frames, zmq.NOBLOCK, copy=len(frames) == 1)
+            sockets.send(self._dealer, frames)
         except zmq.Again:
             pass  # no connection now; the link sends again what is not acknowledged
 
@@ -583,10 +578,6 @@ def _name(name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"a name is a text, not {type(name).__name__}")
     return name[:255]
-
-
-def _timeout_ms(deadline: float) -> int:
-    return max(0, math.ceil((deadline - time.monotonic()) * 1000)) if deadline else 0
 
 
 @atexit.register

@@ -22,18 +22,12 @@ MAX_BEATS_PER_TURN = 1_000
 class Monitor:
     def __init__(self, ctx: sockets.Context, addresses: Sequence[str], keys: sockets.Keys | None) -> None:
         self.socket, self.addresses = sockets.bind_sub(ctx, addresses, keys)
+        self.descriptor: int = self.socket.getsockopt(zmq.FD)
         self._gated = keys is not None
 
     def read(self) -> list[BeatArrived | Malformed]:
         """The beats that have come in; never waits."""
-        events: list[BeatArrived | Malformed] = []
-        for _ in range(MAX_BEATS_PER_TURN):
-            try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                break
-            events.append(self._event(frames))
-        return events
+        return [self._event(frames) for frames in sockets.receive_all(self.socket, MAX_BEATS_PER_TURN)]
 
     def _event(self, frames: list[zmq.Frame]) -> BeatArrived | Malformed:
         if self._gated and not sockets.user_id(frames[0]):

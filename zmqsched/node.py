@@ -6,11 +6,10 @@ from it. This process never unpickles and never runs user code.
 
 from __future__ import annotations
 
-import math
 import os
 import secrets
 from collections.abc import Iterable
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from . import host
@@ -22,7 +21,7 @@ from .errors import BrokerUnreachable, ProtocolError, Refused, StartError
 from .nursery import Born, Exited, Gone, Nursery
 from .pipes import Pipe
 from .protocol import Beat, Done, Envelope, GroupAdd, NodeHello, Run, WorkerState, decode, decode_pipe, encode, encode_pipe
-from .shell import StopSignals, log, say_ready
+from .shell import StopSignals, log, say_ready, tune_garbage_collection
 
 if TYPE_CHECKING:
     import psutil
@@ -30,6 +29,9 @@ if TYPE_CHECKING:
 MAX_MESSAGES_PER_TURN = 100
 MAX_ANSWERS_PER_TURN = 64  # of each worker
 LINGER_MS = 2_000
+# While every worker has several short tasks in its pipe there is no hurry: rather than be woken for each answer, the node
+# sleeps this long and takes all that have come (as a network driver does under load).
+PACE_S = 0.0003
 
 
 class Node:
@@ -49,6 +51,7 @@ class Node:
         self._nursery = Nursery()
         from . import sockets  # noqa: PLC0415 - not before the nursery has been forked
 
+        self._sockets = sockets
         self._file = file
         self._ctx = sockets.context()
         keys = sockets.Keys.of(file)
@@ -79,9 +82,9 @@ class Node:
 
         self._zmq = zmq
         stop = StopSignals(until_eof=until_eof)
-        self._poller = zmq.Poller()
-        for source in (self._dealer, self._nursery, *stop.descriptors):
-            self._poller.register(source, zmq.POLLIN)
+        self._waiter = self._sockets.Waiter(self._dealer)
+        for descriptor in (self._nursery.fileno(), *stop.descriptors):
+            self._waiter.add(descriptor)
         try:
             if not self._dealer.poll(CONNECT_TIMEOUT_S * 1000, zmq.POLLOUT):
                 raise BrokerUnreachable(
@@ -95,10 +98,15 @@ class Node:
         log.info("node ends: %s", self._why)
 
     def _loop(self, stop: StopSignals, ready_fd: int | None) -> None:
+        tune_garbage_collection()
         self._step(Tick())
         named = ""
         while not self._why:
-            ready = dict(self._poller.poll(_timeout_ms(self._agent.next_deadline())))
+            deadline: float = self._agent.next_deadline()
+            if self._agent.has_plenty:
+                sleep(PACE_S)
+                deadline = 0.0
+            ready = self._waiter.wait(deadline)
             for descriptor in stop.descriptors:
                 if descriptor in ready and (why := stop.read(descriptor)):
                     self._step(events.Leave(why == "SIGTERM", why))
@@ -137,7 +145,7 @@ class Node:
     def _start(self, worker: int) -> None:
         pipes = self._pipes[worker] = self._nursery.spawn(worker)
         self._readable[pipes[0].fileno()] = worker
-        self._poller.register(pipes[0], self._zmq.POLLIN)
+        self._waiter.add(pipes[0].fileno())
 
     def _give(self, worker: int, run: Run) -> None:
         try:
@@ -148,10 +156,9 @@ class Node:
             return
         self._step(events.TakenBack(worker, [run]))
 
-    def _read_workers(self, ready: dict[object, int]) -> None:
-        for descriptor, worker in list(self._readable.items()):
-            if descriptor in ready:
-                self._read_worker(worker)
+    def _read_workers(self, ready: set[int]) -> None:
+        for descriptor in ready & self._readable.keys():
+            self._read_worker(self._readable[descriptor])
 
     def _read_worker(self, worker: int, limit: int = MAX_ANSWERS_PER_TURN) -> None:
         pipe = self._pipes[worker][0]
@@ -198,7 +205,7 @@ class Node:
         untaken = self._untaken(worker) + self._unsent.pop(worker, [])
         ours, kept = self._pipes.pop(worker)
         del self._readable[ours.fileno()]
-        self._poller.unregister(ours)
+        self._waiter.remove(ours.fileno())
         self._measured.pop(pid, None)
         ours.close()
         kept.close()
@@ -207,11 +214,7 @@ class Node:
     # --- the broker ------------------------------------------------------------------------------------------------
 
     def _read_broker(self) -> None:
-        for _ in range(MAX_MESSAGES_PER_TURN):
-            try:
-                frames = self._dealer.recv_multipart(self._zmq.NOBLOCK, copy=False)
-            except self._zmq.Again:
-                return
+        for frames in self._sockets.receive_all(self._dealer, MAX_MESSAGES_PER_TURN):
             try:
                 envelope = decode([frame.buffer for frame in frames])
             except ProtocolError as error:
@@ -222,7 +225,7 @@ class Node:
     def _send(self, envelope: Envelope) -> None:
         frames = encode(envelope)
         try:
-            self._dealer.send_multipart(frames, self._zmq.NOBLOCK, copy=len(frames) == 1)
+            self._sockets.send(self._dealer, frames)
         except self._zmq.Again:
             pass  # no connection now; the link sends again what is not acknowledged
 
@@ -237,7 +240,7 @@ class Node:
             psutil.virtual_memory().available,
         )
         try:
-            self._pub.send_multipart(encode(Envelope(0, 0, 0, measured)), self._zmq.NOBLOCK)
+            self._sockets.send(self._pub, encode(Envelope(0, 0, 0, measured)))
         except self._zmq.Again:
             pass  # the next one comes in a second
 
@@ -272,7 +275,3 @@ def _resources(slots: int | None, given: dict[str, float]) -> tuple[dict[str, fl
     if gpus:
         found["gpu"] = float(len(gpus))
     return {**found, **given}, gpus
-
-
-def _timeout_ms(deadline: float) -> int:
-    return max(0, math.ceil((deadline - monotonic()) * 1000)) if deadline else 0

@@ -21,8 +21,8 @@ Sessions, sequence numbers and acknowledgements (the envelope's fields) are expl
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, cast
 
 import msgspec
 from msgspec import Meta, Struct
@@ -45,6 +45,8 @@ MAX_ITEMS = 10_000
 MAX_FRAMES = 1_024
 # One call or one result. libzmq cuts a link at an oversize frame without a word, so the sender checks (pitfall 6).
 MAX_PAYLOAD = 1 << 30
+
+T = TypeVar("T")
 
 Payload: TypeAlias = "bytes | list[Buffer]"
 
@@ -519,22 +521,25 @@ def decode_pipe(frames: Sequence[Buffer]) -> PipeMessage:
 
 def payload_bytes(payload: Payload) -> int:
     """Size of a payload, in bytes."""
-    if type(payload) is bytes:
+    if isinstance(payload, bytes):
         return len(payload)
     return sum(memoryview(part).nbytes for part in payload)
 
 
-def batches(sizes: Iterator[int], limit: int = BATCH_BYTES) -> Iterator[int]:
-    """Cut a run of items of these sizes into batches: yields how many items go into each."""
-    count = total = 0
-    for size in sizes:
-        if count and (count == BATCH_ITEMS or total + size > limit):
-            yield count
-            count = total = 0
-        count += 1
-        total += size
-    if count:
-        yield count
+def batches(items: list[T], size: Callable[[T], int], limit: int = BATCH_BYTES) -> Iterator[list[T]]:
+    """Cut items of these sizes, in bytes, into batches that each fit a message."""
+    if len(items) == 1:
+        yield items
+        return
+    start = total = 0
+    for index, item in enumerate(items):
+        bytes_ = size(item)
+        if index > start and (index - start == BATCH_ITEMS or total + bytes_ > limit):
+            yield items[start:index]
+            start, total = index, 0
+        total += bytes_
+    if start < len(items):
+        yield items[start:]
 
 
 def _decoded(decoder: Any, data: Buffer) -> Any:
@@ -544,59 +549,68 @@ def _decoded(decoder: Any, data: Buffer) -> Any:
         raise ProtocolError(f"malformed message: {error}") from None
 
 
-def _carriers(message: Any) -> Iterator[tuple[Any, str]]:
-    for where, field in _CARRIES.get(type(message), ()):
-        for item in getattr(message, where) if where else (message,):
-            yield item, field
-
-
 def _without_bulk(message: Any, bulk: list[Buffer]) -> Any:
     """The message with every payload that is not small replaced by its count of frames, which join ``bulk``."""
     replaced: dict[str, Any] = {}
     for where, field in _CARRIES[type(message)]:
-        items = getattr(message, where) if where else (message,)
+        if not where:
+            if (parts := _parts(getattr(message, field))) is not None:
+                bulk.extend(parts)
+                replaced[field] = len(parts)
+            continue
+        items = getattr(message, where)
         slim: list[Any] | None = None
         for index, item in enumerate(items):
             payload = getattr(item, field)
             if type(payload) is bytes and len(payload) <= INLINE_MAX:
                 continue
-            parts = [payload] if type(payload) is bytes else payload
+            parts = _parts(payload) or []
             bulk.extend(parts)
-            if not where:
-                replaced[field] = len(parts)
-                continue
-            if slim is None:
-                slim = list(items)
+            slim = slim or list(items)
             slim[index] = msgspec.structs.replace(item, **{field: len(parts)})
         if slim is not None:
             replaced[where] = slim
     return msgspec.structs.replace(message, **replaced) if replaced else message
 
 
+def _parts(payload: Payload) -> list[Buffer] | None:
+    """The frames that this payload needs; None if it goes into the header."""
+    if isinstance(payload, bytes):
+        return None if len(payload) <= INLINE_MAX else [payload]
+    return payload
+
+
 def _fill_bulk(message: Any, frames: Sequence[Buffer]) -> None:
     """Put the bulk frames where the header left their counts; they must come out even."""
     taken = 1
-    for item, field in _carriers(message):
-        count = getattr(item, field)
-        if type(count) is int:
-            parts = list(frames[taken : taken + count])
-            taken += count
-            if taken > len(frames):
-                raise ProtocolError("the header names more bulk frames than came with it")
-            msgspec.structs.force_setattr(item, field, parts)
+    for where, field in _CARRIES.get(type(message), ()):
+        for item in getattr(message, where) if where else (message,):
+            count = getattr(item, field)
+            if type(count) is int:
+                parts = list(frames[taken : taken + count])
+                taken += count
+                if taken > len(frames):
+                    raise ProtocolError("the header names more bulk frames than came with it")
+                msgspec.structs.force_setattr(item, field, parts)
     if taken != len(frames):
         raise ProtocolError(f"{len(frames) - taken} bulk frames that the header does not name")
 
 
 def _check(body: Message) -> None:
     """What msgspec cannot state: indices within the message, and NaN, which passes every comparison it makes."""
-    pairs: list[tuple[str, float]] = []
-    if isinstance(body, Submit | Dispatch):
-        items = body.tasks if isinstance(body, Submit) else body.orders
-        if items and max(item.shape for item in items) >= len(body.shapes):
+    kind = type(body)
+    if kind is Submit or kind is Dispatch:
+        items = body.tasks if isinstance(body, Submit) else cast(Dispatch, body).orders
+        shapes = cast(Submit, body).shapes
+        if items and max([item.shape for item in items]) >= len(shapes):
             raise ProtocolError("a task names a shape that the message does not have")
-        pairs = [pair for shape in body.shapes for pair in shape.options.resources]
-    elif isinstance(body, NodeHello):
-        pairs = list(body.resources)
-    if not all(math.isfinite(amount) for _, amount in pairs):
-        raise ProtocolError("resource amounts must be finite numbers")
+        for shape in shapes:
+            _check_amounts(shape.options.resources)
+    elif kind is NodeHello:
+        _check_amounts(cast(NodeHello, body).resources)
+
+
+def _check_amounts(resources: tuple[tuple[str, float], ...]) -> None:
+    for _, amount in resources:
+        if not math.isfinite(amount):
+            raise ProtocolError("resource amounts must be finite numbers")

@@ -7,6 +7,7 @@ other end, so it ends with the starter, however that ends.
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -44,6 +45,13 @@ class StopSignals:
 
 def _nothing(number: int, frame: FrameType | None) -> None:
     """A Python-level handler, so that the wake-up descriptor is written."""
+
+
+def tune_garbage_collection() -> None:
+    """Records here make no cycles; counting in the collector, which looks at all of them again and again, costs a third
+    of the time with 100,000 tasks queued. What exists already is left alone, the rest is looked at a hundred times less."""
+    gc.freeze()
+    gc.set_threshold(70_000, 20, 100)
 
 
 def set_up_logging(level: str) -> None:

@@ -16,22 +16,27 @@ Rules
 
 from __future__ import annotations
 
+import math
 import os
 import queue
 import re
+import select
 import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import zmq
 from zmq.utils import z85
 
 from . import config, protocol
 from .errors import BrokerUnreachable, StartError
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer as Buffer
 
 Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"
 Socket: TypeAlias = "zmq.Socket[bytes]"
@@ -59,6 +64,11 @@ _HANDSHAKE_MS = 5000
 # a slow line must be through before the timeout, so that is generous. Dead nodes are noticed by their beats.
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 15_000, 60_000
 _RECONNECT_TCP_MS, _RECONNECT_IPC_MS, _RECONNECT_MAX_MS = 100, 20, 5000
+
+# pyzmq's names are enums, and enum arithmetic costs more than the calls it is for.
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
+_SMALL_MESSAGE = 2  # frames: a header, and a routing id before it
 
 _WILDCARDS = [ip_address(text) for text in ("0.0.0.0", "::", "::ffff:0.0.0.0")]
 _EVERYWHERE = "would listen on every interface; write the address of the one that is meant"
@@ -170,6 +180,64 @@ def connect_sub(
     sub.setsockopt(zmq.LINGER, 0)
     sub.setsockopt(zmq.SUBSCRIBE, b"")
     return _connect(sub, addresses, keys, timeout_s)
+
+
+def receive_all(source: Socket, limit: int) -> list[list[zmq.Frame]]:
+    """The messages that have come in, at most so many; never waits."""
+    messages: list[list[zmq.Frame]] = []
+    while len(messages) < limit and source.getsockopt(_EVENTS) & _POLLIN:  # cheaper than an exception of recv
+        frame = source.recv(_NOBLOCK, copy=False)
+        frames = [frame]
+        while frame.more:
+            frame = source.recv(_NOBLOCK, copy=False)
+            frames.append(frame)
+        messages.append(frames)
+    return messages
+
+
+def send(target: Socket, frames: list[Buffer]) -> None:
+    """Send one message without waiting; small frames are copied, which is cheaper, large ones are not.
+
+    Raises
+    ------
+    zmq.Again
+        There is no connection now, or its queue is full.
+    """
+    copy = len(frames) <= _SMALL_MESSAGE
+    for frame in frames[:-1]:
+        target.send(frame, _NOBLOCK_MORE, copy)
+    target.send(frames[-1], _NOBLOCK, copy)
+
+
+class Waiter:
+    """Sleeps until a socket or a descriptor has something to read.
+
+    In place of ``zmq.Poller``, which asks libzmq several times about each socket whenever it is called. The rule for a
+    ZeroMQ socket's own descriptor: it signals an edge, once, and any call on the socket may swallow it. So the socket that
+    is sent on is asked itself (``EVENTS``) after everything else was done and before going to sleep; one that is only read
+    from, and read empty, keeps its edge.
+    """
+
+    def __init__(self, sending: Socket, reading: Socket | None = None) -> None:
+        self._sending = sending
+        self._poll = select.poll()
+        self.add(sending.getsockopt(zmq.FD))
+        if reading is not None:
+            self.add(reading.getsockopt(zmq.FD))
+
+    def add(self, descriptor: int) -> None:
+        self._poll.register(descriptor, select.POLLIN)
+
+    def remove(self, descriptor: int) -> None:
+        self._poll.unregister(descriptor)
+
+    def wait(self, deadline: float) -> set[int]:
+        """The descriptors that can be read, after sleeping until the deadline (monotonic) if there are none."""
+        timeout = 0
+        if deadline and not self._sending.getsockopt(_EVENTS) & _POLLIN:
+            # Rounded up: a millisecond early would only mean another turn.
+            timeout = max(0, math.ceil((deadline - time.monotonic()) * 1000))
+        return {descriptor for descriptor, _ in self._poll.poll(timeout)}
 
 
 def user_id(frame: zmq.Frame) -> str:

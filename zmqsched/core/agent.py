@@ -48,6 +48,7 @@ LOOKAHEAD_S = 0.02
 BATCH_S = 0.001
 TASK_OVERHEAD_S = 20e-6  # what a task costs a worker besides the call itself
 MAX_BATCH = 32  # a pipe holds about 270 small runs
+MAX_BATCHED_BYTES = 4 * 1024  # of a call that joins a batch: the pipe must never be full, and large calls gain nothing
 MAX_PREFETCH = 256  # for each slot
 STUCK_AFTER_S = 0.005  # a batch whose first task takes this long is taken apart
 REPORT_AFTER_S = 0.05  # a task that runs this long is reported as running
@@ -181,6 +182,11 @@ class Agent:
             assert used <= self._total[name] + 1e-6, f"{name} is overbooked"
         for worker in self._workers.values():
             assert all(held.worker == worker.id for held in worker.runs.values()), "a run at another's worker"
+
+    @property
+    def has_plenty(self) -> bool:
+        """Short tasks wait here and in every worker's pipe: nobody runs dry if answers are read a little later."""
+        return bool(self._queue) and self._depth() == MAX_BATCH and all(len(w.runs) > 1 for w in self._workers.values())
 
     @property
     def held(self) -> int:
@@ -325,9 +331,10 @@ class Agent:
         if self._ended:
             self._flush(now)
             return
-        self._start_workers(now)
+        if len(self._workers) < self._slots:
+            self._start_workers(now)
         self._watch_workers(now)
-        if self._uplink.has_lease(now):
+        if self._queue and self._uplink.has_lease(now):
             self._give(now)
         self._hand_back(now)
         self._report(now)
@@ -364,8 +371,6 @@ class Agent:
 
     def _give(self, now: float) -> None:
         """Fill idle workers first, then all of them up to a batch."""
-        if not self._queue:
-            return
         depth = self._depth()
         ready = [
             worker
@@ -388,7 +393,12 @@ class Agent:
     def _may_run(self, held: Held, worker: Worker) -> bool:
         demand = held.options.resources
         if worker.runs:
-            return demand == worker.uses and _is_plain(demand) and not worker.taking_back
+            return (
+                demand == worker.uses
+                and _is_plain(demand)
+                and payload_bytes(held.call) <= MAX_BATCHED_BYTES
+                and not worker.taking_back
+            )
         return all(self._used.get(name, 0.0) + amount <= self._total.get(name, 0.0) + 1e-9 for name, amount in demand)
 
     def _start(self, held: Held, worker: Worker, now: float) -> None:
@@ -434,9 +444,10 @@ class Agent:
 
     def _hand_back(self, now: float) -> None:
         """What lies here will not start for long: let the broker place it where it may."""
-        stall = self._stall(now)
+        if not self._queue or (stall := self._stall(now)) < 2 * LOOKAHEAD_S:
+            return
         excess = len(self._queue) - self._prefetch(stall)
-        if stall < 2 * LOOKAHEAD_S or excess <= 0:
+        if excess <= 0:
             return
         last = [self._queue.pop_last() for _ in range(excess)]
         self._returned.extend(Attempt(held.task, held.attempt) for held in reversed(last))
@@ -463,11 +474,10 @@ class Agent:
         return credit
 
     def _report(self, now: float) -> None:
-        start = 0
-        for count in batches(payload_bytes(outcome.value) + 60 for outcome in self._outcomes):
-            self._uplink.send(Results(self._outcomes[start : start + count]))
-            start += count
-        self._outcomes.clear()
+        if self._outcomes:
+            for batch in batches(self._outcomes, _outcome_bytes):
+                self._uplink.send(Results(batch))
+            self._outcomes = []
         credit = self._wanted_credit(now)
         if credit != self._credit or self._started or self._returned or self._deaths:
             self._credit = credit
@@ -514,5 +524,10 @@ class Agent:
         self._functions.release(held.shape.function)
 
 
+def _outcome_bytes(outcome: Outcome) -> int:
+    return payload_bytes(outcome.value) + 60
+
+
 def _is_plain(demand: tuple[tuple[str, float], ...]) -> bool:
-    return all(name == "cpu" and amount <= 1 for name, amount in demand)
+    """One CPU at most, and nothing else: the usual task, which any slot can run."""
+    return len(demand) == 1 and demand[0][0] == "cpu" and demand[0][1] <= 1

@@ -19,6 +19,8 @@ from .nodes import Demand, Node, Pool
 from .policy import Policy
 from .tasks import ASSIGNED, QUEUED, Kind, Lane, Task
 
+MAX_IDLE_KINDS = 256
+
 
 class Placement:
     def __init__(self, policy: Policy, random: Random) -> None:
@@ -27,6 +29,7 @@ class Placement:
         self._kinds: dict[Shape, Kind] = {}
         self._lanes: dict[tuple[Demand, tuple[str, ...]], Lane] = {}
         self._pools: dict[tuple[frozenset[str], frozenset[str]], Pool] = {}
+        self._idle: dict[Shape, Kind] = {}  # without tasks, or lately so; the longest idle first
         self._nodes: dict[str, Node] = {}
         self._ready: dict[int, Lane] = {}
         self._changed: dict[str, Node] = {}
@@ -52,8 +55,16 @@ class Placement:
             kind = self._kinds[shape] = Kind(shape, lane)
         return kind
 
-    def forget(self, kind: Kind) -> None:
-        """Its last task is finished."""
+    def retire(self, kind: Kind) -> None:
+        """Its last task is finished. The next is likely of a kind seen lately, so some are kept."""
+        self._idle.pop(kind.shape, None)
+        self._idle[kind.shape] = kind
+        if len(self._idle) > MAX_IDLE_KINDS:
+            oldest = self._idle.pop(next(iter(self._idle)))
+            if not oldest.open:
+                self._forget(oldest)
+
+    def _forget(self, kind: Kind) -> None:
         lane = kind.lane
         del self._kinds[kind.shape]
         lane.kinds -= 1

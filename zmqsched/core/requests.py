@@ -154,10 +154,8 @@ class Requests:
             return
         tasks = [entry for entry in self._fresh if entry[0] in self._open]
         self._fresh = []
-        start = 0
-        for count in batches(payload_bytes(call) + 64 for _, _, call in tasks):
-            self._uplink.send(self._submission(tasks[start : start + count]))
-            start += count
+        for batch in batches(tasks, _entry_bytes):
+            self._uplink.send(self._submission(batch))
 
     def _submission(self, tasks: list[tuple[bytes, Shape, Payload]]) -> Submit:
         index: dict[Shape, int] = {}
@@ -189,3 +187,7 @@ class Requests:
     def _break(self, code: str, reason: str) -> None:
         self._ended = True
         self._out.append(Broken("refused" if code == "refused" else "lost", reason))
+
+
+def _entry_bytes(entry: tuple[bytes, Shape, Payload]) -> int:
+    return payload_bytes(entry[2]) + 64

@@ -109,11 +109,14 @@ class Scheduler:
         out, self._out = self._out, []
         return out
 
-    def next_deadline(self) -> float | None:
+    def next_deadline(self) -> float:
         if self._placement.pending:
             return 0.0
-        times = [self._sessions.deadline(), self._watch.next(), self._next_round]
-        return min(at for at in times if at is not None)
+        at = self._next_round
+        for other in (self._sessions.deadline(), self._watch.next()):
+            if other is not None and other < at:
+                at = other
+        return at
 
     def sanity_check(self) -> None:
         """Raise AssertionError if any two facts disagree."""
@@ -144,20 +147,19 @@ class Scheduler:
         """What is held at this moment, by sort; empty when all is answered."""
         counts = Counter(task.state.name for task in self._tasks.values())
         counts["groups"] = len(self._groups)
-        counts["kinds"] = len(self._placement.open_kinds())
+        counts["kinds"] = sum(1 for number in self._placement.open_kinds().values() if number)
         counts["at nodes"] = sum(node.assigned for node in self._nodes.values())
         return +counts
 
     # --- events ----------------------------------------------------------------------------------------------------
 
     def _arrived(self, peer: bytes, user: str, envelope: Envelope, now: float) -> None:
-        body = envelope.body
-        if isinstance(body, ClientHello | NodeHello):
-            self._hello(peer, user, body, now)
-            return
         session = self._sessions.get(envelope.session)
         if session is None or session.user != user:
-            if not isinstance(body, SayHello):
+            body = envelope.body
+            if isinstance(body, ClientHello | NodeHello):
+                self._hello(peer, user, body, now)
+            elif not isinstance(body, SayHello):
                 self.counts["unknown session"] += 1
                 self._out.append(Send(peer, Envelope(envelope.session, 0, 0, SayHello())))
             return
@@ -233,8 +235,9 @@ class Scheduler:
 
     def _tick(self, now: float) -> None:
         self._forgive_own_absence(now)
-        for node_id in self._watch.due(now):
-            self._examine(self._nodes[node_id], now)
+        if (at := self._watch.next()) is not None and at <= now:
+            for node_id in self._watch.due(now):
+                self._examine(self._nodes[node_id], now)
         if now >= self._next_round:
             self._next_round = now + self.settings.beat_interval_s
             self._expire_clients(now)
@@ -371,7 +374,7 @@ class Scheduler:
         self.counts["accepted"] += len(message.tasks)
         for kind in kinds:
             if not kind.open:
-                self._placement.forget(kind)
+                self._placement.retire(kind)
         if missing:
             self._sessions.send(session, NeedFunctions(sorted(missing)))
 
@@ -497,7 +500,7 @@ class Scheduler:
         kind.open -= 1
         if not kind.open:
             self._functions.release(kind.shape.function)
-            self._placement.forget(kind)
+            self._placement.retire(kind)
         self.counts[final.verdict] += 1
         session = self._sessions.get(task.client)
         if session is not None:
@@ -529,15 +532,15 @@ class Scheduler:
     # --- acting ----------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
+        if not self._placement.pending:
+            return
         orders: dict[str, list[Task]] = {}
         for task, node in self._placement.place():
             orders.setdefault(node.id, []).append(task)
         for node_id, tasks in orders.items():
             node = self._nodes[node_id]
-            start = 0
-            for count in batches(payload_bytes(task.call) + 64 for task in tasks):
-                self._sessions.send(self._session_of(node), self._dispatch_message(node, tasks[start : start + count]))
-                start += count
+            for batch in batches(tasks, _task_bytes):
+                self._sessions.send(self._session_of(node), self._dispatch_message(node, batch))
 
     def _dispatch_message(self, node: Node, tasks: list[Task]) -> Dispatch:
         index: dict[Shape, int] = {}
@@ -551,19 +554,19 @@ class Scheduler:
         return Dispatch(list(index), orders, [Function(digest, self._functions[digest]) for digest in sorted(new)])
 
     def _flush(self, now: float) -> None:
-        for session in self._sessions.dirty():
-            self._post(session)
-        self._out.extend(Send(peer, envelope) for peer, envelope in self._sessions.flush(now))
+        for session in self._sessions.due(now):
+            if session.finals or session.running:
+                self._post(session)
+            for envelope in self._sessions.flush(session, now):
+                self._out.append(Send(session.peer, envelope))
 
     def _post(self, session: Session) -> None:
         if session.running:
             self._sessions.send(session, Running(session.running))
             session.running = []
         if session.finals:
-            start = 0
-            for count in batches(payload_bytes(final.value) + len(final.text) + 40 for final in session.finals):
-                self._sessions.send(session, Finals(session.finals[start : start + count]))
-                start += count
+            for batch in batches(session.finals, _final_bytes):
+                self._sessions.send(session, Finals(batch))
             session.finals = []
 
     # --- watching --------------------------------------------------------------------------------------------------
@@ -671,6 +674,14 @@ class Scheduler:
         session = self._sessions.get(node.session)
         assert session is not None, f"{node.id} has no session"
         return session
+
+
+def _task_bytes(task: Task) -> int:
+    return payload_bytes(task.call) + 64
+
+
+def _final_bytes(final: Final) -> int:
+    return payload_bytes(final.value) + len(final.text) + 40
 
 
 def _node_report(node: Node, now: float) -> NodeReport:

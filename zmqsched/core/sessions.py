@@ -84,22 +84,21 @@ class Sessions:
         session.link.send(body)
         self._dirty[session.token] = session
 
-    def flush(self, now: float) -> list[tuple[bytes, Envelope]]:
-        """Whatever is due now, to every peer that has something."""
-        for token in self._timers.due(now):
-            self._dirty[token] = self._by_token[token]
-        out = []
-        for session in self._dirty.values():
-            out.extend([(session.peer, envelope) for envelope in session.link.flush(now)])
-            self._timers.set(session.token, session.link.deadline())
-        self._dirty.clear()
+    def due(self, now: float) -> list[Session]:
+        """The peers that something is to be sent to now; each is then flushed by the caller."""
+        if (at := self._timers.next()) is not None and at <= now:
+            for token in self._timers.due(now):
+                self._dirty[token] = self._by_token[token]
+        return list(self._dirty.values())
+
+    def flush(self, session: Session, now: float) -> list[Envelope]:
+        del self._dirty[session.token]
+        out = session.link.flush(now)
+        self._timers.no_later(session.token, session.link.deadline())
         return out
 
     def deadline(self) -> float | None:
         return 0.0 if self._dirty else self._timers.next()
-
-    def dirty(self) -> list[Session]:
-        return list(self._dirty.values())
 
     def forgive(self, gap: float) -> None:
         """The broker itself was away for ``gap`` seconds: nobody was silent meanwhile."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Hashable, Iterator
 from typing import Generic, TypeVar
 
@@ -27,6 +28,12 @@ class Timers(Generic[Key]):
             if len(self._heap) > 64 + 4 * len(self._at):
                 self._heap = [entry for entry in self._heap if self._at.get(entry[2]) == entry[0]]
                 heapq.heapify(self._heap)
+
+    def no_later(self, key: Key, at: float | None) -> None:
+        """Set the deadline unless an earlier one stands. For deadlines that move on all the time: when the earlier one
+        comes, the caller looks and sets the true one, which is cheaper than to follow each move."""
+        if at is not None and at < self._at.get(key, math.inf):
+            self.set(key, at)
 
     def next(self) -> float | None:
         while self._heap and self._at.get(self._heap[0][2]) != self._heap[0][0]:

@@ -1,0 +1,245 @@
+"""What is measured. Each function takes the number of repeats and returns what it found, one list of samples a side.
+
+Repeats are interleaved (ours, theirs, ours, theirs), so that a neighbour on the machine disturbs both sides alike;
+pools are made and warmed before, except where starting is what is measured.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import gc
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import psutil
+
+from zmqsched import Client, LocalCluster
+
+from . import echo, work
+
+WORKERS = 2
+TASKS = 10_000
+TRIPS = 2_000
+ITEMS = 1_000_000
+CHUNK = 2_000
+NAPS, NAP_S = 200, 0.010
+QUEUED = 300_000
+
+Executor = concurrent.futures.Executor
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the report. ``samples``: by side, in ``unit``, ours first. ``figure``: what the goal is about, in words
+    ("2.1 x"); ``met`` is None where there is no goal."""
+
+    title: str
+    unit: str
+    samples: dict[str, list[float]]
+    figure: str = ""
+    goal: str = ""
+    met: bool | None = None
+
+
+def submit_gather(repeats: int) -> list[Row]:
+    with _pools() as (ours, theirs):
+        samples = _interleaved(
+            repeats, zmqsched=lambda: _gather_rate(ours, work.noop), ProcessPool=lambda: _gather_rate(theirs, work.noop)
+        )
+    ratio = _ratio(samples, "zmqsched", "ProcessPool")
+    return [Row(f"submit + gather of {TASKS:,} no-ops", "tasks/s", samples, f"{ratio:.2f} x", ">= 3 x", ratio >= 3)]
+
+
+def submit_closure(repeats: int) -> list[Row]:
+    with _client() as ours:
+        samples = _interleaved(repeats, zmqsched=lambda: _gather_rate(ours, work.closure()))
+    return [Row(f"the same, a closure ({TASKS:,} times)", "tasks/s", samples)]
+
+
+def round_trip(repeats: int) -> list[Row]:
+    with _pools() as (ours, theirs):
+        samples = _interleaved(
+            repeats,
+            zmqsched=lambda: 1000 * _round_trip_s(ours),
+            ProcessPool=lambda: 1000 * _round_trip_s(theirs),
+            echo=lambda: 1000 * echo.round_trip_s(TRIPS),
+        )
+    ratio = _ratio(samples, "zmqsched", "echo")
+    return [Row("round trip of one no-op, p50", "ms", samples, f"{ratio:.2f} x echo", "<= 2.5 x", ratio <= 2.5)]
+
+
+def big_map(repeats: int) -> list[Row]:
+    with _pools() as (ours, theirs):
+        samples = _interleaved(repeats, zmqsched=lambda: _map_rate(ours), ProcessPool=lambda: _map_rate(theirs))
+    ratio = _ratio(samples, "zmqsched", "ProcessPool")
+    title = f"map of {ITEMS:,} items, chunks of {CHUNK:,}"
+    return [Row(title, "M items/s", samples, f"{ratio:.2f} x", ">= 0.9 x", ratio >= 0.9)]
+
+
+def naps(repeats: int) -> list[Row]:
+    with _pools() as (ours, theirs):
+        samples = _interleaved(repeats, zmqsched=lambda: _nap_share(ours), ProcessPool=lambda: _nap_share(theirs))
+    share = median(samples["zmqsched"])
+    title = f"{NAPS} tasks of 10 ms on {WORKERS} workers"
+    return [Row(title, "of ideal", samples, f"{share:.2f}", ">= 0.95", share >= 0.95)]
+
+
+def first_result(repeats: int) -> list[Row]:
+    samples = _interleaved(repeats, zmqsched=lambda: _start_s(_OURS), ProcessPool=lambda: _start_s(_THEIRS))
+    seconds = median(samples["zmqsched"])
+    return [Row("new interpreter to first result", "s", samples, f"{seconds:.2f} s", "<= 1 s", seconds <= 1)]
+
+
+def broker_memory(_repeats: int) -> list[Row]:
+    """Measured once: memory hardly scatters, and a second round would begin with what the first has left."""
+    with (
+        tempfile.TemporaryDirectory(prefix="zs-bench-") as directory,
+        LocalCluster(WORKERS) as cluster,
+        Client(cluster) as client,
+    ):
+        broker = psutil.Process(cluster.broker_pid)
+        gate = Path(directory) / "gate"
+        _gather_rate(client, work.noop)  # what the broker takes in use, whatever is queued
+        # Both workers are kept busy, so that everything behind stays with the broker.
+        blockers = [client.submit(work.wait_for, str(gate)) for _ in range(WORKERS)]
+        time.sleep(0.5)
+        before = broker.memory_info().rss
+        futures = [client.submit(work.identity, number) for number in range(QUEUED)]
+        queued = _settled(lambda: client.status().tasks["queued"])
+        full = broker.memory_info().rss
+        gate.touch()
+        concurrent.futures.wait([*blockers, *futures])
+        after = _settled(lambda: broker.memory_info().rss)
+    return [
+        _own(f"broker per queued task ({queued:,})", "KB", (full - before) / queued / 1024, 1.5),
+        _own("broker, more than before, all done", "MB", (after - before) / 2**20, 20),
+    ]
+
+
+def _own(title: str, unit: str, value: float, limit: float) -> Row:
+    return Row(title, unit, {"zmqsched": [value]}, f"{value:.2f} {unit}", f"<= {limit:g} {unit}", value <= limit)
+
+
+MEASURES: dict[str, Callable[[int], list[Row]]] = {
+    "submit": submit_gather,
+    "closure": submit_closure,
+    "roundtrip": round_trip,
+    "map": big_map,
+    "naps": naps,
+    "start": first_result,
+    "memory": broker_memory,
+}
+
+
+# --- both sides -------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _client() -> Iterator[Client]:
+    with LocalCluster(WORKERS) as cluster, Client(cluster) as client:
+        list(client.map(work.nap, [0.01] * WORKERS * 4))
+        yield client
+
+
+@contextlib.contextmanager
+def _pools() -> Iterator[tuple[Client, Executor]]:
+    # The pool first: it forks, as a user's would, a process without the client's threads.
+    with concurrent.futures.ProcessPoolExecutor(WORKERS) as theirs:
+        list(theirs.map(work.nap, [0.01] * WORKERS * 4))
+        with _client() as ours:
+            yield ours, theirs
+
+
+def _interleaved(repeats: int, **sides: Callable[[], float]) -> dict[str, list[float]]:
+    samples: dict[str, list[float]] = {side: [] for side in sides}
+    for _ in range(repeats):
+        for side, measure in sides.items():
+            gc.collect()  # neither side pays for the other's rubbish
+            samples[side].append(measure())
+    return samples
+
+
+def _ratio(samples: dict[str, list[float]], ours: str, other: str) -> float:
+    """The median of the ratios within each repeat: what is slow for a while is slow for both."""
+    return median(a / b for a, b in zip(samples[ours], samples[other], strict=True))
+
+
+# --- single measurements ----------------------------------------------------------------------------------------------
+
+
+def _gather_rate(pool: Executor, fn: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    futures = [pool.submit(fn) for _ in range(TASKS)]
+    for future in futures:
+        future.result()
+    return TASKS / (time.perf_counter() - began)
+
+
+def _round_trip_s(pool: Executor) -> float:
+    times = []
+    for _ in range(TRIPS):
+        began = time.perf_counter()
+        pool.submit(work.noop).result()
+        times.append(time.perf_counter() - began)
+    return median(times)
+
+
+def _map_rate(pool: Executor) -> float:
+    began = time.perf_counter()
+    count = sum(1 for _ in pool.map(work.identity, range(ITEMS), chunksize=CHUNK))
+    seconds = time.perf_counter() - began
+    if count != ITEMS:
+        raise RuntimeError(f"{ITEMS - count} items are missing")
+    return ITEMS / seconds / 1e6
+
+
+def _nap_share(pool: Executor) -> float:
+    began = time.perf_counter()
+    for future in [pool.submit(work.nap, NAP_S) for _ in range(NAPS)]:
+        future.result()
+    return NAPS * NAP_S / WORKERS / (time.perf_counter() - began)
+
+
+_OURS = f"""
+from zmqsched import Client, LocalCluster
+from benchmarks import work
+with LocalCluster({WORKERS}) as cluster, Client(cluster) as client:
+    client.submit(work.noop).result()
+    print(flush=True)
+"""
+_THEIRS = f"""
+from concurrent.futures import ProcessPoolExecutor
+from benchmarks import work
+with ProcessPoolExecutor({WORKERS}) as pool:
+    pool.submit(work.noop).result()
+    print(flush=True)
+"""
+
+
+def _start_s(program: str) -> float:
+    """From starting an interpreter until it prints that it has its first result; the end is not counted."""
+    began = time.perf_counter()
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        seconds = time.perf_counter() - began
+    if not line:
+        raise RuntimeError("the program ended without a result; see its words above")
+    return seconds
+
+
+def _settled(measure: Callable[[], int]) -> int:
+    """The number, once it has stayed the same for half a second."""
+    value = measure()
+    while True:
+        time.sleep(0.5)
+        if (now := measure()) == value:
+            return value
+        value = now

@@ -1,0 +1,759 @@
+"""A small world around each core: actors that speak to it through real links and a wire that really encodes.
+
+The actors have names, tasks have labels ("a", "b"), and every step of a core is followed by its ``sanity_check()``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from random import Random
+from typing import TypeVar
+
+from zmqsched.config import BEAT_INTERVAL_S
+from zmqsched.core.agent import Agent
+from zmqsched.core.events import (
+    AgentEvent,
+    Arrived,
+    Ask,
+    BeatArrived,
+    Began,
+    Born,
+    Broken,
+    ClientAction,
+    ClientEvent,
+    Exited,
+    Finished,
+    Give,
+    Leave,
+    Log,
+    NowRunning,
+    Publish,
+    Quit,
+    Reached,
+    Replied,
+    Said,
+    SchedulerAction,
+    SchedulerEvent,
+    Send,
+    SendBeat,
+    Start,
+    TakeBack,
+    TakenBack,
+    Tell,
+    Tick,
+    ToBroker,
+    Warned,
+    Withdraw,
+)  # fmt: skip
+from zmqsched.core.link import Link
+from zmqsched.core.requests import Requests
+from zmqsched.core.scheduler import Scheduler, Settings
+from zmqsched.protocol import (
+    Attempt,
+    Beat,
+    Cancel,
+    ClientHello,
+    Death,
+    Dispatch,
+    Done,
+    Envelope,
+    Fact,
+    Final,
+    Finals,
+    Function,
+    Functions,
+    Goodbye,
+    GroupAdd,
+    Host,
+    Message,
+    No,
+    NodeHello,
+    Options,
+    Order,
+    Outcome,
+    Progress,
+    Results,
+    Revoke,
+    Run,
+    Running,
+    SayHello,
+    Shape,
+    Submit,
+    TaskSpec,
+    Welcome,
+    WorkerState,
+    decode,
+    encode,
+)  # fmt: skip
+
+M = TypeVar("M")
+PYTHON = "3.11.4"
+MORE = 0.01  # a little later: the least step of time that the worlds take
+
+
+def task_id(label: str) -> bytes:
+    return label.encode().rjust(16, b"_")
+
+
+def label_of(task: bytes) -> str:
+    return task.lstrip(b"_").decode()
+
+
+def digest(name: str) -> bytes:
+    return name.encode().rjust(16, b"@")
+
+
+def token(name: str) -> bytes:
+    return name.encode().ljust(16, b"#")
+
+
+def blob(name: str) -> bytes:
+    return f"the code of {name}".encode()
+
+
+def options(**asked: object) -> Options:
+    """Options with ``resources`` as a dict; the cpu that every task asks for is added."""
+    resources = asked.pop("resources", None)
+    if resources is not None:
+        asked["resources"] = tuple(sorted({"cpu": 1.0, **resources}.items()))  # type: ignore[dict-item]
+    if isinstance(asked.get("group"), str):
+        asked["group"] = token(asked["group"])  # type: ignore[arg-type]
+    return Options(**asked)  # type: ignore[arg-type]
+
+
+def over_the_wire(envelope: Envelope) -> Envelope:
+    return decode([bytes(frame) for frame in encode(envelope)])
+
+
+# --- around the scheduler -------------------------------------------------------------------------------------------
+
+
+class Peer:
+    """The other end of a session with the scheduler. ``heard``: what it was told, oldest first."""
+
+    def __init__(self, world: Broker, name: str, hello: ClientHello | NodeHello, user: str = "") -> None:
+        self.world = world
+        self.name = name
+        self.address = f"{name}#1".encode()
+        self.user = user
+        self.hello = hello
+        self.link: Link | None = None
+        self.heard: list[Message] = []
+        self.frozen = False
+        self._missed: list[Envelope] = []
+        self._speaks_at = 0.0
+
+    # what it does
+
+    def says_hello(self, life: int | None = None, address: str | None = None) -> None:
+        """The hello as it is, or one of another life of the same process."""
+        if life is not None:
+            kept = {field: getattr(self.hello, field) for field in self.hello.__struct_fields__}
+            self.hello = type(self.hello)(**{**kept, "life": life})
+        if address is not None:
+            self.address = address.encode()
+        self._put(Envelope(0, 0, 0, self.hello))
+        self.world.turn()
+
+    def says(self, *messages: Message) -> None:
+        assert self.link is not None, f"{self.name} has no session"
+        for message in messages:
+            self.link.send(message)
+        self.flush()
+        self.world.turn()
+
+    def freezes(self) -> None:
+        """It neither hears nor speaks, and neither does its host."""
+        self.frozen = True
+
+    def thaws(self) -> None:
+        self.frozen = False
+        missed, self._missed = self._missed, []
+        for envelope in missed:
+            self.receive(envelope)
+        self.speak()
+        self.world.turn()
+
+    # what it was told
+
+    def all(self, kind: type[M]) -> list[M]:
+        return [message for message in self.heard if isinstance(message, kind)]
+
+    def last(self, kind: type[M]) -> M:
+        return self.all(kind)[-1]
+
+    # the machinery
+
+    def receive(self, envelope: Envelope) -> None:
+        if self.frozen:
+            self._missed.append(envelope)
+            return
+        body = envelope.body
+        if isinstance(body, Welcome):
+            if self.link is None or self.link.session != body.session:
+                self.link = Link(body.session)
+            self.heard.append(body)
+        elif isinstance(body, No | SayHello):
+            self.heard.append(body)
+        elif self.link is not None and envelope.session == self.link.session:
+            message = self.link.receive(envelope, self.world.now)
+            if message is not None:
+                self.heard.append(message)
+                self.on(message)
+
+    def on(self, message: Message) -> None:
+        """What this actor keeps of a message."""
+
+    def speak(self) -> None:
+        """The sign of life that each process gives once a second."""
+        if self.frozen or self.world.now < self._speaks_at:
+            return
+        self._speaks_at = self.world.now + BEAT_INTERVAL_S
+        if self.link is not None:
+            self.link.ping(self.world.now)
+
+    def flush(self) -> bool:
+        if self.link is None or self.frozen:
+            return False
+        envelopes = self.link.flush(self.world.now)
+        for envelope in envelopes:
+            self._put(envelope)
+        return bool(envelopes)
+
+    def _put(self, envelope: Envelope) -> None:
+        self.world.step(Arrived(self.address, self.user, over_the_wire(envelope)))
+
+
+class Client(Peer):
+    def __init__(self, world: Broker, name: str, python: str = PYTHON, user: str = "") -> None:
+        super().__init__(world, name, ClientHello(token(name), 1, Host(f"{name}-host", 100, python)), user)
+        self.finals: list[Final] = []
+
+    def submits(self, *labels: str, function: str = "f", with_code: bool = True, **asked: object) -> None:
+        shape = Shape(digest(function), options(**asked))
+        functions = [Function(digest(function), blob(function))] if with_code else []
+        calls = [TaskSpec(task_id(label), 0, b"call of " + label.encode()) for label in labels]
+        self.says(Submit([shape], calls, functions))
+
+    def teaches(self, function: str) -> None:
+        self.says(Functions([Function(digest(function), blob(function))]))
+
+    def cancels(self, *labels: str) -> None:
+        self.says(Cancel([task_id(label) for label in labels]))
+
+    def leaves(self) -> None:
+        self.says(Goodbye())
+
+    def on(self, message: Message) -> None:
+        if isinstance(message, Finals):
+            self.finals += message.finals
+
+    @property
+    def answers(self) -> dict[str, str]:
+        """Verdicts by label; a second answer to one task is an error at once."""
+        labels = [label_of(final.task) for final in self.finals]
+        assert len(labels) == len(set(labels)), f"answered twice: {labels}"
+        return {label_of(final.task): final.verdict for final in self.finals}
+
+    def final(self, label: str) -> Final:
+        return next(final for final in self.finals if final.task == task_id(label))
+
+    @property
+    def told_running(self) -> list[str]:
+        return [label_of(task) for message in self.all(Running) for task in message.tasks]
+
+
+class Node(Peer):
+    def __init__(
+        self, world: Broker, name: str, slots: int, credit: int | None, resources: dict[str, float],
+        tags: Iterable[str], python: str, user: str,
+    ) -> None:  # fmt: skip
+        self.credit = slots if credit is None else credit
+        held = tuple(sorted({"cpu": float(slots), **resources}.items()))
+        hello = NodeHello(token(name), 1, Host(f"{name}-host", 200, python), slots, self.credit, held, tuple(tags))
+        super().__init__(world, name, hello, user)
+        self.orders: dict[str, Order] = {}  # what it was given and has not answered
+        self.attempts: list[tuple[str, int]] = []  # all it was ever given
+        self.functions: set[bytes] = set()
+        self._beats = 0
+
+    @property
+    def id(self) -> str:
+        return self.last(Welcome).name
+
+    @property
+    def holds(self) -> list[str]:
+        return list(self.orders)
+
+    def finishes(self, *labels: str, value: bytes = b"value") -> None:
+        self.says(Results([self._outcome(label, True, value) for label in labels]))
+
+    def fails(self, *labels: str, error: bytes = b"the user's error") -> None:
+        self.says(Results([self._outcome(label, False, error) for label in labels]))
+
+    def starts(self, *labels: str) -> None:
+        self.says(Progress(self.credit, started=[self._attempt(label) for label in labels]))
+
+    def hands_back(self, *labels: str) -> None:
+        returned = [self._attempt(label) for label in labels]
+        for label in labels:
+            del self.orders[label]
+        self.says(Progress(self.credit, returned=returned))
+
+    def asks_for(self, credit: int) -> None:
+        self.credit = credit
+        self.says(Progress(credit))
+
+    def loses_a_worker(self, running: str = "", how: str = "killed by SIGSEGV") -> None:
+        attempt = self._attempt(running) if running else Attempt(task_id("nothing"), 0)
+        self.orders.pop(running, None)
+        death = Death(1, 4711, how, attempt.task if running else b"", attempt.attempt)
+        self.says(Progress(self.credit, deaths=[death]))
+
+    def leaves(self, reason: str = "") -> None:
+        self.says(Goodbye(reason))
+
+    def beats(self, number: int | None = None) -> None:
+        self._beats += 1
+        number = self._beats if number is None else number
+        self.world.step(BeatArrived(Beat(self.hello.incarnation, number, [WorkerState(1, 4711, "idle")])))
+
+    @property
+    def revoked(self) -> list[str]:
+        return [label_of(attempt.task) for message in self.all(Revoke) for attempt in message.attempts]
+
+    def on(self, message: Message) -> None:
+        if isinstance(message, Dispatch):
+            self.functions |= {function.digest for function in message.functions}
+            for order in message.orders:
+                assert message.shapes[order.shape].function in self.functions, "a task without its function"
+                self.orders[label_of(order.task)] = order
+                self.attempts.append((label_of(order.task), order.attempt))
+            assert len(self.orders) <= self.credit, f"{self.name} was given more than its credit"
+
+    def speak(self) -> None:
+        if not self.frozen and self.world.now >= self._speaks_at:
+            self.beats()
+        super().speak()
+
+    def _attempt(self, label: str) -> Attempt:
+        return Attempt(task_id(label), self.orders[label].attempt)
+
+    def _outcome(self, label: str, ok: bool, value: bytes) -> Outcome:
+        return Outcome(task_id(label), self.orders.pop(label).attempt, ok, value, 1)
+
+
+class Broker:
+    """The scheduler, its clock, and everybody who speaks to it. The wire loses nothing here: the link's tests do that."""
+
+    def __init__(self, **settings: object) -> None:
+        self.now = 100.0
+        self.scheduler = Scheduler(Settings(python="3.11", **settings), Random(1))  # type: ignore[arg-type]
+        self.peers: list[Peer] = []
+        self.facts: list[Fact] = []
+        self.log: list[str] = []
+        self.quit: str | None = None
+        self.turn()
+
+    @property
+    def counts(self) -> dict[str, int]:
+        return dict(self.scheduler.counts)
+
+    def client(self, name: str = "client", **how: str) -> Client:
+        client = Client(self, name, **how)
+        self.peers.append(client)
+        client.says_hello()
+        return client
+
+    def node(
+        self, name: str = "node", slots: int = 1, *, credit: int | None = None, resources: dict[str, float] | None = None,
+        tags: Iterable[str] = (), python: str = PYTHON, user: str = "",
+    ) -> Node:  # fmt: skip
+        node = Node(self, name, slots, credit, resources or {}, tags, python, user)
+        self.peers.append(node)
+        node.says_hello()
+        return node
+
+    def hears(self, envelope: Envelope, address: str = "stranger", user: str = "") -> list[SchedulerAction]:
+        """An envelope from nowhere in particular."""
+        return self.step(Arrived(address.encode(), user, over_the_wire(envelope)))
+
+    def step(self, event: SchedulerEvent) -> list[SchedulerAction]:
+        actions = self.scheduler.handle(event, self.now)
+        self.scheduler.sanity_check()
+        for action in actions:
+            match action:
+                case Send(address, envelope):
+                    for peer in self.peers:
+                        if peer.address == address:
+                            peer.receive(over_the_wire(envelope))
+                case Publish(fact):
+                    self.facts.append(fact)
+                case Log(_, text):
+                    self.log.append(text)
+                case Quit(reason):
+                    self.quit = reason
+        return actions
+
+    def turn(self) -> None:
+        """The broker acts, the peers answer what asks for an answer, until nobody has anything to say at this moment."""
+        for _ in range(100):
+            self.step(Tick())
+            if not any([peer.flush() for peer in self.peers]):
+                return
+        raise AssertionError("they never stop talking")
+
+    def passes(self, seconds: float) -> None:
+        """Let time pass for everybody; who is not frozen gives a sign of life each second."""
+        end = self.now + seconds
+        while self.now < end:
+            due = self.scheduler.next_deadline()
+            times = [end] if due is None else [end, due]
+            times += [peer._speaks_at for peer in self.peers if not peer.frozen]
+            self.now = min(end, max(min(times), self.now + MORE))
+            for peer in self.peers:
+                peer.speak()
+            self.turn()
+
+    def sleeps(self, seconds: float) -> None:
+        """The broker's own process is stopped, the others are not: what they send arrives when it wakes."""
+        self.now += seconds
+
+    def facts_of(self, kind: str) -> list[str]:
+        return [fact.about for fact in self.facts if fact.kind == kind]
+
+
+# --- around a node's agent ----------------------------------------------------------------------------------------------
+
+
+class Workplace:
+    """An agent, its workers and the broker it speaks to. ``pipes``: by worker, the runs it was given and has not answered,
+    the first of them running. ``told``: what the broker heard."""
+
+    def __init__(
+        self, slots: int = 1, *, resources: dict[str, float] | None = None, gpus: Iterable[str] = (), workers: bool = True,
+        joins: bool = True, sloth: bool = False,
+    ) -> None:  # fmt: skip
+        held = tuple(sorted({"cpu": float(slots), **(resources or {})}.items()))
+        self.now = 100.0
+        self.agent = Agent(NodeHello(token("node"), 1, Host("here", 1, PYTHON), slots, slots, held), gpus)
+        self.pipes: dict[int, list[Run]] = {}
+        self.pids: dict[int, int] = {}
+        self.born: list[int] = []
+        self.buried: list[int] = []
+        self.told: list[Message] = []
+        self.hellos: list[NodeHello] = []
+        self.beats: list[Beat] = []
+        self.given: list[tuple[int, str]] = []
+        self.runs: dict[str, Run] = {}
+        self.log: list[str] = []
+        self.quit: str | None = None
+        self.link: Link | None = None
+        self.cut = False  # the wire to the broker is cut
+        self.workers_start = workers
+        self.sloth = sloth  # TakeBack is answered when told to
+        self.session = 0
+        self._attempts: dict[str, int] = {}
+        self._taught: set[bytes] = set()
+        self.turn()
+        if joins:
+            self.broker_welcomes()
+
+    # what the broker does
+
+    def broker_welcomes(self, beat_interval_s: float = 1.0) -> None:
+        self.session += 1
+        self.link = Link(self.session)
+        self._taught.clear()
+        self._arrive(
+            Envelope(self.session, 0, 0, Welcome(self.session, self.hellos[-1].life, 1, "n1", beat_interval_s))
+        )
+        self.turn()
+
+    def broker_forgets(self) -> None:
+        """It gave this node up."""
+        self._arrive(Envelope(self.session, 0, 0, SayHello()))
+        self.link = None
+        self.turn()
+
+    def broker_says(self, *messages: Message) -> None:
+        assert self.link is not None
+        for message in messages:
+            self.link.send(message)
+        self.turn()
+
+    def broker_orders(self, *labels: str, function: str = "f", with_code: bool = True, **asked: object) -> None:
+        orders = []
+        for label in labels:
+            self._attempts[label] = self._attempts.get(label, 0) + 1
+            orders.append(Order(task_id(label), self._attempts[label], 0, b"call of " + label.encode()))
+        new = with_code and digest(function) not in self._taught
+        self._taught.add(digest(function))
+        functions = [Function(digest(function), blob(function))] if new else []
+        self.broker_says(Dispatch([Shape(digest(function), options(**asked))], orders, functions))
+
+    def broker_revokes(self, label: str) -> None:
+        self.broker_says(Revoke([Attempt(task_id(label), self._attempts[label])]))
+
+    # what the workers do
+
+    def running(self, worker: int) -> str | None:
+        """The task that this worker has taken."""
+        return label_of(self.pipes[worker][0].task) if self.pipes.get(worker) else None
+
+    @property
+    def all_running(self) -> list[str]:
+        return sorted(label for worker in self.pipes if (label := self.running(worker)))
+
+    def at(self, worker: int) -> list[str]:
+        return [label_of(run.task) for run in self.pipes[worker]]
+
+    def worker_of(self, label: str) -> int:
+        return next(worker for worker in self.pipes if label in self.at(worker))
+
+    def finishes(self, label: str, *, took: float = 0.0, ok: bool = True) -> None:
+        """The worker that runs it is done with it; the clock is the caller's business."""
+        worker = next(worker for worker in self.pipes if self.running(worker) == label)
+        run = self.pipes[worker].pop(0)
+        self.step(Said(worker, Done(run.task, run.attempt, ok, b"value", took)))
+        self.turn()
+
+    def dies(self, worker: int, how: str = "killed by SIGKILL") -> None:
+        runs = self.pipes.pop(worker)
+        self.buried.append(worker)
+        self.step(Exited(worker, self.pids.get(worker, 0), how, runs[1:]))
+        self.turn()
+
+    def says(self, worker: int, message: Done | GroupAdd) -> None:
+        self.step(Said(worker, message))
+        self.turn()
+
+    def gives_back(self, worker: int) -> None:
+        """What lies in its pipe is taken out (for a sloth; others do it at once)."""
+        untaken = self.pipes[worker][1:]
+        del self.pipes[worker][1:]
+        self.step(TakenBack(worker, untaken))
+        self.turn()
+
+    def leaves(self, *, drain: bool) -> None:
+        self.step(Leave(drain, "SIGTERM"))
+        self.turn()
+
+    # what the broker was told
+
+    def all(self, kind: type[M]) -> list[M]:
+        return [message for message in self.told if isinstance(message, kind)]
+
+    @property
+    def results(self) -> list[str]:
+        return [label_of(outcome.task) for message in self.all(Results) for outcome in message.outcomes]
+
+    @property
+    def started(self) -> list[str]:
+        return [label_of(attempt.task) for message in self.all(Progress) for attempt in message.started]
+
+    @property
+    def returned(self) -> list[str]:
+        return [label_of(attempt.task) for message in self.all(Progress) for attempt in message.returned]
+
+    @property
+    def deaths(self) -> list[Death]:
+        return [death for message in self.all(Progress) for death in message.deaths]
+
+    @property
+    def credits(self) -> list[int]:
+        return [message.credit for message in self.all(Progress)]
+
+    # the machinery
+
+    def step(self, event: AgentEvent) -> None:
+        for action in self._handled(event):
+            match action:
+                case ToBroker(envelope):
+                    self._hear(over_the_wire(envelope))
+                case Start(worker):
+                    self.pipes[worker] = []
+                    self.born.append(worker)
+                    if self.workers_start:
+                        self.pids[worker] = 1000 + worker
+                        self.step(Born(worker, 1000 + worker))
+                case Give(worker, run):
+                    self.pipes[worker].append(run)
+                    self.given.append((worker, label_of(run.task)))
+                    self.runs[label_of(run.task)] = run
+                case TakeBack(worker):
+                    if not self.sloth:
+                        untaken = self.pipes[worker][1:]
+                        del self.pipes[worker][1:]
+                        self.step(TakenBack(worker, untaken))
+                case SendBeat(beat):
+                    self.beats.append(beat)
+                case Log(_, text):
+                    self.log.append(text)
+                case Quit(reason):
+                    self.quit = reason
+
+    def turn(self) -> None:
+        """Everybody says what there is to say at this moment."""
+        for _ in range(100):
+            self.step(Tick())
+            replies = [] if self.link is None or self.cut else self.link.flush(self.now)
+            for envelope in replies:
+                self._arrive(envelope)
+            if not replies and self.agent.next_deadline() > self.now:
+                return
+        raise AssertionError("they never stop talking")
+
+    def passes(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, max(self.agent.next_deadline(), self.now + 0.0005))
+            self.turn()
+
+    def _handled(self, event: AgentEvent) -> list[object]:
+        actions = self.agent.handle(event, self.now)
+        self.agent.sanity_check()
+        return list(actions)
+
+    def _arrive(self, envelope: Envelope) -> None:
+        self.step(Reached(over_the_wire(envelope)))
+
+    def _hear(self, envelope: Envelope) -> None:
+        if self.cut:
+            return
+        if isinstance(envelope.body, NodeHello):
+            self.hellos.append(envelope.body)
+        elif self.link is not None and envelope.session == self.session:
+            message = self.link.receive(envelope, self.now)
+            if message is not None:
+                self.told.append(message)
+
+
+# --- around the client's brain ------------------------------------------------------------------------------------------
+
+
+class Desk:
+    """A client's brain and the broker it speaks to."""
+
+    def __init__(self, *, lost_after_s: float = 30.0, joins: bool = True) -> None:
+        self.now = 100.0
+        self.brain = Requests(ClientHello(token("client"), 1, Host("here", 1, PYTHON)), lost_after_s)
+        self.link: Link | None = None
+        self.session = 0
+        self.cut = False
+        self.told: list[Message] = []
+        self.hellos: list[ClientHello] = []
+        self.actions: list[ClientAction] = []
+        self.turn()
+        if joins:
+            self.broker_welcomes()
+
+    # the caller
+
+    def asks(self, *labels: str, function: str = "f", **asked: object) -> None:
+        shape = Shape(digest(function), options(**asked))
+        tasks = [(task_id(label), shape, b"call of " + label.encode()) for label in labels]
+        self.step(Ask(tasks, {digest(function): blob(function)}))
+        self.turn()
+
+    def withdraws(self, *labels: str) -> None:
+        self.step(Withdraw([task_id(label) for label in labels]))
+        self.turn()
+
+    def tells(self, message: object) -> None:
+        self.step(Tell(message))  # type: ignore[arg-type]
+        self.turn()
+
+    # the broker
+
+    def broker_welcomes(self) -> None:
+        self.session += 1
+        self.link = Link(self.session)
+        self._arrive(Envelope(self.session, 0, 0, Welcome(self.session, self.hellos[-1].life, 1, "cluster", 1.0)))
+        self.turn()
+
+    def broker_forgets(self) -> None:
+        self._arrive(Envelope(self.session, 0, 0, SayHello()))
+        self.link = None
+        self.turn()
+
+    def broker_says(self, *messages: Message) -> None:
+        assert self.link is not None
+        for message in messages:
+            self.link.send(message)
+        self.turn()
+
+    def broker_refuses(self, text: str) -> None:
+        self._arrive(Envelope(0, 0, 0, No("python", text)))
+        self.turn()
+
+    def broker_answers(self, *labels: str, value: bytes = b"value") -> None:
+        self.broker_says(Finals([Final(task_id(label), "ok", value) for label in labels]))
+
+    # what came of it
+
+    def all(self, kind: type[M]) -> list[M]:
+        return [message for message in self.told if isinstance(message, kind)]
+
+    @property
+    def submitted(self) -> list[str]:
+        return [label_of(spec.task) for message in self.all(Submit) for spec in message.tasks]
+
+    @property
+    def answered(self) -> list[str]:
+        return [label_of(final.task) for action in self.acted(Finished) for final in action.finals]
+
+    def acted(self, kind: type[M]) -> list[M]:
+        return [action for action in self.actions if isinstance(action, kind)]
+
+    # the machinery
+
+    def step(self, event: ClientEvent) -> None:
+        actions = self.brain.handle(event, self.now)
+        self.brain.sanity_check()
+        for action in actions:
+            if isinstance(action, ToBroker):
+                self._hear(over_the_wire(action.envelope))
+            else:
+                assert isinstance(action, Began | Finished | NowRunning | Replied | Warned | Broken)
+                self.actions.append(action)
+
+    def turn(self) -> None:
+        for _ in range(100):
+            self.step(Tick())
+            replies = [] if self.link is None or self.cut else self.link.flush(self.now)
+            for envelope in replies:
+                self._arrive(envelope)
+            if not replies:
+                return
+        raise AssertionError("they never stop talking")
+
+    def passes(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.now = min(end, max(self.brain.next_deadline(), self.now + MORE))
+            self.turn()
+
+    def sleeps(self, seconds: float) -> None:
+        """The client's process is stopped."""
+        self.now += seconds
+        self.turn()
+
+    def _arrive(self, envelope: Envelope) -> None:
+        self.step(Reached(over_the_wire(envelope)))
+
+    def _hear(self, envelope: Envelope) -> None:
+        if self.cut:
+            return
+        if isinstance(envelope.body, ClientHello):
+            self.hellos.append(envelope.body)
+        elif self.link is not None and envelope.session == self.session:
+            message = self.link.receive(envelope, self.now)
+            if message is not None:
+                self.told.append(message)
+
+
+__all__ = [
+    "Broker", "Client", "Desk", "Node", "Workplace", "blob", "digest", "label_of", "options",
+    "over_the_wire", "task_id", "token",
+]  # fmt: skip
