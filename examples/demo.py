@@ -6,7 +6,6 @@ was run again because of the killed worker, and that both ways found the same. E
 """
 
 import ast
-import contextlib
 import os
 import signal
 import sys
@@ -115,10 +114,10 @@ def kill_a_worker(client: Client) -> str:
     killed = []
     while not client.status().counts.get(REQUEUED) and sum(client.status().tasks.values()):
         victim = client.workers()[0]
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(victim.pid, signal.SIGKILL)
-            killed.append(f"{victim.id} (pid {victim.pid})")
-        time.sleep(0.05)
+        os.kill(victim.pid, signal.SIGKILL)
+        killed.append(f"{victim.id} (pid {victim.pid})")
+        while client.status().counts.get("worker deaths", 0) < len(killed):
+            time.sleep(0.01)
     return ", ".join(killed)
 
 
@@ -147,7 +146,7 @@ def show_workers(console: Console, shares: Counter[int], names: dict[int, str], 
 
 
 def main() -> int:
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     sizes = standard_library()
     console.print(f"The standard library of Python {sys.version.split()[0]}, {sum(sizes.values()) / 1e6:.1f} MB")
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import atexit
 import concurrent.futures
+import contextlib
 import itertools
 import math
 import os
@@ -208,6 +209,7 @@ class Client(Tasks):
         self._requests: dict[int, concurrent.futures.Future[Any]] = {}
         self._inbox: deque[tuple[bytes, Shape, Payload, bytes] | ClientEvent] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._wake)  # not before: a late cancel() may still write to it
         self._awake = False
         self._began: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._ctx = sockets.context()
@@ -363,7 +365,6 @@ class Client(Tasks):
             self._close()
         else:
             self._ctx.destroy(linger=0)
-            os.close(self._wake)
             if self._owned:
                 self._owned.close()
 
@@ -400,7 +401,6 @@ class Client(Tasks):
         finally:
             self._dealer.close(linger=1_000)
             self._ctx.term()
-            os.close(self._wake)
 
     def _turn(self) -> bool:
         """Take in, act, send; False when it is time to go."""
@@ -418,8 +418,10 @@ class Client(Tasks):
 
     def _take_inbox(self, now: float) -> bool:
         if self._awake:
-            os.eventfd_read(self._wake)
+            # Lowered before the inbox is read: who finds it up has put its item in before that.
             self._awake = False
+            with contextlib.suppress(BlockingIOError):  # raised, and about to be written
+                os.eventfd_read(self._wake)
         stay = True
         tasks: list[tuple[bytes, Shape, Payload]] = []
         functions: dict[bytes, Payload] = {}
@@ -473,19 +475,22 @@ class Client(Tasks):
 
     def _complete(self, final: Final) -> None:
         future = self._futures.pop(final.task, None)
-        if future is None or future.cancelled():
+        if future is None:
             return
-        if not future.running() and not future.set_running_or_notify_cancel():
-            return
+        value: Any = None
+        error: BaseException | None = None
         if final.verdict == "ok":
             try:
                 value = unpack_value(final.value)
-            except errors.TaskError as error:
-                future.set_exception(error)
-            else:
-                future.set_result(value)
+            except errors.TaskError as failure:
+                error = failure
         else:
-            future.set_exception(_failure(final))
+            error = _failure(final)
+        with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was cancelled
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error)
 
     def _now_running(self, task: bytes) -> None:
         future = self._futures.get(task)

@@ -66,6 +66,10 @@ _BLAME_PARTS = 1_000
 # --- calls and results ---------------------------------------------------------------------------------------------
 
 
+# Nothing in these can be by value, out of band or too large. Most tiny tasks return one.
+_SIMPLE = frozenset({int, float, bool, type(None)})
+
+
 def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
     """The arguments of a call.
 
@@ -103,6 +107,8 @@ def pack_value(value: Any) -> Payload:
         Naming the part of it that cannot be pickled.
     PayloadTooLarge
     """
+    if type(value) in _SIMPLE:
+        return pickle.dumps(value, 5)
     try:
         payload = _pack(value, _ResultPickler)
     except KeyboardInterrupt:

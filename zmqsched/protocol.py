@@ -508,9 +508,11 @@ def decode(frames: Sequence[Buffer]) -> Envelope:
 
 
 def encode_pipe(message: PipeMessage) -> list[Buffer]:
-    bulk: list[Buffer] = []
-    slim = _without_bulk(message, bulk) if type(message) in _CARRIES else message
-    return [_encoder.encode(slim), *bulk]
+    if type(message) in _CARRIES:
+        bulk: list[Buffer] = []
+        message = _without_bulk(message, bulk)
+        return [_encoder.encode(message), *bulk]
+    return [_encoder.encode(message)]
 
 
 def decode_pipe(frames: Sequence[Buffer]) -> PipeMessage:
@@ -554,7 +556,10 @@ def _without_bulk(message: Any, bulk: list[Buffer]) -> Any:
     replaced: dict[str, Any] = {}
     for where, field in _CARRIES[type(message)]:
         if not where:
-            if (parts := _parts(getattr(message, field))) is not None:
+            payload = getattr(message, field)
+            if type(payload) is bytes and len(payload) <= INLINE_MAX:
+                continue
+            if (parts := _parts(payload)) is not None:
                 bulk.extend(parts)
                 replaced[field] = len(parts)
             continue

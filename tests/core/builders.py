@@ -265,9 +265,16 @@ class Client(Peer):
 
 class Node(Peer):
     def __init__(
-        self, world: Broker, name: str, slots: int, credit: int | None, resources: dict[str, float],
-        tags: Iterable[str], python: str, user: str,
-    ) -> None:  # fmt: skip
+        self,
+        world: Broker,
+        name: str,
+        slots: int,
+        credit: int | None,
+        resources: dict[str, float],
+        tags: Iterable[str],
+        python: str,
+        user: str,
+    ) -> None:
         self.credit = slots if credit is None else credit
         held = tuple(sorted({"cpu": float(slots), **resources}.items()))
         hello = NodeHello(token(name), 1, Host(f"{name}-host", 200, python), slots, self.credit, held, tuple(tags))
@@ -344,7 +351,7 @@ class Node(Peer):
 
 
 class Broker:
-    """The scheduler, its clock, and everybody who speaks to it. The wire loses nothing here: the link's tests do that."""
+    """The scheduler, its clock, and everybody who speaks to it. The wire loses nothing: see test_link.py."""
 
     def __init__(self, **settings: object) -> None:
         self.now = 100.0
@@ -366,9 +373,16 @@ class Broker:
         return client
 
     def node(
-        self, name: str = "node", slots: int = 1, *, credit: int | None = None, resources: dict[str, float] | None = None,
-        tags: Iterable[str] = (), python: str = PYTHON, user: str = "",
-    ) -> Node:  # fmt: skip
+        self,
+        name: str = "node",
+        slots: int = 1,
+        *,
+        credit: int | None = None,
+        resources: dict[str, float] | None = None,
+        tags: Iterable[str] = (),
+        python: str = PYTHON,
+        user: str = "",
+    ) -> Node:
         node = Node(self, name, slots, credit, resources or {}, tags, python, user)
         self.peers.append(node)
         node.says_hello()
@@ -396,10 +410,10 @@ class Broker:
         return actions
 
     def turn(self) -> None:
-        """The broker acts, the peers answer what asks for an answer, until nobody has anything to say at this moment."""
+        """The broker acts and the peers answer, until nobody has anything to say at this moment."""
         for _ in range(100):
             self.step(Tick())
-            if not any([peer.flush() for peer in self.peers]):
+            if not sum(peer.flush() for peer in self.peers):
                 return
         raise AssertionError("they never stop talking")
 
@@ -423,17 +437,26 @@ class Broker:
         return [fact.about for fact in self.facts if fact.kind == kind]
 
 
-# --- around a node's agent ----------------------------------------------------------------------------------------------
+# --- around a node's agent -------------------------------------------------------------------------------------------
 
 
 class Workplace:
-    """An agent, its workers and the broker it speaks to. ``pipes``: by worker, the runs it was given and has not answered,
-    the first of them running. ``told``: what the broker heard."""
+    """An agent, its workers and the broker it speaks to.
+
+    ``pipes``: by worker, the runs it was given and has not answered, the first of them running.
+    ``told``: what the broker heard.
+    """
 
     def __init__(
-        self, slots: int = 1, *, resources: dict[str, float] | None = None, gpus: Iterable[str] = (), workers: bool = True,
-        joins: bool = True, sloth: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        slots: int = 1,
+        *,
+        resources: dict[str, float] | None = None,
+        gpus: Iterable[str] = (),
+        workers: bool = True,
+        joins: bool = True,
+        sloth: bool = False,
+    ) -> None:
         held = tuple(sorted({"cpu": float(slots), **(resources or {})}.items()))
         self.now = 100.0
         self.agent = Agent(NodeHello(token("node"), 1, Host("here", 1, PYTHON), slots, slots, held), gpus)
@@ -629,7 +652,7 @@ class Workplace:
                 self.told.append(message)
 
 
-# --- around the client's brain ------------------------------------------------------------------------------------------
+# --- around the client's brain ---------------------------------------------------------------------------------------
 
 
 class Desk:

@@ -157,5 +157,16 @@ def test_random_hits_all_about_evenly():
     assert min(Counter(floor.placed).values()) > 60
 
 
+def test_random_does_not_settle_on_one_node():
+    floor = Floor("random")
+    for _ in range(4):
+        floor.node(10)
+    for _ in range(500):
+        floor.queue(1)
+        ((task, _),) = floor.place()
+        floor.end(task)
+    assert min(Counter(floor.placed[-100:])[name] for name in floor.nodes) > 5
+
+
 def test_the_default_is_one_of_them():
     assert DEFAULT_POLICY in POLICIES

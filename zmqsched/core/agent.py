@@ -50,7 +50,7 @@ TASK_OVERHEAD_S = 20e-6  # what a task costs a worker besides the call itself
 MAX_BATCH = 32  # a pipe holds about 270 small runs
 MAX_BATCHED_BYTES = 4 * 1024  # of a call that joins a batch: the pipe must never be full, and large calls gain nothing
 MAX_PREFETCH = 256  # for each slot
-STUCK_AFTER_S = 0.005  # a batch whose first task takes this long is taken apart
+STUCK_AFTER_S = 0.005  # a batch whose first task takes this long, and three times as long as usual, is taken apart
 REPORT_AFTER_S = 0.05  # a task that runs this long is reported as running
 MAX_WORKER_FUNCTIONS = 512
 LEASE_S = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS
@@ -160,7 +160,7 @@ class Agent:
         for worker in self._workers.values():
             if worker.runs:
                 if len(worker.runs) > 1 and not worker.taking_back:
-                    times.append(worker.since + STUCK_AFTER_S)
+                    times.append(worker.since + self._stuck_after())
                 if not next(iter(worker.runs.values())).reported:
                     times.append(worker.since + REPORT_AFTER_S)
         since = [worker.since for worker in self._workers.values() if worker.runs]
@@ -334,7 +334,9 @@ class Agent:
         if len(self._workers) < self._slots:
             self._start_workers(now)
         self._watch_workers(now)
-        if self._queue and self._uplink.has_lease(now):
+        if not self._queue:
+            self._share_the_last()
+        elif self._uplink.has_lease(now):
             self._give(now)
         self._hand_back(now)
         self._report(now)
@@ -358,12 +360,23 @@ class Agent:
             if not worker.runs:
                 continue
             age = now - worker.since
-            if age >= STUCK_AFTER_S and len(worker.runs) > 1 and not worker.taking_back:
+            if age >= self._stuck_after() and len(worker.runs) > 1 and not worker.taking_back:
                 self._take_back(worker)
             first = next(iter(worker.runs.values()))
             if age >= REPORT_AFTER_S and not first.reported:
                 first.reported = True
                 self._started.append(Attempt(first.task, first.attempt))
+
+    def _stuck_after(self) -> float:
+        return max(STUCK_AFTER_S, 3 * (self._task_s or 0.0))
+
+    def _share_the_last(self) -> None:
+        """A worker has nothing to do while another has runs in its pipe: take those back and share them."""
+        if any(worker.pid and not worker.runs for worker in self._workers.values()):
+            longest = max(self._workers.values(), key=lambda worker: len(worker.runs))
+            waiting = len(longest.runs) - 1
+            if waiting * (self._task_s or 0.0) > BATCH_S and not longest.taking_back:
+                self._take_back(longest)
 
     def _take_back(self, worker: Worker) -> None:
         worker.taking_back = True
@@ -372,10 +385,11 @@ class Agent:
     def _give(self, now: float) -> None:
         """Fill idle workers first, then all of them up to a batch."""
         depth = self._depth()
+        stuck_after = self._stuck_after()
         ready = [
             worker
             for worker in self._workers.values()
-            if worker.pid and (not worker.runs or (len(worker.runs) < depth and now - worker.since < STUCK_AFTER_S))
+            if worker.pid and (not worker.runs or (len(worker.runs) < depth and now - worker.since < stuck_after))
         ]
         ready.sort(key=lambda worker: len(worker.runs))
         for index, worker in enumerate(ready):
@@ -388,7 +402,11 @@ class Agent:
                 share -= 1
 
     def _depth(self) -> int:
-        return 1 if self._task_s is None else min(MAX_BATCH, 1 + int(BATCH_S / self._task_s))
+        """How many runs a worker's pipe may hold: a batch of short ones; of longer ones the next, so that the worker
+        does not wait for this process in between."""
+        if self._task_s is None:
+            return 1
+        return max(min(MAX_BATCH, 1 + int(BATCH_S / self._task_s)), 2 if self._task_s <= LOOKAHEAD_S else 1)
 
     def _may_run(self, held: Held, worker: Worker) -> bool:
         demand = held.options.resources

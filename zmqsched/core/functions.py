@@ -29,11 +29,11 @@ class FunctionStore:
             self.bytes += payload_bytes(blob)
             self._evict()
 
-    def hold(self, digest: bytes) -> None:
-        self._held[digest] = self._held.get(digest, 0) + 1
+    def hold(self, digest: bytes, times: int = 1) -> None:
+        self._held[digest] = self._held.get(digest, 0) + times
 
-    def release(self, digest: bytes) -> None:
-        left = self._held[digest] - 1
+    def release(self, digest: bytes, times: int = 1) -> None:
+        left = self._held[digest] - times
         if left:
             self._held[digest] = left
         else:

@@ -7,6 +7,8 @@ answer is handed out once: later ones of the same task find nothing here and are
 
 from __future__ import annotations
 
+from collections import Counter
+
 from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, CLUSTER_LOST_AFTER_S
 from ..protocol import (
     Cancel, ClientHello, Envelope, Final, Finals, Function, Functions, Goodbye, GroupAdd, GroupDone, GroupWait, Message,
@@ -76,7 +78,8 @@ class Requests:
     def _ask(self, tasks: list[tuple[bytes, Shape, Payload]], functions: dict[bytes, Payload]) -> None:
         for entry in tasks:
             self._open[entry[0]] = entry
-            self._functions.hold(entry[1].function)
+        for digest, times in Counter([shape.function for _, shape, _ in tasks]).items():
+            self._functions.hold(digest, times)
         for digest, blob in functions.items():
             self._functions.add(digest, blob)
         self._fresh.extend(tasks)
@@ -134,11 +137,14 @@ class Requests:
 
     def _finals(self, finals: list[Final]) -> None:
         news = []
+        released: Counter[bytes] = Counter()
         for final in finals:
             entry = self._open.pop(final.task, None)
             if entry is not None:
-                self._functions.release(entry[1].function)
+                released[entry[1].function] += 1
                 news.append(final)
+        for digest, times in released.items():
+            self._functions.release(digest, times)
         if news:
             self._out.append(Finished(news))
 

@@ -1,0 +1,609 @@
+"""What a node's agent does, told with workers that do as they are told."""
+
+from __future__ import annotations
+
+import pytest
+
+from zmqsched.core.agent import (
+    BATCH_S,
+    LEASE_S,
+    MAX_BATCH,
+    REPORT_AFTER_S,
+    RESTART_BACKOFF_S,
+    STUCK_AFTER_S,
+)  # fmt: skip
+from zmqsched.core.events import Born
+from zmqsched.protocol import (
+    Done,
+    Draining,
+    Envelope,
+    Function,
+    Functions,
+    Goodbye,
+    GroupAdd,
+    NeedFunctions,
+    No,
+    Ping,
+    Progress,
+    Query,
+    Results,
+    Stop,
+    Workers,
+)  # fmt: skip
+
+from .builders import Workplace, blob, digest, task_id, token
+
+LONG_S = 1.0  # no task of this length is worth a batch
+
+
+def used_to_short_tasks(slots: int = 1, **how: object) -> Workplace:
+    """A node whose estimate says that tasks take next to nothing."""
+    place = Workplace(slots, **how)  # type: ignore[arg-type]
+    place.broker_orders("warm-up")
+    place.finishes("warm-up", took=0.0)
+    return place
+
+
+# --- starting tasks --------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_started_for_each_slot():
+    assert Workplace(3).born == [1, 2, 3]
+
+
+def test_a_task_starts_at_once_and_its_result_is_told():
+    place = Workplace()
+    before = place.now
+    place.broker_orders("a")
+    assert place.running(1) == "a"
+    place.finishes("a")
+    assert place.now == before
+    assert place.results == ["a"]
+    assert place.agent.held == 0
+
+
+def test_nothing_is_given_to_a_worker_that_is_not_born():
+    place = Workplace(workers=False)
+    place.broker_orders("a")
+    assert place.given == []
+    place.step(Born(1, 4711))
+    place.turn()
+    assert place.running(1) == "a"
+
+
+def test_the_higher_priority_starts_first_and_equals_in_order():
+    place = Workplace(2)
+    place.broker_orders("wide", resources={"cpu": 2.0})
+    place.broker_orders("a")
+    place.broker_orders("high", priority=5)
+    place.broker_orders("b")
+    place.finishes("wide", took=LONG_S)
+    place.finishes("high", took=LONG_S)
+    assert [label for _, label in place.given] == ["wide", "high", "a", "b"]
+
+
+def test_a_wide_task_is_not_starved_by_narrow_ones():
+    place = Workplace(2)
+    place.broker_orders("a", "b")
+    place.broker_orders("wide", resources={"cpu": 2.0})
+    place.broker_orders("c", "d")
+    place.finishes("a", took=LONG_S)
+    assert place.all_running == ["b"]
+    place.finishes("b", took=LONG_S)
+    assert place.all_running == ["wide"]
+    place.finishes("wide", took=LONG_S)
+    assert place.all_running == ["c", "d"]
+
+
+def test_a_function_travels_once_to_each_worker():
+    place = Workplace(2)
+    place.broker_orders("a", "b")
+    place.finishes("a", took=LONG_S)
+    place.broker_orders("c")
+    assert [place.runs[label].function for label in "abc"] == [blob("f"), blob("f"), b""]
+
+
+def test_a_missing_function_is_asked_for_once_and_the_tasks_start_when_it_comes():
+    place = Workplace(2)
+    place.broker_orders("a", with_code=False)
+    place.broker_orders("b", with_code=False)
+    assert place.all(NeedFunctions) == [NeedFunctions([digest("f")])]
+    assert place.all_running == []
+    place.broker_says(Functions([Function(digest("f"), blob("f"))]))
+    assert place.all_running == ["a", "b"]
+
+
+# --- batches ---------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_no_batches_before_there_is_an_estimate():
+    place = Workplace(2)
+    place.broker_orders(*"abcdef")
+    assert [len(runs) for runs in place.pipes.values()] == [1, 1]
+
+
+def test_short_tasks_are_given_several_at_once_and_fairly():
+    place = used_to_short_tasks(2)
+    place.broker_orders(*[f"t{n}" for n in range(20)])
+    assert [len(runs) for runs in place.pipes.values()] == [10, 10]
+    place.broker_orders(*[f"u{n}" for n in range(200)])
+    assert [len(runs) for runs in place.pipes.values()] == [MAX_BATCH, MAX_BATCH]
+
+
+def test_longer_tasks_make_smaller_batches_and_long_ones_none():
+    place = Workplace()
+    place.broker_orders("a")
+    place.finishes("a", took=BATCH_S / 4)
+    place.broker_orders(*"bcdefghi")
+    assert 2 <= len(place.at(1)) <= 5
+    place = Workplace()
+    place.broker_orders("a")
+    place.finishes("a", took=LONG_S)
+    place.broker_orders(*"bcd")
+    assert len(place.at(1)) == 1
+
+
+def test_tasks_that_ask_for_more_than_a_cpu_are_given_alone():
+    place = used_to_short_tasks(2, resources={"gpu": 2.0})
+    place.broker_orders("a", "b", "c", "d", resources={"gpu": 0.5})
+    assert [len(runs) for runs in place.pipes.values()] == [1, 1]
+
+
+def test_a_stuck_batch_is_taken_apart_and_given_to_others():
+    place = used_to_short_tasks(2)
+    place.broker_orders(*"abcdef")
+    slow, quick = place.at(1), place.at(2)
+    for label in quick:
+        place.finishes(label)
+    assert place.at(1) == slow
+    place.passes(STUCK_AFTER_S + 0.001)
+    assert place.at(1) == slow[:1]
+    assert place.at(2) == slow[1:]
+    for label in slow[1:]:
+        place.finishes(label)
+    place.finishes(slow[0], took=STUCK_AFTER_S)
+    assert sorted(place.results) == ["a", "b", "c", "d", "e", "f", "warm-up"]
+
+
+def test_what_is_taken_back_waits_in_its_old_order_before_what_came_later():
+    place = used_to_short_tasks(sloth=True)
+    place.broker_orders(*"abcd")
+    place.passes(STUCK_AFTER_S + 0.001)
+    place.broker_orders("late")
+    place.gives_back(1)
+    place.finishes("a", took=LONG_S)
+    order = []
+    while (label := place.running(1)) is not None:
+        order.append(label)
+        place.finishes(label, took=LONG_S)
+    assert order == ["b", "c", "d", "late"]
+
+
+def test_while_runs_are_taken_back_their_worker_gets_no_more():
+    place = used_to_short_tasks(sloth=True)
+    place.broker_orders("a", "b")
+    place.passes(STUCK_AFTER_S + 0.001)
+    place.broker_orders("c")
+    assert place.at(1) == ["a", "b"]
+    place.finishes("a", took=0.01)  # b is taken by the worker before it could be taken back
+    place.gives_back(1)
+    assert "b" in place.at(1)
+    place.finishes("b")
+    assert place.running(1) == "c"
+
+
+def test_a_function_whose_first_run_was_taken_back_travels_again():
+    place = used_to_short_tasks(2)
+    place.broker_orders("slow1", "slow2")
+    place.broker_orders("x", function="g")
+    assert place.runs["x"].function == blob("g")
+    first = place.worker_of("x")
+    place.passes(STUCK_AFTER_S + 0.001)
+    place.finishes(place.running(first) or "", took=0.0)
+    assert place.worker_of("x") == first
+    assert place.runs["x"].function == blob("g"), "the pipe that held it was emptied: this worker never saw it"
+
+
+# --- resources -------------------------------------------------------------------------------------------------------
+
+
+def gpus_of(place: Workplace, label: str) -> str:
+    return dict(place.runs[label].env).get("CUDA_VISIBLE_DEVICES", "none")
+
+
+def test_each_task_sees_its_own_gpu():
+    place = Workplace(4, resources={"gpu": 2.0}, gpus=["0", "7"])
+    place.broker_orders("a", "b", resources={"gpu": 1.0})
+    place.broker_orders("plain")
+    assert {gpus_of(place, "a"), gpus_of(place, "b")} == {"0", "7"}
+    assert gpus_of(place, "plain") == "none"
+    place.finishes("b", took=LONG_S)
+    place.broker_orders("c", resources={"gpu": 1.0})
+    assert gpus_of(place, "c") == gpus_of(place, "b")
+
+
+def test_a_task_may_have_several_gpus_or_a_share_of_one():
+    place = Workplace(4, resources={"gpu": 2.0}, gpus=["0", "1"])
+    place.broker_orders("both", resources={"gpu": 2.0})
+    assert sorted(gpus_of(place, "both").split(",")) == ["0", "1"]
+    place.finishes("both", took=LONG_S)
+    place.broker_orders(*"abcd", resources={"gpu": 0.5})
+    assert sorted(gpus_of(place, label) for label in "abcd") == ["0", "0", "1", "1"]
+
+
+def test_a_dead_workers_resources_are_free_again():
+    place = Workplace(2, resources={"gpu": 1.0}, gpus=["0"])
+    place.broker_orders("a", resources={"gpu": 1.0})
+    place.dies(place.worker_of("a"))
+    place.broker_orders("b", resources={"gpu": 1.0})
+    assert gpus_of(place, "b") == "0"
+
+
+# --- credit ----------------------------------------------------------------------------------------------------------
+
+
+def test_nothing_is_prefetched_before_there_is_an_estimate():
+    place = Workplace(2)
+    place.broker_orders("a", "b")
+    place.passes(0.02)
+    assert all(credit == 2 for credit in place.credits)
+
+
+def test_credit_grows_with_short_tasks():
+    place = used_to_short_tasks(2)
+    assert place.credits[-1] > 2
+
+
+def test_when_tasks_turn_out_long_credit_shrinks_and_what_waits_is_handed_back_last_first():
+    place = used_to_short_tasks(2)
+    labels = [f"t{n:03}" for n in range(100)]
+    place.broker_orders(*labels)
+    place.passes(2.0)
+    assert place.credits[-1] == 2
+    assert len(place.all_running) == 2
+    assert place.agent.held == 2
+    assert sorted([*place.returned, *place.all_running]) == labels
+    assert place.returned[0] > place.all_running[0]
+    assert place.deaths == []
+
+
+def test_a_task_of_the_highest_priority_is_handed_back_last():
+    place = used_to_short_tasks(1)
+    place.broker_orders("running")
+    place.passes(STUCK_AFTER_S + 0.001)
+    place.broker_orders("low", priority=-1)
+    place.broker_orders("high", priority=1)
+    place.passes(2.0)
+    assert place.returned.index("high") >= 0
+    place.finishes("running", took=LONG_S)
+    assert place.all_running == []
+
+
+# --- the lease -------------------------------------------------------------------------------------------------------
+
+
+def with_a_task_waiting() -> Workplace:
+    """``a`` runs, ``wide`` waits for it and for nothing else."""
+    place = Workplace(2)
+    place.broker_orders("a")
+    place.broker_orders("wide", resources={"cpu": 2.0})
+    return place
+
+
+def test_without_a_lease_nothing_starts_and_with_an_answer_it_goes_on():
+    place = with_a_task_waiting()
+    place.passes(2.0)
+    place.cut = True
+    place.passes(LEASE_S + 1.0)
+    place.finishes("a", took=LONG_S)
+    assert place.all_running == []
+    place.cut = False
+    place.passes(1.1)
+    assert place.all_running == ["wide"]
+    place.finishes("wide")
+    place.passes(1.1)
+    assert place.results == ["a", "wide"]
+
+
+def test_a_short_silence_holds_nothing_up():
+    place = with_a_task_waiting()
+    place.cut = True
+    place.passes(LEASE_S - 1.5)
+    place.finishes("a", took=LONG_S)
+    assert place.all_running == ["wide"]
+
+
+def test_a_node_that_was_frozen_starts_nothing_before_it_has_asked():
+    place = with_a_task_waiting()
+    place.now += 60
+    place.cut = True
+    place.finishes("a", took=LONG_S)
+    assert place.all_running == []
+    place.cut = False
+    place.passes(1.1)
+    assert place.all_running == ["wide"]
+
+
+def test_a_message_that_lay_in_a_buffer_is_no_lease():
+    place = with_a_task_waiting()
+    place.now += 60
+    place.link.ping(place.now)
+    (stale,) = [e for e in place.link.flush(place.now) if isinstance(e.body, Ping)]
+    place._arrive(stale)
+    place.cut = True
+    place.finishes("a", took=LONG_S)
+    assert place.all_running == []
+
+
+# --- given up by the broker ------------------------------------------------------------------------------------------
+
+
+def test_when_the_session_is_over_what_has_not_started_is_dropped_and_a_hello_follows():
+    place = with_a_task_waiting()
+    place.broker_forgets()
+    assert place.agent.held == 1
+    assert [hello.life for hello in place.hellos] == [1, 2]
+    assert place.hellos[0].incarnation == place.hellos[1].incarnation
+    place.broker_welcomes()
+    place.finishes("a", took=LONG_S)
+    assert place.all_running == []
+    assert place.results == ["a"]
+
+
+def test_what_finished_without_a_session_is_offered_to_the_next():
+    place = with_a_task_waiting()
+    place.broker_forgets()
+    place.finishes("a", took=LONG_S)
+    place.broker_welcomes()
+    place.passes(0.1)
+    assert place.results == ["a"]
+
+
+def test_results_on_the_way_when_the_session_ended_are_offered_to_the_next():
+    place = Workplace()
+    place.broker_orders("a")
+    place.cut = True
+    place.finishes("a")
+    place.cut = False
+    place.broker_forgets()
+    place.broker_welcomes()
+    assert place.results == ["a"]
+
+
+def test_a_slot_with_an_old_task_is_not_offered():
+    place = with_a_task_waiting()
+    place.broker_forgets()
+    place.broker_welcomes()
+    place.passes(0.1)
+    assert place.credits[-1] == 1
+    place.finishes("a", took=LONG_S)
+    place.passes(0.1)
+    assert place.credits[-1] == 2
+
+
+def test_a_task_that_still_runs_and_is_ordered_again_runs_once_and_answers_for_the_new_attempt():
+    place = Workplace(2)
+    place.broker_orders("a")
+    place.passes(0.1)
+    place.broker_forgets()
+    place.broker_welcomes()
+    place.broker_orders("a")
+    place.passes(0.1)
+    assert place.started == ["a", "a"]
+    place.finishes("a", took=LONG_S)
+    (outcome,) = place.all(Results)[-1].outcomes
+    assert (outcome.task, outcome.attempt) == (task_id("a"), 2)
+    assert place.given == [(1, "a")]
+
+
+def test_a_batch_whose_session_is_over_is_taken_back_and_forgotten():
+    place = used_to_short_tasks()
+    place.broker_orders(*"abc")
+    place.broker_forgets()
+    assert place.at(1) == ["a"]
+    assert place.agent.held == 1
+
+
+def test_a_batch_that_is_ordered_again_before_it_was_taken_back_is_kept():
+    place = used_to_short_tasks(sloth=True)
+    place.broker_orders("a", "b")
+    place.broker_forgets()
+    place.broker_welcomes()
+    place.broker_orders("b")
+    place.gives_back(1)
+    place.finishes("a")
+    assert place.running(1) == "b"
+    assert place.runs["b"].attempt == 2
+
+
+def test_hello_is_said_each_second_until_there_is_an_answer():
+    place = Workplace(joins=False)
+    place.passes(5.0)
+    assert 5 <= len(place.hellos) <= 7
+    assert {hello.life for hello in place.hellos} == {1}
+
+
+# --- deaths ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_death_names_exactly_the_task_that_ran_and_the_others_run_elsewhere():
+    place = used_to_short_tasks(2)
+    place.broker_orders(*"abcdef")
+    running, *untaken = place.at(1)
+    place.dies(1, "killed by SIGSEGV")
+    (death,) = place.deaths
+    assert (death.worker, death.pid, death.how, death.task) == (1, 1001, "killed by SIGSEGV", task_id(running))
+    assert death.attempt == 1
+    assert place.returned == []
+    for label in sorted({*"abcdef"} - {running}):
+        while place.running(place.worker_of(label)) != label:
+            place.finishes(place.running(place.worker_of(label)) or "")
+        if label not in place.results:
+            place.finishes(label)
+    assert set(untaken) <= set(place.results)
+
+
+def test_an_idle_workers_death_blames_nobody():
+    place = Workplace()
+    place.broker_orders("a")
+    place.finishes("a")
+    place.dies(1)
+    (death,) = place.deaths
+    assert (death.task, death.attempt) == (b"", 0)
+
+
+def test_a_dead_worker_is_replaced_at_once():
+    place = Workplace()
+    place.broker_orders("a")
+    before = place.now
+    place.dies(1)
+    assert (place.born, place.now) == ([1, 2], before)
+    place.broker_orders("a")
+    assert place.running(2) == "a"
+
+
+def test_workers_that_die_before_their_first_task_are_replaced_ever_later():
+    place = Workplace()
+    waits = []
+    for number in range(1, 9):
+        place.dies(number)
+        since = place.now
+        while len(place.born) == number:
+            place.passes(0.05)
+        waits.append(place.now - since)
+    assert waits[:3] == pytest.approx([RESTART_BACKOFF_S, 2 * RESTART_BACKOFF_S, 4 * RESTART_BACKOFF_S], abs=0.06)
+    assert waits[-1] == pytest.approx(64 * RESTART_BACKOFF_S, abs=0.06)
+    place.broker_orders("a")
+    place.finishes("a")
+    place.dies(9)
+    assert len(place.born) == 10
+
+
+def test_the_broker_knows_the_workers():
+    place = Workplace(2)
+    place.broker_orders("a")
+    place.dies(1)
+    states = place.all(Workers)[-1].workers
+    assert [state.worker for state in states] == [2, 3]
+
+
+# --- reports and orders ----------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_takes_a_while_is_reported_as_running_once():
+    place = Workplace()
+    place.broker_orders("a")
+    place.passes(REPORT_AFTER_S - 0.01)
+    assert place.started == []
+    place.passes(0.02)
+    assert place.started == ["a"]
+    place.passes(5.0)
+    assert place.started == ["a"]
+
+
+def test_what_waits_can_be_revoked_what_runs_cannot():
+    place = with_a_task_waiting()
+    place.broker_revokes("wide")
+    place.broker_revokes("a")
+    assert place.returned == ["wide"]
+    assert place.all_running == ["a"]
+    place.finishes("a")
+    assert place.results == ["a"]
+
+
+def test_a_revocation_of_an_older_attempt_is_ignored():
+    place = with_a_task_waiting()
+    place._attempts["wide"] += 1
+    place.broker_revokes("wide")
+    assert place.returned == []
+
+
+def test_what_waits_for_its_function_can_be_revoked():
+    place = Workplace(2)
+    place.broker_orders("a", "b", with_code=False)
+    place.broker_revokes("a")
+    place.broker_says(Functions([Function(digest("f"), blob("f"))]))
+    assert (place.returned, place.all_running) == (["a"], ["b"])
+
+
+def test_tasks_count_on_groups_through_their_node():
+    place = Workplace()
+    place.broker_orders("a")
+    place.says(1, GroupAdd([(token("g"), -1)]))
+    assert place.all(GroupAdd) == [GroupAdd([(token("g"), -1)])]
+
+
+def test_an_answer_to_what_was_never_given_is_ignored():
+    place = Workplace()
+    place.says(1, Done(task_id("nothing"), 1, True, b"", 0.0))
+    assert place.results == []
+    assert "was not given" in place.log[-1]
+
+
+def test_beats_go_out_at_the_brokers_pace_and_are_numbered():
+    place = Workplace(joins=False)
+    place.broker_welcomes(beat_interval_s=0.5)
+    place.passes(5.0)
+    numbers = [beat.number for beat in place.beats]
+    assert numbers == list(range(1, len(numbers) + 1))
+    assert 10 <= len(numbers) <= 12
+
+
+def test_what_a_broker_would_not_say_is_ignored():
+    place = Workplace()
+    place.broker_says(Query(1), Progress(1))
+    assert "ignored a Progress" in place.log[-1]
+    assert place.quit is None
+
+
+# --- leaving ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told_by", ["a signal", "the broker"])
+def test_a_drained_node_takes_nothing_new_finishes_all_it_has_and_says_goodbye(told_by):
+    place = with_a_task_waiting()
+    if told_by == "a signal":
+        place.leaves(drain=True)
+        place.leaves(drain=True)
+    else:
+        place.broker_says(Stop(drain=True))
+    assert place.all(Draining) == [Draining()]
+    assert place.credits[-1] == 0
+    place.finishes("a", took=LONG_S)
+    assert place.quit is None
+    place.finishes("wide", took=LONG_S)
+    assert place.quit is not None
+    assert place.results == ["a", "wide"]
+    assert [type(message) for message in place.told[-2:]] == [Results, Goodbye]
+
+
+def test_a_drained_node_with_nothing_to_do_leaves_at_once():
+    place = Workplace()
+    place.leaves(drain=True)
+    assert place.quit is not None
+    assert isinstance(place.told[-1], Goodbye)
+
+
+def test_a_node_that_is_told_to_stop_does_not_wait():
+    place = with_a_task_waiting()
+    place.leaves(drain=False)
+    assert place.quit is not None
+    assert place.results == []
+    assert isinstance(place.told[-1], Goodbye)
+
+
+def test_a_draining_node_that_was_given_up_says_so_again():
+    place = with_a_task_waiting()
+    place.leaves(drain=True)
+    place.broker_forgets()
+    place.broker_welcomes()
+    assert len(place.all(Draining)) == 2
+    place.finishes("a", took=LONG_S)
+    assert place.quit is not None
+    assert place.results == ["a"]
+
+
+def test_a_refused_node_ends_and_says_why():
+    place = Workplace(joins=False)
+    place._arrive(Envelope(0, 0, 0, No("python", "this node runs Python 3.10")))
+    assert place.quit == "refused by the broker: this node runs Python 3.10"

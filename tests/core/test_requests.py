@@ -1,0 +1,277 @@
+"""The client's brain: nothing it was asked for is forgotten, nothing is answered twice."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from zmqsched.core.events import Began, Broken, Finished, Leave, NowRunning, Replied, Warned
+from zmqsched.core.requests import WARN_AFTER_S
+from zmqsched.protocol import (
+    Cancel,
+    Final,
+    Finals,
+    Function,
+    Functions,
+    Goodbye,
+    GroupAdd,
+    GroupDone,
+    GroupWait,
+    NeedFunctions,
+    Notice,
+    Query,
+    Report,
+    Running,
+    Submit,
+)  # fmt: skip
+
+from .builders import Desk, blob, digest, task_id, token
+
+
+def codes(desk: Desk) -> list[list[bytes]]:
+    return [[function.digest for function in message.functions] for message in desk.all(Submit)]
+
+
+def test_a_task_is_submitted_at_once_and_its_answer_handed_out():
+    desk = Desk()
+    desk.asks("a")
+    assert desk.submitted == ["a"]
+    desk.broker_answers("a", value=b"42")
+    assert desk.acted(Finished) == [Finished([Final(task_id("a"), "ok", b"42")])]
+    assert desk.brain.open == 0
+
+
+def test_what_is_asked_before_there_is_a_session_waits_for_it():
+    desk = Desk(joins=False)
+    desk.asks("a")
+    desk.asks("b")
+    desk.passes(3.0)
+    assert 3 <= len(desk.hellos) <= 5
+    desk.broker_welcomes()
+    assert desk.submitted == ["a", "b"]
+    assert len(desk.acted(Began)) == 1
+
+
+def test_many_tasks_travel_as_one_message():
+    desk = Desk()
+    desk.asks(*[f"t{n}" for n in range(500)])
+    assert len(desk.all(Submit)) == 1
+
+
+def test_all_that_is_open_is_submitted_to_a_new_session_in_order():
+    desk = Desk()
+    desk.asks(*"abc")
+    desk.broker_answers("b")
+    desk.broker_forgets()
+    desk.told.clear()
+    desk.asks("d")
+    desk.broker_welcomes()
+    assert desk.submitted == ["a", "c", "d"]
+    assert [hello.life for hello in desk.hellos][-1] == 2
+
+
+def test_an_answer_is_handed_out_once():
+    desk = Desk()
+    desk.asks("a", "b")
+    desk.broker_answers("a")
+    desk.broker_answers("a", "b", "unknown")
+    assert desk.answered == ["a", "b"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.sampled_from(["ask", "answer", "answer again", "forget", "wait"]), max_size=25), st.randoms())
+def test_whatever_the_broker_forgets_each_task_is_answered_once(steps, random):
+    desk = Desk()
+    asked: list[str] = []
+    for step in [*steps, "forget"]:
+        if step == "ask":
+            asked.append(f"t{len(asked)}")
+            desk.asks(asked[-1])
+        elif step.startswith("answer") and asked and desk.link is not None:
+            desk.broker_answers(random.choice(asked))
+        elif step == "forget":
+            desk.broker_forgets()
+            desk.broker_welcomes()
+        else:
+            desk.passes(1.0)
+    still = [label for label in asked if label not in desk.answered]
+    assert desk.brain.open == len(still)
+    assert set(still) <= set(desk.submitted)
+    desk.broker_answers(*asked)
+    assert sorted(desk.answered) == sorted(asked)
+
+
+def test_a_function_travels_once_a_session():
+    desk = Desk()
+    desk.asks("a")
+    desk.asks("b")
+    desk.asks("c", function="g")
+    assert codes(desk) == [[digest("f")], [], [digest("g")]]
+    desk.broker_forgets()
+    desk.told.clear()
+    desk.broker_welcomes()
+    assert sorted(code for message in codes(desk) for code in message) == [digest("f"), digest("g")]
+
+
+def test_a_function_that_the_broker_lacks_is_sent_again():
+    desk = Desk()
+    desk.asks("a")
+    desk.broker_says(NeedFunctions([digest("f"), digest("unknown")]))
+    assert desk.all(Functions) == [Functions([Function(digest("f"), blob("f"))])]
+
+
+def test_withdrawing_what_is_open():
+    desk = Desk()
+    desk.asks("a", "b")
+    desk.broker_answers("b")
+    desk.withdraws("a", "b", "unknown")
+    assert desk.all(Cancel) == [Cancel([task_id("a")])]
+
+
+def test_withdrawing_before_there_is_a_session():
+    desk = Desk(joins=False)
+    desk.asks("a")
+    desk.withdraws("a")
+    desk.broker_welcomes()
+    assert [type(message) for message in desk.told] == [Submit, Cancel]
+
+
+def test_a_withdrawal_that_the_old_session_did_not_deliver_is_said_again():
+    desk = Desk()
+    desk.asks("a")
+    desk.cut = True
+    desk.withdraws("a")
+    desk.cut = False
+    desk.broker_forgets()
+    desk.told.clear()
+    desk.broker_welcomes()
+    assert [type(message) for message in desk.told] == [Submit, Cancel]
+
+
+def test_what_runs_is_told_while_it_is_open():
+    desk = Desk()
+    desk.asks("a", "b")
+    desk.broker_answers("a")
+    desk.broker_says(Running([task_id("a"), task_id("b")]))
+    assert desk.acted(NowRunning) == [NowRunning([task_id("b")])]
+
+
+def test_what_was_asked_for_arrives_before_what_is_told_then():
+    desk = Desk(joins=False)
+    desk.broker_welcomes()
+    desk.asks("a", group="g")
+    desk.tells(GroupWait(1, token("g")))
+    assert [type(message) for message in desk.told] == [Submit, GroupWait]
+
+
+def test_requests_without_a_reply_are_asked_again():
+    desk = Desk()
+    desk.tells(GroupWait(1, token("g")))
+    desk.tells(Query(2))
+    desk.broker_says(Report(2, "cluster", 1, "pack", [], [], [], 1))
+    assert [action.message.request for action in desk.acted(Replied)] == [2]
+    desk.broker_forgets()
+    desk.told.clear()
+    desk.broker_welcomes()
+    assert desk.told == [GroupWait(1, token("g"))]
+    desk.broker_says(GroupDone(1), GroupDone(1))
+    assert desk.acted(Replied)[1:] == [Replied(GroupDone(1))]
+
+
+def test_a_request_made_without_a_session_is_asked_once_in_the_next():
+    desk = Desk(joins=False)
+    desk.tells(GroupWait(1, token("g")))
+    desk.broker_welcomes()
+    assert desk.told == [GroupWait(1, token("g"))]
+
+
+def test_what_counts_on_groups_and_was_not_delivered_is_said_again():
+    desk = Desk()
+    desk.cut = True
+    desk.tells(GroupAdd([(token("g"), 3)]))
+    desk.cut = False
+    desk.broker_forgets()
+    desk.broker_welcomes()
+    assert desk.all(GroupAdd) == [GroupAdd([(token("g"), 3)])]
+
+
+def test_silence_is_warned_of_once_and_a_word_ends_it():
+    desk = Desk()
+    desk.passes(3.0)
+    assert desk.acted(Warned) == []
+    desk.cut = True
+    desk.passes(WARN_AFTER_S + 1.5)
+    (warned,) = desk.acted(Warned)
+    assert "silent for 5 s; still trying" in warned.text
+    desk.passes(5.0)
+    assert len(desk.acted(Warned)) == 1
+    desk.cut = False
+    desk.passes(2.0)
+    desk.cut = True
+    desk.passes(WARN_AFTER_S + 1.5)
+    assert len(desk.acted(Warned)) == 2
+    assert desk.acted(Broken) == []
+
+
+@pytest.mark.parametrize("joined", [True, False])
+def test_a_silence_that_lasts_breaks_the_client(joined):
+    desk = Desk(lost_after_s=12.0, joins=joined)
+    desk.cut = True
+    desk.asks("a")
+    desk.passes(11.0)
+    assert desk.acted(Broken) == []
+    desk.passes(3.0)
+    (broken,) = desk.acted(Broken)
+    assert broken.code == "lost"
+    assert "silent for 12 s" in broken.reason
+
+
+def test_the_clients_own_pause_is_not_the_brokers_silence():
+    desk = Desk(lost_after_s=12.0)
+    desk.passes(2.0)
+    desk.sleeps(3600.0)
+    desk.passes(3.0)
+    assert desk.acted(Broken) == []
+    assert desk.acted(Warned) == []
+
+
+def test_a_refusal_breaks_the_client_and_says_why():
+    desk = Desk(joins=False)
+    desk.broker_refuses("this client runs Python 3.10")
+    assert desk.acted(Broken) == [Broken("refused", "this client runs Python 3.10")]
+
+
+def test_a_cluster_that_is_shut_down_breaks_the_client():
+    desk = Desk()
+    desk.broker_says(Goodbye("the cluster was shut down"))
+    assert desk.acted(Broken) == [Broken("lost", "the cluster was shut down")]
+
+
+def test_the_client_is_broken_once():
+    desk = Desk(joins=False)
+    desk.broker_refuses("no")
+    desk.broker_refuses("no")
+    desk.passes(100.0)
+    assert len(desk.acted(Broken)) == 1
+
+
+def test_notices_are_passed_on_and_what_a_broker_would_not_say_is_ignored():
+    desk = Desk()
+    desk.broker_says(Notice("mind the gap"), Cancel([]))
+    assert [warned.text for warned in desk.acted(Warned)] == ["mind the gap", "ignored a Cancel from the broker"]
+
+
+def test_leaving_says_goodbye():
+    desk = Desk()
+    desk.step(Leave(False, "client closed"))
+    desk.turn()
+    assert desk.told[-1] == Goodbye("client closed")
+
+
+def test_all_answers_of_a_message_are_handed_out_together():
+    desk = Desk()
+    desk.asks("a", "b", "c")
+    desk.broker_says(Finals([Final(task_id("a"), "ok"), Final(task_id("c"), "cancelled", text="why")]))
+    assert len(desk.acted(Finished)) == 1
+    assert desk.answered == ["a", "c"]
