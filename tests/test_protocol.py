@@ -559,10 +559,7 @@ HUGE = struct.pack(">I", 2**32 - 1)
         "an array of 2**32": OPEN + b"\x92\x17\xdd" + HUGE,
         "an array of 2**32 resources": OPEN + b"\x98\x02\xc4\x10" + TASK + b"\x01\x93\xa1h\x01\xa13\x01\x01\xdd" + HUGE,
         "an array of 10,000 that is empty": OPEN + b"\x92\x17\xdc\x27\x10",
-        "arrays of 10,000 in each other": OPEN
-        + b"\x93\x14\xdc\x27\x10\x92\xc4\x10"
-        + DIGEST
-        + b"\x97\x00\x00\xdc\x27\x10",
+        "arrays of 10,000 in each other": OPEN + b"\x93\x14\xdc\x27\x10\x92\xc4\x10" + DIGEST + b"\x97\x00\x00\xdc\x27\x10",
         "bytes of 2**32": OPEN + b"\x92\x17\x91\xc6" + HUGE,
         "text of 2**32": OPEN + b"\x92\x09\xdb" + HUGE,
         "a map of 2**32": OPEN + b"\x92\x08\xdf" + HUGE,

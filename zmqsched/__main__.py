@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import select
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _broker(arguments[1:])
     if arguments[:1] == ["node"]:
         return _node(arguments[1:])
-    from .cli import run  # noqa: PLC0415 - see above
+    from .cli import run
 
     return run(arguments)
 
@@ -47,8 +48,8 @@ def _broker(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     set_up_logging(options.log_level)
     try:
-        from . import sockets  # noqa: PLC0415 - after --help
-        from .broker import Broker  # noqa: PLC0415
+        from . import sockets
+        from .broker import Broker
 
         listen = None if options.listen is None else sockets.listen_address(options.listen)
         broker = Broker(options.name, options.policy, listen)
@@ -72,8 +73,8 @@ def _node(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     set_up_logging(options.log_level)
     try:
-        file = _load(Path(options.connect), options.wait)
-        from .node import Node  # noqa: PLC0415 - after --help
+        file = _load(Path(options.connect), options.wait, until_eof=options.until_eof)
+        from .node import Node
 
         node = Node(file, options.slots, dict(options.resource), options.tag)
         node.run(until_eof=options.until_eof, ready_fd=options.ready_fd)
@@ -82,11 +83,13 @@ def _node(arguments: list[str]) -> int:
     return 0
 
 
-def _load(path: Path, wait_s: float) -> ConnectionFile:
+def _load(path: Path, wait_s: float, *, until_eof: bool) -> ConnectionFile:
     """The file, which its broker may be about to write."""
     until = time.monotonic() + wait_s
+    starter = [0] if until_eof else []
     while not path.exists() and time.monotonic() < until:
-        time.sleep(0.005)
+        if select.select(starter, [], [], 0.005)[0] and not os.read(0, 4096):
+            break  # the starter has given up, or is gone
     return ConnectionFile.load(path)
 
 

@@ -13,22 +13,37 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from time import monotonic
+from time import monotonic, sleep
 
 import zmq
 
 from . import sockets
 from .config import CONNECTION_FILE, Addresses, ClusterLock, ConnectionFile, ipc_address, this_host
-from .core.events import Arrived, Log, Malformed, Publish, Quit, SchedulerAction, SchedulerEvent, Send, Tick, Undelivered
+from .core.events import (
+    Arrived,
+    Log,
+    Malformed,
+    Publish,
+    Quit,
+    SchedulerAction,
+    SchedulerEvent,
+    Send,
+    Shrunk,
+    Tick,
+    Undelivered,
+)
 from .core.scheduler import Scheduler, Settings
 from .errors import ProtocolError, VersionMismatch
 from .monitor import Monitor
 from .protocol import Envelope, No, decode, encode
-from .shell import StopSignals, log, say_ready, tune_garbage_collection
+from .shell import StopSignals, log, return_memory, say_ready, tune_garbage_collection
 from .version import __version__
 
 MAX_MESSAGES_PER_TURN = 200
 LINGER_MS = 1_000
+# Peers connect with IMMEDIATE (pitfall 12), and then libzmq throws away, with the connection, what has arrived and was
+# not read yet: the very message that says why the connection is about to end. So they get a moment to read it.
+PARTING_S = 0.2
 
 
 class Broker:
@@ -55,6 +70,8 @@ class Broker:
             self._monitor = Monitor(self._ctx, addresses("beats"), self._keys)
             self._pub, status = sockets.bind_pub(self._ctx, addresses("status"), self._keys)
         except BaseException:
+            if self._authenticator:  # its socket is its thread's: closed from here, libzmq aborts the process
+                self._authenticator.stop()
             self._ctx.destroy(linger=0)
             self.lock.remove()
             raise
@@ -123,7 +140,10 @@ class Broker:
                         self._pub.send_multipart(encode(Envelope(0, 0, 0, fact)), zmq.NOBLOCK)
                 case Log(level, text):
                     getattr(log, level)(text)
+                case Shrunk():
+                    return_memory()
                 case Quit(reason):
+                    sleep(PARTING_S)
                     why = reason
         return why
 

@@ -21,8 +21,8 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import zmq
 
@@ -35,7 +35,7 @@ from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, ProtocolErr
 from .futures import Future
 from .host import where
 from .payload import Chunk, FunctionPickler, pack_call, unpack_exception, unpack_value
-from .protocol import ClientHello, Envelope, Final, GroupDone, Options, Payload, Query, Report, Shape, decode, encode
+from .protocol import ClientHello, Envelope, Final, Options, Payload, Query, Report, Shape, decode, encode
 from .records import NodeInfo, Status, WorkerInfo, node_infos, status_of, worker_infos
 
 if TYPE_CHECKING:
@@ -48,6 +48,15 @@ CLOSE_TIMEOUT_S = 2.0
 MAX_MESSAGES_PER_TURN = 100
 
 _open_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+
+
+class Submission(NamedTuple):
+    """A packed call on its way to the I/O thread."""
+
+    task: bytes
+    shape: Shape
+    call: Payload
+    function: bytes
 
 
 class Tasks(concurrent.futures.Executor):
@@ -104,10 +113,9 @@ class Tasks(concurrent.futures.Executor):
         calls = zip(*iterables, strict=False)
         if chunksize == 1:
             return _results([self.submit(fn, *args) for args in calls], until)
-        chunk = Chunk(fn)
+        chunk: Callable[[list[tuple[Any, ...]]], list[T]] = Chunk(fn)
         chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
-        futures = [self.submit(chunk, part) for part in chunks]
-        return itertools.chain.from_iterable(_results(futures, until))
+        return itertools.chain.from_iterable(_results([self.submit(chunk, part) for part in chunks], until))
 
     def options(
         self,
@@ -191,7 +199,10 @@ class Client(Tasks):
     """
 
     def __init__(
-        self, cluster: LocalCluster | ConnectionFile | str | os.PathLike[str] | None = None, *, timeout: float = CONNECT_TIMEOUT_S
+        self,
+        cluster: LocalCluster | ConnectionFile | str | os.PathLike[str] | None = None,
+        *,
+        timeout: float = CONNECT_TIMEOUT_S,
     ) -> None:
         self._owned: LocalCluster | None = None
         file = self._find(cluster)
@@ -207,7 +218,7 @@ class Client(Tasks):
         self._numbers = itertools.count(1)
         self._futures: dict[bytes, Future[Any]] = {}
         self._requests: dict[int, concurrent.futures.Future[Any]] = {}
-        self._inbox: deque[tuple[bytes, Shape, Payload, bytes] | ClientEvent] = deque()
+        self._inbox: deque[Submission | ClientEvent] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         weakref.finalize(self, os.close, self._wake)  # not before: a late cancel() may still write to it
         self._awake = False
@@ -292,7 +303,7 @@ class Client(Tasks):
         with self._lock:
             self._check_usable()
             self._futures[task] = future
-            self._inbox.append((task, Shape(digest, options), call, blob))
+            self._inbox.append(Submission(task, Shape(digest, options), call, blob))
         self._nudge()
         return future
 
@@ -345,7 +356,7 @@ class Client(Tasks):
         except ClusterNotFound:
             if cluster is not None or os.environ.get("ZMQSCHED_CLUSTER"):
                 raise
-        from .cluster import LocalCluster  # noqa: PLC0415 - only when one is to be started
+        from .cluster import LocalCluster
 
         self._owned = LocalCluster()
         return self._owned.file
@@ -427,7 +438,7 @@ class Client(Tasks):
         functions: dict[bytes, Payload] = {}
         for _ in range(len(self._inbox)):
             item = self._inbox.popleft()
-            if type(item) is tuple:
+            if isinstance(item, Submission):
                 task, shape, call, blob = item
                 tasks.append((task, shape, call))
                 functions[shape.function] = blob
@@ -519,10 +530,10 @@ class Client(Tasks):
         self._wake_if_idle()
 
 
-def _results(futures: list[Future[T]], until: float | None) -> Iterator[T]:
+def _results(futures: list[Future[T]], until: float | None) -> Generator[T, None, None]:
     """Results in order; whatever ends the iteration early cancels the rest."""
 
-    def generate() -> Iterator[T]:
+    def generate() -> Generator[T, None, None]:
         futures.reverse()
         try:
             while futures:

@@ -1,4 +1,4 @@
-"""Clusters on this machine: a broker and nodes as child processes, and stopping a cluster wherever it runs.
+"""Clusters on this machine: a broker and nodes as child processes.
 
 Nothing is left behind: the children read their standard input, which ends when this process does, however it ends; each
 removes what it made. The children are sessions of their own, so a Ctrl-C in a terminal or notebook does not reach them.
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from . import errors
-from .config import CONNECTION_FILE, ConnectionFile, check_name, cluster_dir, is_held
+from .config import CONNECTION_FILE, ConnectionFile, check_name, cluster_dir, is_held, remove_cluster_dir
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .errors import StartError, ZmqschedError
 from .host import usable_cpus
@@ -89,17 +89,13 @@ class LocalCluster:
         offers += [f"--tag={tag}" for tag in tags]
         broker = ["broker", "--name", self.name, "--policy", policy, *(["--listen", listen] if listen is not None else [])]
         try:
-            if is_held(self._path.parent):
-                raise errors.ClusterExists(
-                    f"a cluster named {self.name!r} is running already: stop it (zmqsched down {self.name}) or choose "
-                    "another name"
-                )
+            check_free(self.name)
             # Nodes start beside the broker and wait for its file: a start costs one interpreter's time, not two.
             starting = [self._start(broker)]
             for index in range(n_nodes):
                 slots = n_workers // n_nodes + (index < n_workers % n_nodes)
                 starting.append(self._start(_node_command(self._path, slots, offers)))
-            ready = [_ready(process, pipe) for process, pipe in starting]
+            ready = [wait_until_ready(process, pipe) for process, pipe in starting]
         except BaseException:
             self.close()
             raise
@@ -121,6 +117,9 @@ class LocalCluster:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if processes and processes[0].returncode < 0:  # a broker that was killed leaves its directory
+            with contextlib.suppress(errors.ClusterExists):
+                remove_cluster_dir(self.name)
 
     def wait(self) -> None:
         """Return when the broker has ended."""
@@ -163,11 +162,21 @@ def _child_environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(here))}
 
 
-def _ready(process: subprocess.Popen[bytes], pipe: IO[bytes]) -> dict[str, Any]:
+def check_free(name: str) -> None:
+    """Raise ClusterExists if a running cluster has this name."""
+    if is_held(cluster_dir(name)):
+        raise errors.ClusterExists(
+            f"a cluster named {name!r} is running already: stop it (zmqsched down {name}) or choose another name"
+        )
+
+
+def wait_until_ready(
+    process: subprocess.Popen[bytes], pipe: IO[bytes], timeout_s: float = START_TIMEOUT_S
+) -> dict[str, Any]:
     """The line by which a child says that it is ready, or the exception that says why it is not."""
     with pipe:
-        if not select.select([pipe], [], [], START_TIMEOUT_S)[0]:
-            raise StartError(f"{process.args!r} was not ready within {START_TIMEOUT_S:.0f} s")
+        if not select.select([pipe], [], [], timeout_s)[0]:
+            raise StartError(f"{process.args!r} was not ready within {timeout_s:.0f} s")
         line = pipe.readline()
     if not line:
         raise StartError(f"{process.args!r} ended with exit code {process.wait()} before it was ready; see its words above")

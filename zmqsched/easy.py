@@ -28,7 +28,7 @@ def map(  # noqa: A001 - the module's function is meant to read as zmqsched.map
 
 
 def _client() -> Client:
-    global _shared, _shared_pid  # noqa: PLW0603 - one shared client is what makes the second call fast
+    global _shared, _shared_pid
     with _lock:
         if _shared is None or _shared_pid != os.getpid() or not _shared.usable:
             _shared, _shared_pid = Client(), os.getpid()

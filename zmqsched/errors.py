@@ -111,7 +111,7 @@ class VersionMismatch(ProtocolError):
     """The peer speaks another major version of the protocol."""
 
 
-class RemoteTraceback(Exception):  # noqa: N818 - a carrier of text shown as a cause, never raised
+class RemoteTraceback(Exception):
     """The traceback a task's exception had in its worker, shown as the exception's cause."""
 
     def __init__(self, text: str) -> None:

@@ -22,7 +22,7 @@ MAX_BEATS_PER_TURN = 1_000
 class Monitor:
     def __init__(self, ctx: sockets.Context, addresses: Sequence[str], keys: sockets.Keys | None) -> None:
         self.socket, self.addresses = sockets.bind_sub(ctx, addresses, keys)
-        self.descriptor: int = self.socket.getsockopt(zmq.FD)
+        self.descriptor = sockets.descriptor(self.socket)
         self._gated = keys is not None
 
     def read(self) -> list[BeatArrived | Malformed]:

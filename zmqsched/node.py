@@ -49,7 +49,7 @@ class Node:
         tags: Iterable[str] = (),
     ) -> None:
         self._nursery = Nursery()
-        from . import sockets  # noqa: PLC0415 - not before the nursery has been forked
+        from . import sockets
 
         self._sockets = sockets
         self._file = file
@@ -78,7 +78,7 @@ class Node:
         Refused
             The broker does not take this node, and says why.
         """
-        import zmq  # noqa: PLC0415 - as above
+        import zmq
 
         self._zmq = zmq
         stop = StopSignals(until_eof=until_eof)
@@ -86,7 +86,7 @@ class Node:
         for descriptor in (self._nursery.fileno(), *stop.descriptors):
             self._waiter.add(descriptor)
         try:
-            if not self._dealer.poll(CONNECT_TIMEOUT_S * 1000, zmq.POLLOUT):
+            if not self._dealer.poll(int(CONNECT_TIMEOUT_S * 1000), zmq.POLLOUT):
                 raise BrokerUnreachable(
                     f"the broker of cluster {self._file.name!r} does not let this node in: is the connection file stale?"
                 )
@@ -230,7 +230,7 @@ class Node:
             pass  # no connection now; the link sends again what is not acknowledged
 
     def _send_beat(self, beat: Beat) -> None:
-        import psutil  # noqa: PLC0415 - a fiftieth of a second that the start does not wait for
+        import psutil
 
         measured = Beat(
             beat.incarnation,
@@ -245,7 +245,7 @@ class Node:
             pass  # the next one comes in a second
 
     def _measure(self, state: WorkerState) -> WorkerState:
-        import psutil  # noqa: PLC0415
+        import psutil
 
         if not state.pid:
             return state

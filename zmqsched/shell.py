@@ -7,6 +7,7 @@ other end, so it ends with the starter, however that ends.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import json
 import logging
@@ -54,6 +55,15 @@ def tune_garbage_collection() -> None:
     gc.set_threshold(70_000, 20, 100)
 
 
+def return_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what lies between blocks that are in use."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        log.debug("this C library has no malloc_trim")
+
+
 def set_up_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s zmqsched %(message)s", "%H:%M:%S"))
@@ -78,10 +88,13 @@ def say_ready(descriptor: int | None, facts: dict[str, object]) -> None:
 
 
 def report_failure(descriptor: int | None, error: ZmqschedError) -> int:
-    """Say why this process did not start, or ends, to its starter and its user. Returns the exit code."""
-    print(f"zmqsched: {error}", file=sys.stderr)
+    """Say why this process did not start, or ends: to its starter, who tells the user, else to the user. Returns the
+    exit code."""
     try:
-        say_ready(descriptor, {"error": str(error), "type": type(error).__name__})
+        if descriptor is not None:
+            say_ready(descriptor, {"error": str(error), "type": type(error).__name__})
+            return 1
     except OSError:
         pass  # it had said ready before, the descriptor is closed
+    print(f"zmqsched: {error}", file=sys.stderr)
     return 1

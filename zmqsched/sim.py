@@ -27,15 +27,49 @@ import msgspec
 
 from .core.agent import Agent
 from .core.events import (
-    AgentAction, AgentEvent, Arrived, Ask, BeatArrived, Began, Born, Broken, ClientAction, ClientEvent, Exited, Finished,
-    Give, Log, Quit, Reached, Replied, Said, SchedulerEvent, Send, SendBeat, Start, TakeBack, TakenBack, Tell, Tick,
-    ToBroker, Undelivered, Warned, Withdraw,
+    AgentAction,
+    Arrived,
+    Ask,
+    BeatArrived,
+    Born,
+    Broken,
+    Exited,
+    Finished,
+    Give,
+    Log,
+    Quit,
+    Reached,
+    Replied,
+    Said,
+    Send,
+    SendBeat,
+    Start,
+    TakeBack,
+    TakenBack,
+    Tell,
+    Tick,
+    ToBroker,
+    Undelivered,
+    Withdraw,
 )  # fmt: skip
 from .core.policy import POLICIES
 from .core.requests import Requests
 from .core.scheduler import Scheduler, Settings
 from .protocol import (
-    ClientHello, Done, Envelope, GroupAdd, GroupDone, GroupWait, Host, NodeHello, Options, Run, Shape, decode, encode,
+    Beat,
+    ClientHello,
+    Done,
+    Envelope,
+    GroupDone,
+    GroupWait,
+    Host,
+    NodeHello,
+    Options,
+    Payload,
+    Run,
+    Shape,
+    decode,
+    encode,
 )  # fmt: skip
 
 DELAY_S = 0.0002
@@ -182,7 +216,7 @@ class SimBroker(Process):
                     if not isinstance(target, Peer) or target.address != peer:
                         self.step(Undelivered(peer, "unreachable"), now)
                         continue
-                    self.world.send(envelope, lambda e, t=target: t.post(Reached(e)), f"broker > {peer.decode()}")
+                    self.world.send(envelope, target.reached, f"broker > {peer.decode()}")
                 case Log(_, text):
                     self.world.say(f"= broker: {text}")
                 case _:
@@ -206,6 +240,9 @@ class Peer(Process):
 
     def reconnect(self) -> None:
         self.address = self.name + b"#%d" % next(self._connections)
+
+    def reached(self, envelope: Envelope) -> None:
+        self.post(Reached(envelope))
 
     def to_broker(self, envelope: Envelope) -> None:
         address = self.address
@@ -231,7 +268,7 @@ class SimWorker:
         if not self.pipe:
             return
         self.running = self.pipe.popleft()
-        plan = msgspec.msgpack.decode(bytes(self.running.call), type=Plan)  # type: ignore[arg-type]
+        plan = msgspec.msgpack.decode(_joined(self.running.call), type=Plan)
         self.node.world.executions[self.running.task] += 1
         self.node.world.at(plan.seconds, lambda: self.finish(plan))
 
@@ -293,12 +330,15 @@ class SimNode(Peer):
                 self._inbox.append(TakenBack(number, runs))
                 self.world.at(0.0, self._turn)
             case SendBeat(beat):
-                deliver = self.world.processes[b"broker"].post
-                self.world.send(Envelope(0, 0, 0, beat), lambda e: deliver(BeatArrived(e.body)), f"{self.name.decode()} beat")  # type: ignore[arg-type]
+                self.world.send(Envelope(0, 0, 0, beat), self._beat_arrives, f"{self.name.decode()} beat")
             case Log(_, text):
                 self.world.say(f"= {self.name.decode()}: {text}")
             case Quit():
                 self.kill()
+
+    def _beat_arrives(self, envelope: Envelope) -> None:
+        if isinstance(envelope.body, Beat):
+            self.broker.post(BeatArrived(envelope.body))
 
     def deadline(self) -> float | None:
         return self.core.next_deadline()
@@ -323,7 +363,7 @@ class SimClient(Peer):
         self.post(Tick())
 
     def ask(self, count: int, kinds: list[Options]) -> None:
-        entries = []
+        entries: list[tuple[bytes, Shape, Payload]] = []
         for _ in range(count):
             task = self.name[:8].ljust(8, b".") + len(self.plans).to_bytes(8, "big")
             ends = self.world.random.choices(("value", "error", "death"), (90, 7, 3))[0]
@@ -360,7 +400,7 @@ class SimClient(Peer):
                 case _:
                     pass
 
-    def _answered(self, task: bytes, verdict: str, value: object, text: str) -> None:
+    def _answered(self, task: bytes, verdict: str, value: Payload, text: str) -> None:
         self.world.say(f"= {self.name.decode()}: {task.hex()[-4:]} is {verdict} {text}")
         if task in self.answers:
             raise SimulationFailed(f"task {task.hex()} was answered twice")
@@ -371,7 +411,7 @@ class SimClient(Peer):
             return  # an innocent that was hit by the simulated killer as often as the cap allows
         if verdict != expected and not (verdict == "cancelled" and task in self.cancelled):
             raise SimulationFailed(f"task {plan} ended as {verdict!r}: {text}")
-        if verdict == "ok" and msgspec.msgpack.decode(bytes(value)) != plan.number:  # type: ignore[arg-type]
+        if verdict == "ok" and msgspec.msgpack.decode(_joined(value)) != plan.number:
             raise SimulationFailed(f"task {plan} got somebody else's value {value!r}")
 
     def _group_is_zero(self) -> None:
@@ -386,6 +426,10 @@ class SimClient(Peer):
 
     def check(self) -> None:
         self.core.sanity_check()
+
+
+def _joined(payload: Payload) -> bytes:
+    return payload if isinstance(payload, bytes) else b"".join(payload)
 
 
 def _owner(address: bytes) -> bytes:

@@ -27,7 +27,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import zmq
 from zmq.utils import z85
@@ -182,10 +182,19 @@ def connect_sub(
     return _connect(sub, addresses, keys, timeout_s)
 
 
+def descriptor(of: Socket) -> int:
+    """The descriptor that signals what happens on a socket; see :class:`Waiter` for how to read it."""
+    return cast(int, of.getsockopt(zmq.FD))
+
+
+def _readable(one: Socket) -> int:
+    return cast(int, one.getsockopt(_EVENTS)) & _POLLIN
+
+
 def receive_all(source: Socket, limit: int) -> list[list[zmq.Frame]]:
     """The messages that have come in, at most so many; never waits."""
     messages: list[list[zmq.Frame]] = []
-    while len(messages) < limit and source.getsockopt(_EVENTS) & _POLLIN:  # cheaper than an exception of recv
+    while len(messages) < limit and _readable(source):  # cheaper than an exception of recv
         frame = source.recv(_NOBLOCK, copy=False)
         frames = [frame]
         while frame.more:
@@ -221,9 +230,9 @@ class Waiter:
     def __init__(self, sending: Socket, reading: Socket | None = None) -> None:
         self._sending = sending
         self._poll = select.poll()
-        self.add(sending.getsockopt(zmq.FD))
+        self.add(descriptor(sending))
         if reading is not None:
-            self.add(reading.getsockopt(zmq.FD))
+            self.add(descriptor(reading))
 
     def add(self, descriptor: int) -> None:
         self._poll.register(descriptor, select.POLLIN)
@@ -234,7 +243,7 @@ class Waiter:
     def wait(self, deadline: float) -> set[int]:
         """The descriptors that can be read, after sleeping until the deadline (monotonic) if there are none."""
         timeout = 0
-        if deadline and not self._sending.getsockopt(_EVENTS) & _POLLIN:
+        if deadline and not _readable(self._sending):
             # Rounded up: a millisecond early would only mean another turn.
             timeout = max(0, math.ceil((deadline - time.monotonic()) * 1000))
         return {descriptor for descriptor, _ in self._poll.poll(timeout)}

@@ -327,9 +327,7 @@ def test_a_node_that_was_frozen_starts_nothing_before_it_has_asked():
 def test_a_message_that_lay_in_a_buffer_is_no_lease():
     place = with_a_task_waiting()
     place.now += 60
-    place.link.ping(place.now)
-    (stale,) = [e for e in place.link.flush(place.now) if isinstance(e.body, Ping)]
-    place._arrive(stale)
+    place._arrive(Envelope(place.session, 0, 0, Ping(0, 1)))
     place.cut = True
     place.finishes("a", took=LONG_S)
     assert place.all_running == []
@@ -435,11 +433,9 @@ def test_a_death_names_exactly_the_task_that_ran_and_the_others_run_elsewhere():
     assert (death.worker, death.pid, death.how, death.task) == (1, 1001, "killed by SIGSEGV", task_id(running))
     assert death.attempt == 1
     assert place.returned == []
-    for label in sorted({*"abcdef"} - {running}):
-        while place.running(place.worker_of(label)) != label:
-            place.finishes(place.running(place.worker_of(label)) or "")
-        if label not in place.results:
-            place.finishes(label)
+    while place.all_running:
+        place.finishes(place.all_running[0])
+    assert sorted(place.results) == sorted({*"abcdef", "warm-up"} - {running})
     assert set(untaken) <= set(place.results)
 
 
@@ -546,7 +542,7 @@ def test_beats_go_out_at_the_brokers_pace_and_are_numbered():
     place.passes(5.0)
     numbers = [beat.number for beat in place.beats]
     assert numbers == list(range(1, len(numbers) + 1))
-    assert 10 <= len(numbers) <= 12
+    assert 9 <= len(numbers) <= 11
 
 
 def test_what_a_broker_would_not_say_is_ignored():

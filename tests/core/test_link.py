@@ -155,6 +155,17 @@ def test_what_a_pong_proves_lost_is_sent_again():
     assert seqs == [1, 2, 3, 4, 2, 3, 4]
 
 
+def test_an_acknowledgement_of_some_puts_the_question_about_the_others_off():
+    ends = Ends()
+    send(ends.left, "a", "b")
+    ends.flush(ends.left)
+    ends.now += PING_AFTER_S / 2
+    ends.takes(ends.left, Envelope(7, 0, 1, Ack()))
+    assert ends.left.deadline() == ends.now + PING_AFTER_S
+    ends.takes(ends.left, Envelope(7, 0, 2, Ack()))
+    assert ends.left.deadline() is None
+
+
 def test_an_old_pong_proves_nothing_about_what_was_sent_after_its_ping():
     ends = Ends()
     ends.left.ping(ends.now)

@@ -123,6 +123,13 @@ def test_a_gpu_is_never_overbooked_and_a_cpu_is_by_what_is_prefetched():
     assert "g2" in node.holds
 
 
+def test_wide_tasks_are_prefetched_by_the_cpus_they_take():
+    broker = Broker()
+    client, node = broker.client(), broker.node(slots=2, credit=4)
+    client.submits(*"abcd", resources={"cpu": 2.0})
+    assert node.holds == ["a", "b"]
+
+
 def test_a_share_of_a_gpu_can_be_asked_for():
     broker = Broker()
     client, node = broker.client(), broker.node(slots=4, resources={"gpu": 1})
@@ -250,6 +257,14 @@ def test_an_idle_worker_dies_without_blame():
     client.submits("a")
     node.loses_a_worker()
     assert (node.holds, broker.counts["worker deaths"]) == (["a"], 1)
+
+
+def test_what_is_handed_back_goes_to_the_front_in_its_old_order():
+    broker = Broker()
+    client, node = broker.client(), broker.node(credit=4)
+    client.submits(*"abcde")
+    node.hands_back("b", "c", "d")
+    assert node.attempts[4:] == [("b", 2), ("c", 2), ("d", 2)]
 
 
 def test_without_requeue_a_death_is_final():

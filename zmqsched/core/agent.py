@@ -29,16 +29,58 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from typing import Literal
 
 from ..config import BEAT_INTERVAL_S, SUSPECT_AFTER_BEATS
 from ..protocol import (
-    Attempt, Beat, Death, Dispatch, Done, Draining, Function, Functions, Goodbye, GroupAdd, Message, NeedFunctions, No,
-    NodeHello, Options, Order, Outcome, Payload, Progress, Results, Revoke, Run, SayHello, Shape, Stop, Welcome, Workers,
-    WorkerState, batches, payload_bytes,
+    Attempt,
+    Beat,
+    Death,
+    Dispatch,
+    Done,
+    Draining,
+    Function,
+    Functions,
+    Goodbye,
+    GroupAdd,
+    Message,
+    NeedFunctions,
+    No,
+    NodeHello,
+    Options,
+    Order,
+    Outcome,
+    Payload,
+    Progress,
+    Results,
+    Revoke,
+    Run,
+    SayHello,
+    Shape,
+    Stop,
+    Welcome,
+    Workers,
+    WorkerState,
+    batches,
+    payload_bytes,
 )  # fmt: skip
 from .events import (
-    AgentAction, AgentEvent, Born, Exited, Give, Leave, Log, Quit, Reached, Said, SendBeat, Start, TakeBack, TakenBack,
-    Tick, ToBroker,
+    AgentAction,
+    AgentEvent,
+    Born,
+    Exited,
+    Give,
+    Leave,
+    Log,
+    Quit,
+    Reached,
+    Said,
+    SendBeat,
+    Start,
+    TakeBack,
+    TakenBack,
+    Tick,
+    ToBroker,
 )  # fmt: skip
 from .functions import FunctionStore
 from .priorities import PriorityQueue
@@ -90,7 +132,7 @@ class Worker:
         self.taking_back = False
 
     @property
-    def state(self) -> str:
+    def state(self) -> Literal["starting", "idle", "busy"]:
         return "starting" if not self.pid else "busy" if self.runs else "idle"
 
 
@@ -132,9 +174,8 @@ class Agent:
             case Said(worker, message):
                 self._said(worker, message, now)
             case Reached(envelope):
-                message = self._uplink.receive(envelope, now)
-                if message is not None:
-                    self._message(message, now)
+                if (received := self._uplink.receive(envelope, now)) is not None:
+                    self._message(received, now)
             case Tick():
                 self._tick(now)
             case TakenBack(worker, runs):
@@ -174,7 +215,7 @@ class Agent:
         queued = {held.task for held in self._queue}
         lacking = {held.task for tasks in self._lacking.values() for held in tasks}
         given = {task for worker in self._workers.values() for task in worker.runs}
-        assert not (queued & lacking or queued & given or lacking & given), "a task is in two places"
+        assert len(queued) + len(lacking) + len(given) == len(queued | lacking | given), "a task is in two places"
         assert queued | lacking | given == self._held.keys(), "a task is held and nowhere, or the reverse"
         for name, used in self._used.items():
             uses = sum(dict(worker.uses).get(name, 0.0) for worker in self._workers.values() if worker.runs)

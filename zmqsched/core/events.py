@@ -9,8 +9,24 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from ..protocol import (
-    Beat, Done, Drain, Envelope, Fact, Final, GroupAdd, GroupDone, GroupForget, GroupWait, No, Payload, Query, Report, Run,
-    Shape, Shutdown, Welcome,
+    Beat,
+    Done,
+    Drain,
+    Envelope,
+    Fact,
+    Final,
+    GroupAdd,
+    GroupDone,
+    GroupForget,
+    GroupWait,
+    No,
+    Payload,
+    Query,
+    Report,
+    Run,
+    Shape,
+    Shutdown,
+    Welcome,
 )  # fmt: skip
 
 
@@ -57,6 +73,10 @@ class Log(NamedTuple):
     text: str
 
 
+class Shrunk(NamedTuple):
+    """A great many records are gone; a good moment to return memory to the system."""
+
+
 class Quit(NamedTuple):
     """The process that holds this core ends, in order."""
 
@@ -64,7 +84,7 @@ class Quit(NamedTuple):
 
 
 SchedulerEvent = Arrived | BeatArrived | Malformed | Undelivered | Tick
-SchedulerAction = Send | Publish | Log | Quit
+SchedulerAction = Send | Publish | Log | Shrunk | Quit
 
 
 # --- the node's agent --------------------------------------------------------------------------------------------

@@ -28,13 +28,62 @@ from random import Random
 
 from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, PING_GRACE_S, SUSPECT_AFTER_BEATS
 from ..protocol import (
-    Attempt, Beat, Cancel, ClientHello, Death, Dispatch, Drain, Draining, Envelope, Fact, Final, Finals, Function,
-    Functions, Goodbye, GroupAdd, GroupDone, GroupForget, GroupWait, Message, NeedFunctions, No, NodeHello, NodeReport,
-    Notice, Order, Outcome, Progress, Query, Report, Results, Revoke, Running, SayHello, Shape, Shutdown, Stop, Submit,
-    Welcome, Workers, batches, payload_bytes,
+    Attempt,
+    Beat,
+    Cancel,
+    ClientHello,
+    Death,
+    Dispatch,
+    Drain,
+    Draining,
+    Envelope,
+    Fact,
+    Final,
+    Finals,
+    Function,
+    Functions,
+    Goodbye,
+    GroupAdd,
+    GroupDone,
+    GroupForget,
+    GroupWait,
+    Message,
+    NeedFunctions,
+    No,
+    NodeHello,
+    NodeReport,
+    Notice,
+    Order,
+    Outcome,
+    Progress,
+    Query,
+    Report,
+    Results,
+    Revoke,
+    Running,
+    SayHello,
+    Shape,
+    Shutdown,
+    Stop,
+    Submit,
+    Welcome,
+    Workers,
+    batches,
+    payload_bytes,
 )  # fmt: skip
 from .events import (
-    Arrived, BeatArrived, Log, Malformed, Publish, Quit, SchedulerAction, SchedulerEvent, Send, Tick, Undelivered,
+    Arrived,
+    BeatArrived,
+    Log,
+    Malformed,
+    Publish,
+    Quit,
+    SchedulerAction,
+    SchedulerEvent,
+    Send,
+    Shrunk,
+    Tick,
+    Undelivered,
 )  # fmt: skip
 from .functions import FunctionStore
 from .groups import Answer, Groups, Waiter
@@ -79,6 +128,7 @@ class Scheduler:
         self._functions = FunctionStore()
         self._groups = Groups()
         self._tasks: dict[bytes, Task] = {}
+        self._most_tasks = 0  # since the table of tasks was last made anew
         self._waiting: dict[bytes, dict[bytes, Task]] = {}  # by the digest of the function they wait for
         self._nodes: dict[str, Node] = {}
         self._by_incarnation: dict[bytes, Node] = {}
@@ -243,6 +293,7 @@ class Scheduler:
             self._expire_clients(now)
             self._fail_hopeless(now)
             self._publish_counts()
+            self._shrink()
         self._dispatch()
         self._flush(now)
 
@@ -296,7 +347,8 @@ class Scheduler:
         mine = [task for task in self._tasks.values() if task.client == session.token]
         for task in mine:
             self._drop(task, "its client is gone")
-        self._out.append(Log("info", f"client {session.where.host} pid {session.where.pid} {why}: {len(mine)} tasks dropped"))
+        who = f"client {session.where.host} pid {session.where.pid}"
+        self._out.append(Log("info", f"{who} {why}: {len(mine)} tasks dropped"))
 
     def _node_joins(self, session: Session, hello: NodeHello, now: float) -> None:
         self._node_numbers += 1
@@ -372,6 +424,7 @@ class Scheduler:
                 task.move(QUEUED)
                 self._placement.enqueue(task)
         self.counts["accepted"] += len(message.tasks)
+        self._most_tasks = max(self._most_tasks, len(self._tasks))
         for kind in kinds:
             if not kind.open:
                 self._placement.retire(kind)
@@ -647,6 +700,13 @@ class Scheduler:
             f"no node can ever hold a task that needs {', '.join(wants)}. The nodes offer {'; '.join(offers)}. "
             "Ask for less, or start a node that has it (zmqsched node --resource NAME=AMOUNT --tag TAG)."
         )
+
+    def _shrink(self) -> None:
+        """A dict keeps the room it once needed; give it back when most of it is unused."""
+        if self._most_tasks > 10_000 and self._most_tasks > 4 * len(self._tasks):
+            self._tasks = dict(self._tasks)
+            self._most_tasks = len(self._tasks)
+            self._out.append(Shrunk())
 
     def _publish_counts(self) -> None:
         counts = [(name, number) for name, number in self._task_counts()]

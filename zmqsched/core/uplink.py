@@ -11,7 +11,6 @@ Rules
 
 from __future__ import annotations
 
-
 from msgspec.structs import replace
 
 from ..protocol import ClientHello, Envelope, Message, No, NodeHello, SayHello, Welcome

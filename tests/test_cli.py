@@ -1,0 +1,475 @@
+"""The command line, with real processes. Each test has a directory of clusters of its own and leaves nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import psutil
+import pytest
+
+from zmqsched.__main__ import main
+from zmqsched.version import __version__
+
+PATIENCE_S = 20.0
+ZMQSCHED = [sys.executable, "-m", "zmqsched"]
+
+
+class Home:
+    """A directory of clusters, and the processes that know it: by their command line or their environment."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.environment = {name: value for name, value in os.environ.items() if not name.startswith("ZMQSCHED_")}
+        self.environment |= {"ZMQSCHED_DIR": str(path), "NO_COLOR": "1"}
+
+    def run(self, *arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+        """Run a command to its end."""
+        done = subprocess.run(
+            [*ZMQSCHED, *arguments], env=self.environment | environment, cwd=self.path, capture_output=True, text=True,
+            stdin=subprocess.DEVNULL, timeout=50, check=False,
+        )  # fmt: skip
+        assert done.returncode == code, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
+        return done
+
+    def fails(self, *arguments: str, **environment: str) -> str:
+        """Run a command that has to fail with one line; that line."""
+        done = self.run(*arguments, code=1, **environment)
+        assert done.stdout == ""
+        assert done.stderr.startswith("zmqsched: ")
+        assert done.stderr.count("\n") == 1, done.stderr
+        return done.stderr
+
+    def call(self, *arguments: str) -> str:
+        """As run, in this process: a third of a second sooner. What it prints."""
+        with contextlib.redirect_stdout(io.StringIO()) as out, mock.patch.dict(os.environ, self.environment):
+            assert main(list(arguments)) == 0
+        return out.getvalue()
+
+    def ask(self, *arguments: str) -> object:
+        return json.loads(self.call(*arguments, "-o", "json"))
+
+    def compute(self, where: str) -> str:
+        """Another process uses the cluster."""
+        source = f"import zmqsched\nwith zmqsched.Client({where!r}) as c: print(c.submit(pow, 2, 10).result(15))"
+        done = subprocess.run(
+            [sys.executable, "-c", source], env=self.environment, cwd=self.path, capture_output=True, text=True,
+            timeout=50, check=True,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    @contextlib.contextmanager
+    def start(self, *arguments: str, until: str) -> Iterator[Foreground]:
+        """A command that stays; ``until`` is in the last line that it prints before it is ready."""
+        process = subprocess.Popen(
+            [*ZMQSCHED, *arguments], env=self.environment, cwd=self.path, text=True, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )  # fmt: skip
+        with process:
+            try:
+                yield Foreground(process, until)
+            finally:
+                process.kill()
+
+    def up(self, *arguments: str) -> contextlib.AbstractContextManager[Foreground]:
+        return self.start("up", *arguments, until="stop it")
+
+    def processes(self) -> dict[int, str]:
+        """Command lines by pid. Zombies, which have none, do not count."""
+        found = {}
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command, environment = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
+                if command and os.fsencode(self.path) in command + environment and int(entry.name) != os.getpid():
+                    found[int(entry.name)] = command.replace(b"\0", b" ").decode()
+        return found
+
+    def files(self) -> set[str]:
+        return {str(path.relative_to(self.path)) for path in self.path.rglob("*")}
+
+    def assert_nothing_left(self) -> None:
+        assert self.processes() == {}
+        assert self.files() == set()
+
+
+class Foreground:
+    def __init__(self, process: subprocess.Popen[str], until: str) -> None:
+        self.process = process
+        self.printed = ""
+        assert process.stdout
+        while until and until not in self.printed:
+            line = process.stdout.readline()
+            assert line, f"it ended: {self.printed}{process.communicate()}"
+            self.printed += line
+
+    def end(self, number: int | None = None) -> tuple[int, str, str]:
+        """Its exit code, and what else it printed; with the signal that makes it end."""
+        if number is not None:
+            self.process.send_signal(number)
+        out, err = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def home() -> Iterator[Home]:
+    home = Home(Path(tempfile.mkdtemp(prefix="zs", dir="/tmp")))  # short: a Unix socket's path has 107 bytes
+    try:
+        yield home
+        eventually(lambda: not home.processes())
+        home.assert_nothing_left()
+    finally:
+        for pid in home.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        shutil.rmtree(home.path, ignore_errors=True)
+
+
+def eventually(fact: Callable[[], object], timeout_s: float = PATIENCE_S) -> None:
+    """Wait until it is so; the assertions that follow say what is wrong if it does not become so."""
+    until = time.monotonic() + timeout_s
+    while not fact() and time.monotonic() < until:
+        time.sleep(0.02)
+
+
+def pid_of(home: Home, *words: str) -> int:
+    return min(pid for pid, command in home.processes().items() if all(word in command for word in words))
+
+
+# Help and arguments: nothing is started.
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
+def test_help_lists_all_commands_in_the_order_of_need(arguments, capsys):
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out.split("Commands:\n")[1]
+    assert [line.split()[0] for line in printed.splitlines()] == ["up", "ls", "status", "down", "broker", "node"]
+
+
+@pytest.mark.parametrize("command", ["up", "ls", "status", "down", "broker", "node"])
+def test_each_command_has_help(command, capsys):
+    try:
+        code = main([command, "--help"])
+    except SystemExit as stop:  # argparse's way
+        code = stop.code
+    assert code == 0
+    assert f"zmqsched {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["broker", "node"])
+def test_what_is_started_by_the_dozen_imports_no_click(command, home):
+    source = f"import sys, zmqsched.__main__ as m\ntry: m.main([{command!r}, '--help'])\nexcept SystemExit: pass\n"
+    source += "assert not {'click', 'rich'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", source], env=home.environment, stdout=subprocess.DEVNULL, check=True)
+
+
+def test_the_installed_command(home):
+    script = Path(sys.executable).with_name("zmqsched")
+    done = subprocess.run([script, "--version"], env=home.environment, capture_output=True, text=True, check=True)
+    assert done.stdout == f"zmqsched {__version__}\n"
+    assert subprocess.run([script, "status"], env=home.environment, capture_output=True, check=False).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("up -n 0", "0 is not between 1 and 10000"),
+        ("up -n -1", "-1 is not between 1 and 10000"),
+        ("up -n 1000000", "not between"),
+        ("up -n many", "'many' is not a valid integer"),
+        ("up --nodes 0", "0 is not between"),
+        ("up -n 2 --nodes 3", "3 nodes need at least as many workers, not 2"),
+        ("up --policy nonsense", "'nonsense' is not one of 'least-loaded'"),
+        ("up --resource gpu", "'gpu' is not NAME=AMOUNT"),
+        ("up --resource gpu=-1", "at least 0"),
+        ("up --resource gpu=nan", "at least 0"),
+        ("up --listen 0.0.0.0", "every interface"),
+        ("up --listen 127.0.0.1:99999", "port"),
+        ("up --listen no.such.host.invalid", "is not an address"),
+        ("up --detach -n 0", "0 is not between"),
+        ("up lab", "unexpected extra argument"),
+        ("ls -o xml", "'xml' is not one of"),
+        ("down lab --all", "not both"),
+        ("fly", "No such command 'fly'"),
+    ],
+)
+def test_arguments_that_cannot_be(arguments, says, capsys):
+    assert main(arguments.split()) == 2
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["up", "--name", "a b"], "'a b' cannot name a cluster"),
+        (["up", "--detach", "--name", "a b"], "'a b' cannot name a cluster"),
+        (["status", "a b"], "'a b' cannot name a cluster"),
+        (["down", "a b"], "'a b' cannot name a cluster"),
+        (["status"], "no cluster named 'mine' runs here"),
+        (["down"], "no cluster named 'mine' runs here"),
+        (["status", "nope"], "no cluster named 'nope' runs here"),
+        (["down", "nope"], "no cluster named 'nope' runs here"),
+        (["status", "/nowhere/x.json"], "there is no connection file /nowhere/x.json"),
+        (["down", "/nowhere/x.json"], "there is no connection file /nowhere/x.json"),
+    ],
+)
+def test_a_cluster_that_is_not_there(arguments, says, home, monkeypatch, capsys):
+    monkeypatch.setenv("ZMQSCHED_DIR", str(home.path))
+    monkeypatch.setenv("ZMQSCHED_CLUSTER", "mine")
+    assert main(arguments) == 1
+    printed = capsys.readouterr()
+    assert says in printed.err
+    assert printed.err.startswith("zmqsched: ")
+    assert (printed.err.count("\n"), printed.out) == (1, "")
+
+
+def test_the_default_cluster_is_not_there(home):
+    assert "no cluster named 'default' runs here" in home.fails("status")
+
+
+def test_no_cluster_is_no_error_for_those_that_take_all(home):
+    assert "start one: zmqsched up" in home.run("ls").stderr
+    assert home.ask("ls") == []
+    assert "no cluster is running" in home.call("down", "--all")
+
+
+def test_a_reader_that_has_seen_enough(home):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [*ZMQSCHED, "--help"], env=home.environment, stdout=write, stderr=subprocess.PIPE, check=False, text=True
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+# In the foreground.
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_says_how_to_use_it_and_ends_at_a_signal(number, home):
+    with home.up("-n", "2", "--name", "lab") as lab:
+        assert lab.printed.splitlines() == [
+            "cluster lab is up: 2 workers on 1 node",
+            '  use it:    zmqsched.Client("lab")',
+            "  stop it:   zmqsched down lab",
+        ]
+        assert lab.end(number) == (0, f"cluster lab is stopped ({number.name})\n", "")
+        home.assert_nothing_left()
+
+
+def test_status_and_ls_of_a_cluster(home):
+    with home.up("-n", "3", "--nodes", "2", "--policy", "pack", "--resource", "disk=2", "--tag", "fast") as lab:
+        assert home.compute("default") == "1024"
+        status = home.ask("status")
+        assert (status["name"], status["policy"], status["counts"]["ok"]) == ("default", "pack", 1)
+        assert sorted(node["slots"] for node in status["nodes"]) == [1, 2]
+        assert {(node["resources"]["disk"], *node["tags"]) for node in status["nodes"]} == {(2.0, "fast")}
+        assert len(status["workers"]) == 3
+        assert not any(status["tasks"].values())
+
+        table = home.call("status", "default")
+        assert "cluster default: policy pack, 0 clients" in table
+        assert "disk=2 fast" in table
+        assert "1 ok" in table
+        assert all(line == line.rstrip() for line in table.splitlines())
+
+        [record] = home.ask("ls")
+        assert (record["name"], record["workers"], record["pid"]) == ("default", 3, pid_of(home, "zmqsched broker"))
+        assert record["work"] == [f"ipc://{home.path}/default/work"]
+        heads, row = home.call("ls").splitlines()
+        assert heads.split() == ["name", "host", "broker", "pid", "since", "where", "workers"]
+        assert [*row.split()[:3], *row.split()[-2:]] == ["default", record["host"], str(record["pid"]), "ipc", "3"]
+
+        home.run("down")
+        home.assert_nothing_left()
+        assert lab.end() == (0, "cluster default is stopped (zmqsched down)\n", "")
+
+
+def test_a_name_is_taken_once(home):
+    with home.up("-n", "1", "--name", "lab") as lab:
+        assert "a cluster named 'lab' is running already" in home.fails("up", "--name", "lab")
+        assert "a cluster named 'lab' is running already" in home.fails("up", "--name", "lab", "--detach")
+        assert home.run("down", ZMQSCHED_CLUSTER="lab").stdout == "cluster lab is stopped\n"
+        assert lab.end()[0] == 0
+
+
+def test_up_killed_outright_leaves_no_process(home):
+    with home.up("-n", "2", "--nodes", "2") as lab:
+        assert len(home.ask("status")["workers"]) == 2
+        assert len(home.processes()) == 8  # up, the broker, and twice a node, its nursery and its worker
+        lab.process.kill()
+        eventually(lambda: not home.processes(), 5.0)
+        home.assert_nothing_left()
+
+
+def test_up_says_that_a_node_died(home):
+    with home.up("-n", "2", "--nodes", "2") as lab:
+        victim = home.ask("status")["nodes"][0]["pid"]
+        os.kill(victim, signal.SIGKILL)
+        assert lab.process.stderr.readline() == f"zmqsched: node process {victim} ended (killed by SIGKILL); 1 left\n"
+        assert lab.end(signal.SIGINT) == (0, "cluster default is stopped (SIGINT)\n", "")
+
+
+def test_up_ends_with_its_broker(home):
+    with home.up("-n", "1") as lab:
+        os.kill(pid_of(home, "zmqsched broker"), signal.SIGKILL)
+        code, _, err = lab.end()
+        assert code == 1
+        assert err == "zmqsched: the broker of cluster default died (killed by SIGKILL); the cluster is gone\n"
+        home.assert_nothing_left()
+
+
+def test_an_interrupt_while_it_starts(home):
+    with home.start("up", "-n", "2", until="") as lab:
+        eventually(lambda: any("zmqsched broker" in command for command in home.processes().values()))
+        code, _, err = lab.end(signal.SIGINT)
+        assert code in (0, 130)
+        assert err.strip() == ""  # click ends the line after the terminal's ^C
+        home.assert_nothing_left()
+
+
+@pytest.mark.parametrize("detach", [[], ["--detach"]])
+def test_an_address_that_cannot_be_had(detach, home):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        assert f"cannot listen at tcp://{address}" in home.fails("up", "-n", "1", "--listen", address, *detach)
+        home.assert_nothing_left()
+
+
+# In the background.
+
+
+def test_detached_it_can_be_used_by_others_until_it_is_told(home):
+    done = home.run("up", "-n", "2", "--name", "lab", "--detach", "--listen")
+    assert "cluster lab is up: 2 workers on 1 node" in done.stdout
+    log = home.path / ".lab.log"
+    assert f"log:       {log}" in done.stdout
+    assert stat.S_IMODE(log.stat().st_mode) == 0o600
+    starter = pid_of(home, "zmqsched up")
+    assert os.getsid(starter) == starter  # no signal and no end of a terminal reaches it
+    assert {os.readlink(f"/proc/{starter}/fd/{fd}") for fd in range(3)} == {"/dev/null", str(log)}
+
+    [record] = home.ask("ls")
+    assert (record["name"], record["workers"]) == ("lab", 2)
+    assert record["work"][0].startswith("tcp://127.0.0.1:")
+    assert home.compute("lab") == "1024"
+    assert home.ask("status", record["file"])["counts"]["ok"] == 1
+
+    pids = home.processes()
+    assert home.run("down", "lab").stdout == "cluster lab is stopped\n"
+    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+    home.assert_nothing_left()
+
+
+def test_down_all(home):
+    with home.up("-n", "1", "--name", "a") as a, home.up("-n", "1", "--name", "b") as b:
+        assert home.call("down", "--all") == "cluster a is stopped\ncluster b is stopped\n"
+        assert (a.end()[0], b.end()[0]) == (0, 0)
+    home.assert_nothing_left()
+
+
+def test_the_log_of_one_that_was_killed_outright_goes_with_the_next_down(home):
+    home.run("up", "-n", "1", "--detach")
+    os.kill(pid_of(home, "zmqsched up"), signal.SIGKILL)
+    eventually(lambda: not home.processes(), 5.0)
+    home.fails("down")
+    home.assert_nothing_left()
+
+
+def test_a_broker_that_does_not_react(home, monkeypatch):
+    home.run("up", "-n", "1", "--detach")
+    os.kill(pid_of(home, "zmqsched broker"), signal.SIGSTOP)
+    monkeypatch.setattr("zmqsched.cli.ANSWER_TIMEOUT_S", 0.2)
+    assert "no answer" in home.call("ls")
+    monkeypatch.setattr("zmqsched.stopping.ASK_TIMEOUT_S", 0.2)
+    home.call("down")
+    home.assert_nothing_left()
+
+
+def test_down_spares_the_program_that_started_the_cluster(home):
+    source = "import zmqsched\ncluster = zmqsched.LocalCluster(1, name='nb')\nprint(flush=True)\nprint(input())"
+    with subprocess.Popen(
+        [sys.executable, "-c", source], env=home.environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as program:
+        program.stdout.readline()
+        home.call("down", "nb")
+        assert home.files() == set()
+        assert list(home.processes()) == [program.pid]
+        assert program.communicate("still here\n", timeout=PATIENCE_S)[0] == "still here\n"
+
+
+# By hand.
+
+
+def test_a_broker_and_a_node_by_hand(home):
+    file = home.path / "lab" / "connection.json"
+    with (
+        home.start("broker", "--name", "lab", "--listen", "--ready-fd", "1", until="pid") as broker,
+        home.start("node", "--connect", str(file), "-n", "1", "--ready-fd", "1", until="pid") as node,
+    ):
+        assert home.compute(str(file)) == "1024"
+        home.call("down", str(file))
+        assert (broker.end()[0], node.end()[0]) == (0, 0)
+        home.assert_nothing_left()
+
+
+def test_a_node_with_a_wrong_key_is_told_so(home):
+    file = home.path / "lab" / "connection.json"
+    with home.start("broker", "--name", "lab", "--listen", "--ready-fd", "1", until="pid") as broker:
+        right = json.loads(file.read_text())
+        wrong = {
+            "stranger": {"client_secret": right["server_key"]},  # any 32 bytes are a key
+            "stale": {"server_key": right["client_public"]},
+        }
+        with contextlib.ExitStack() as stack:
+            nodes = []
+            for name, keys in wrong.items():
+                copy = home.path / f"{name}.json"
+                copy.touch(0o600)
+                copy.write_text(json.dumps(right | keys))
+                nodes.append(stack.enter_context(home.start("node", "--connect", str(copy), "-n", "1", until="")))
+            for node in nodes:
+                code, _, err = node.end()
+                assert (code, err.count("\n")) == (1, 1)
+                assert "does not let this node in" in err
+        for name in wrong:
+            (home.path / f"{name}.json").unlink()
+        assert broker.end(signal.SIGTERM)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda path: None, "there is no connection file"),
+        (lambda path: path.touch(0o600), "is empty"),
+        (lambda path: path.touch(0o644), "open to other users"),
+        (lambda path: (path.touch(0o600), path.write_text("{")), "is not JSON"),
+        (lambda path: path.mkdir(), "is not a regular file"),
+        (lambda path: path.symlink_to("/dev/null"), "is a symlink"),
+    ],
+    ids=["missing", "empty", "readable by others", "damaged", "directory", "symlink"],
+)
+def test_a_node_whose_file_is_not_good(make, says, home):
+    path = home.path / "x.json"
+    make(path)
+    assert says in home.fails("node", "--connect", str(path))
+    if path.is_dir():
+        path.rmdir()
+    path.unlink(missing_ok=True)

@@ -1,0 +1,426 @@
+"""Whole clusters on a virtual clock: many seeds with faults, and a few stories told message by message."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import msgspec
+import pytest
+from core.builders import label_of, task_id
+
+from zmqsched.core.events import Ask, Leave, Withdraw
+from zmqsched.core.policy import POLICIES
+from zmqsched.protocol import (
+    Attempt,
+    Cancel,
+    Dispatch,
+    Draining,
+    Envelope,
+    Finals,
+    Goodbye,
+    NodeHello,
+    Options,
+    Progress,
+    Results,
+    Revoke,
+    Running,
+    SayHello,
+    Shape,
+    Submit,
+    Welcome,
+    decode,
+    encode,
+)  # fmt: skip
+from zmqsched.sim import DELAY_S, FUNCTION, Plan, SimBroker, SimClient, SimNode, World, simulate
+
+SEEDS = 8  # for each policy; a run takes about a third of a second. `make sim SEEDS=1000` runs more
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+@pytest.mark.parametrize("seed", range(SEEDS))
+def test_every_promise_holds_whatever_breaks(seed, policy):
+    world = simulate(1000 * sorted(POLICIES).index(policy) + seed, policy=policy)
+    assert world.executions
+
+
+def test_the_same_seed_makes_the_same_run():
+    one, again, other = simulate(7), simulate(7), simulate(8)
+    assert (one.steps, one.executions, one.now) == (again.steps, again.executions, again.now)
+    assert one.steps != other.steps
+
+
+# --- stories ---------------------------------------------------------------------------------------------------------
+#
+# A story is a text. A line that begins with "# " is what happens; the lines under it are what the cores then say to each
+# other, as they really said it. Signs of life, acknowledgements and changes of credit are left out, and so is the join.
+
+
+def attempts(of: list[Attempt]) -> str:
+    return " ".join(f"{label_of(attempt.task)}#{attempt.attempt}" for attempt in of)
+
+
+def said(envelope: Envelope) -> str | None:
+    """A message in a few words; None for what stories leave out."""
+    match envelope.body:
+        case Submit(_, tasks):
+            return "Submit " + " ".join(label_of(spec.task) for spec in tasks)
+        case Dispatch(_, orders):
+            return "Dispatch " + " ".join(f"{label_of(order.task)}#{order.attempt}" for order in orders)
+        case Results(outcomes):
+            return "Results " + " ".join(f"{label_of(outcome.task)}#{outcome.attempt}" for outcome in outcomes)
+        case Finals(finals):
+            return "Finals " + ", ".join(f"{label_of(final.task)} {final.verdict}" for final in finals)
+        case Running(tasks) | Cancel(tasks) as message:
+            return f"{type(message).__name__} " + " ".join(map(label_of, tasks))
+        case Revoke(revoked):
+            return f"Revoke {attempts(revoked)}"
+        case Progress(_, started, returned, deaths):
+            parts = [f"started {attempts(started)}"] * bool(started)
+            parts += [f"returned {attempts(returned)}"] * bool(returned)
+            parts += [f"died running {label_of(death.task)}#{death.attempt}" for death in deaths]
+            return "Progress " + ", ".join(parts) if parts else None
+        case NodeHello(life=life):
+            return f"NodeHello life {life}"
+        case Welcome(name=name):
+            return f"Welcome {name}"
+        case SayHello() | Draining() | Goodbye() as message:
+            return type(message).__name__
+        case _:
+            return None
+
+
+class StoryWorld(World):
+    """A world whose wire keeps the order, writes down what is said, and loses what it is told to lose."""
+
+    def __init__(self) -> None:
+        super().__init__(seed=1)
+        self.lines: list[str] = []
+        self.loses = ""
+
+    def send(self, envelope: Envelope, deliver: Callable[[Envelope], None], who: str) -> None:
+        frames = [bytes(frame) for frame in encode(envelope)]
+        words = said(envelope)
+        if words is None:
+            self.at(DELAY_S, lambda: deliver(decode(frames)))
+            return
+        line = f"{re.sub('#[0-9]+', '', who)}: {words}"
+        if self.loses and words.startswith(self.loses):
+            self.loses = ""
+            self.lines.append(f"{line} (lost)")
+            return
+        self.lines.append(line)
+        self.at(DELAY_S, lambda: deliver(decode(frames)))
+
+    def passes(self, seconds: float) -> None:
+        end = self.now + seconds
+        self.at(seconds, lambda: None)
+        self.run_until(end, lambda: self.now >= end)
+
+
+class StoryClient(SimClient):
+    def asks(self, label: str, seconds: float, ends: str, **asked: object) -> None:
+        task = task_id(label)
+        plan = self.plans[task] = Plan(len(self.plans), seconds, ends)
+        self.post(Ask([(task, Shape(FUNCTION, Options(**asked)), msgspec.msgpack.encode(plan))], {FUNCTION: b"code"}))  # type: ignore[arg-type]
+
+
+class Story:
+    def __init__(self, nodes: int, slots: int = 1) -> None:
+        self.world = StoryWorld()
+        self.broker = SimBroker(self.world, "least-loaded")
+        self.nodes = {
+            f"n{n}": SimNode(self.world, b"n%d" % n, self.broker, slots, {"cpu": float(slots)}) for n in range(1, nodes + 1)
+        }
+        self.world.passes(0.1)
+        self.client = StoryClient(self.world, b"client", self.broker)
+        self.world.passes(0.9)
+        self.world.lines.clear()
+
+    def happens(self, command: str) -> None:
+        match command.split():
+            case ["client", "asks", label, seconds]:
+                self.client.asks(label, float(seconds), "value")
+            case ["client", "asks", label, seconds, "that", ends]:
+                self.client.asks(label, float(seconds), {"raises": "error", "kills": "death"}[ends])
+            case ["client", "withdraws", label]:
+                self.client.cancelled.add(task_id(label))
+                self.client.post(Withdraw([task_id(label)]))
+            case ["broker", "freezes", "for", seconds]:
+                self.broker.pause(float(seconds))
+            case [node, "freezes", "for", seconds]:
+                self.nodes[node].pause(float(seconds))
+            case [node, "dies"]:
+                self.nodes[node].kill()
+            case [node, "is", "told", "to", "leave"]:
+                self.nodes[node].post(Leave(True, "SIGTERM"))
+            case ["the", "wire", "loses", "the", "next", kind]:
+                self.world.loses = kind
+            case [seconds, "s", "pass"]:
+                self.world.passes(float(seconds))
+            case ["the", "broker", "counted", *words]:
+                self.world.lines.append(f"{self.broker.core.counts[' '.join(words)]}")
+            case _:
+                raise AssertionError(f"what is {command!r}?")
+
+    def told(self, text: str) -> str:
+        """The story again, with what was really said."""
+        out = []
+        for line in text.strip().splitlines():
+            if line.strip().startswith("# "):
+                out.append(line.strip())
+                self.happens(line.strip().removeprefix("# "))
+                self.world.passes(0.01)
+                out += [f"  {said}" for said in self.world.lines]
+                self.world.lines.clear()
+        return "\n".join(out)
+
+
+def check(story: Story, text: str) -> None:
+    wanted = "\n".join("  " * (not line.strip().startswith("#")) + line.strip() for line in text.strip().splitlines())
+    assert story.told(text) == wanted
+
+
+def test_a_node_freezes_its_task_runs_elsewhere_it_thaws_its_late_result_is_dropped():
+    check(
+        Story(nodes=2),
+        """
+        # client asks a 3
+          client > broker: Submit a
+          broker > n1: Dispatch a#1
+        # 1 s pass
+          n1 > broker: Progress started a#1
+          broker > client: Running a
+        # n1 freezes for 9
+        # 2 s pass
+        # 2 s pass
+          broker > n2: Dispatch a#2
+          n2 > broker: Progress started a#2
+          broker > client: Running a
+        # 4 s pass
+          n2 > broker: Results a#2
+          broker > client: Finals a ok
+        # 3 s pass
+          broker > n1: SayHello
+          broker > n1: SayHello
+          n1 > broker: Results a#1
+          n1 > broker: NodeHello life 2
+          broker > n1: SayHello
+          broker > n1: Welcome n3
+          n1 > broker: Results a#1
+        # the broker counted zombie results
+          1
+        """,
+    )
+
+
+def test_a_frozen_node_is_the_first_to_finish_and_its_late_result_is_taken():
+    check(
+        Story(nodes=2),
+        """
+        # client asks a 20
+          client > broker: Submit a
+          broker > n1: Dispatch a#1
+        # 1 s pass
+          n1 > broker: Progress started a#1
+          broker > client: Running a
+        # n1 freezes for 6
+        # 5 s pass
+          broker > n2: Dispatch a#2
+          n2 > broker: Progress started a#2
+          broker > client: Running a
+        # 2 s pass
+          broker > n1: SayHello
+          broker > n1: SayHello
+          n1 > broker: NodeHello life 2
+          broker > n1: Welcome n3
+        # 14 s pass
+          n1 > broker: Results a#1
+          broker > n2: Revoke a#2
+          broker > client: Finals a ok
+        # 4 s pass
+          n2 > broker: Results a#2
+        """,
+    )
+
+
+def test_a_node_dies_and_its_task_runs_elsewhere():
+    check(
+        Story(nodes=2),
+        """
+        # client asks a 1
+          client > broker: Submit a
+          broker > n1: Dispatch a#1
+        # n1 dies
+        # 3 s pass
+        # 2 s pass
+          broker > n2: Dispatch a#2
+          n2 > broker: Progress started a#2
+          broker > client: Running a
+          n2 > broker: Results a#2
+          broker > client: Finals a ok
+        """,
+    )
+
+
+def test_a_task_that_kills_its_workers_is_given_up_and_the_one_behind_it_is_untouched():
+    check(
+        Story(nodes=1),
+        """
+        # client asks killer 0.2 that kills
+          client > broker: Submit killer
+          broker > n1: Dispatch killer#1
+        # client asks behind 0.1
+          client > broker: Submit behind
+        # 1 s pass
+          n1 > broker: Progress started killer#1
+          broker > client: Running killer
+          n1 > broker: Progress died running killer#1
+          broker > n1: Dispatch killer#2
+          n1 > broker: Progress started killer#2
+          broker > client: Running killer
+          n1 > broker: Progress died running killer#2
+          broker > n1: Dispatch killer#3
+          n1 > broker: Progress started killer#3
+          broker > client: Running killer
+          n1 > broker: Progress died running killer#3
+          broker > n1: Dispatch behind#1
+          broker > client: Finals killer WorkerDied
+          n1 > broker: Progress started behind#1
+          broker > client: Running behind
+          n1 > broker: Results behind#1
+          broker > client: Finals behind ok
+        # the broker counted worker deaths
+          3
+        """,
+    )
+
+
+def test_a_node_is_drained_and_nothing_is_done_twice():
+    check(
+        Story(nodes=2),
+        """
+        # client asks a 1
+          client > broker: Submit a
+          broker > n1: Dispatch a#1
+        # client asks b 1
+          client > broker: Submit b
+          broker > n2: Dispatch b#1
+        # client asks c 1
+          client > broker: Submit c
+        # n1 is told to leave
+          n1 > broker: Draining
+        # 1.5 s pass
+          n1 > broker: Progress started a#1
+          broker > client: Running a
+          n2 > broker: Progress started b#1
+          broker > client: Running b
+          n1 > broker: Results a#1
+          n1 > broker: Goodbye
+          broker > client: Finals a ok
+          n2 > broker: Results b#1
+          broker > n2: Dispatch c#1
+          broker > client: Finals b ok
+          n2 > broker: Progress started c#1
+          broker > client: Running c
+        # 1 s pass
+          n2 > broker: Results c#1
+          broker > client: Finals c ok
+        # the broker counted requeued: node lost
+          0
+        """,
+    )
+
+
+def test_answers_that_are_lost_on_the_way_are_given_again():
+    check(
+        Story(nodes=1),
+        """
+        # client asks a 0.01
+          client > broker: Submit a
+          broker > n1: Dispatch a#1
+        # the wire loses the next Results
+          n1 > broker: Results a#1 (lost)
+        # 0.5 s pass
+        # 1 s pass
+          n1 > broker: Results a#1
+          broker > client: Finals a ok
+        # client asks b 0.01
+          client > broker: Submit b
+          broker > n1: Dispatch b#1
+        # the wire loses the next Finals
+          n1 > broker: Results b#1
+          broker > client: Finals b ok (lost)
+        # 0.5 s pass
+        # 1 s pass
+          broker > client: Finals b ok
+        """,
+    )
+
+
+def test_what_waits_is_cancelled_at_once_and_what_runs_has_its_answer():
+    check(
+        Story(nodes=1),
+        """
+        # client asks a 2
+          client > broker: Submit a
+          broker > n1: Dispatch a#1
+        # client asks b 2
+          client > broker: Submit b
+        # 0.5 s pass
+          n1 > broker: Progress started a#1
+          broker > client: Running a
+        # client withdraws b
+          client > broker: Cancel b
+          broker > client: Finals b cancelled
+        # client withdraws a
+          client > broker: Cancel a
+          broker > n1: Revoke a#1
+        # 2 s pass
+          n1 > broker: Results a#1
+          broker > client: Finals a ok
+        """,
+    )
+
+
+def test_the_broker_is_stopped_for_half_a_minute_and_nobody_is_blamed_for_it():
+    check(
+        Story(nodes=2),
+        """
+        # client asks a 5
+          client > broker: Submit a
+          broker > n1: Dispatch a#1
+        # 1 s pass
+          n1 > broker: Progress started a#1
+          broker > client: Running a
+        # broker freezes for 30
+        # 29 s pass
+          n1 > broker: Results a#1
+        # 2 s pass
+          broker > client: Finals a ok
+        # the broker counted own absences
+          1
+        """,
+    )
+
+
+def test_a_drained_node_does_not_leave_before_its_last_result_has_arrived():
+    """A link repairs what a broken connection lost, as long as both ends are there."""
+    told = Story(nodes=2).told(
+        """
+        # client asks a 1
+        # n1 is told to leave
+        # the wire loses the next Results
+        # 2 s pass
+        # 3 s pass
+        """
+    )
+    assert "Results a#1 (lost)" in told
+    assert "Dispatch a#2" not in told, told
+    assert "Finals a ok" in told
+
+
+@pytest.mark.parametrize("word", ["is", "asks", "freezes"])
+def test_a_story_with_a_word_that_nobody_knows_is_an_error(word):
+    with pytest.raises(AssertionError, match=f"what is 'n1 {word} nonsense'"):
+        Story(nodes=1).told(f"# n1 {word} nonsense")

@@ -1,0 +1,126 @@
+"""Stopping a cluster, wherever and however it was started.
+
+Its broker is asked. It tells the nodes, and ``zmqsched up`` ends when its broker does. What is still there on this host
+some seconds later is killed. Whose a process is, is decided once, at the start: the cluster's lock says that its broker
+is alive, so the pid in its connection file is the broker's; its command line is looked at all the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import time
+from pathlib import Path
+
+import psutil
+
+from .client import Client
+from .cluster import STOP_TIMEOUT_S
+from .config import CONNECTION_FILE, ConnectionFile, cluster_dir, is_held, remove_cluster_dir, this_host
+from .core.events import Tell
+from .errors import BrokerUnreachable, ClusterExists, ClusterLost, ConnectionFileError, ZmqschedError
+from .protocol import Query, Shutdown
+
+# A broker answers in milliseconds; one that is busy for so long is hung or stopped.
+ASK_TIMEOUT_S = 2.0
+# An `up` gives its children STOP_TIMEOUT_S, and kills them then.
+END_TIMEOUT_S = STOP_TIMEOUT_S + 2.0
+# What is killed is gone when the kernel lets it: at once, unless a file system hangs.
+KILL_TIMEOUT_S = 3.0
+
+
+def stop_cluster(file: ConnectionFile) -> None:
+    """Stop the cluster; when this returns, no process, file or socket of it is left on this host.
+
+    Raises
+    ------
+    BrokerUnreachable
+        It does not react, and its processes are not here or cannot be killed.
+    """
+    processes = _processes(file)
+    if not _ask(file):
+        if not processes:
+            raise BrokerUnreachable(
+                f"the cluster {file.name!r} does not react, and its broker (process {file.pid} of host {file.host}) "
+                "cannot be ended from here"
+            )
+        with contextlib.suppress(psutil.Error):
+            processes[0].terminate()
+    for process in _running(processes, END_TIMEOUT_S):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    if stuck := _running(processes, KILL_TIMEOUT_S):
+        pids = ", ".join(str(process.pid) for process in stuck)
+        raise BrokerUnreachable(f"processes of the cluster {file.name!r} cannot be killed: {pids}")
+    if processes:
+        with contextlib.suppress(ClusterExists):  # somebody was quick to start the next one
+            remove_cluster_dir(file.name)
+
+
+def _ask(file: ConnectionFile) -> bool:
+    """Whether the broker said goodbye."""
+    try:
+        with Client(file, timeout=ASK_TIMEOUT_S) as client:
+            client._post(Tell(Shutdown()))
+            _, reply = client._request(Query)  # a question that the goodbye will end
+            reply.result(ASK_TIMEOUT_S)
+    except ClusterLost:
+        return True
+    except (ZmqschedError, TimeoutError):
+        pass
+    return False
+
+
+def _processes(file: ConnectionFile) -> list[psutil.Process]:
+    """The cluster's processes on this host: the ``zmqsched up`` that started it, the broker, the nodes, their workers.
+
+    None at all if the broker is not one of them.
+    """
+    directory = cluster_dir(file.name)
+    if file.host != this_host() or not is_held(directory) or _cluster_id(directory) != file.cluster_id:
+        return []
+    try:
+        broker = psutil.Process(file.pid)
+        parent = broker.parent()
+    except psutil.Error:
+        return []
+    if not _is_zmqsched(broker, "broker"):
+        return []
+    starter = [parent] if parent is not None and _is_zmqsched(parent, "up") else []
+    # The nursery and the workers are a node's forks: they have its command line.
+    path = str(directory / CONNECTION_FILE)
+    return [*starter, broker, *(one for one in psutil.process_iter() if _is_zmqsched(one, "node", path))]
+
+
+def _cluster_id(directory: Path) -> str:
+    try:
+        return ConnectionFile.load(directory / CONNECTION_FILE).cluster_id
+    except ConnectionFileError:
+        return ""
+
+
+def _is_zmqsched(process: psutil.Process, command: str, path: str = "") -> bool:
+    try:
+        words = process.cmdline()
+        mine = process.uids().effective == os.geteuid()
+    except psutil.Error:
+        return False
+    named = any(Path(first).name == "zmqsched" and second == command for first, second in itertools.pairwise(words))
+    return mine and named and (not path or path in {word.removeprefix("--connect=") for word in words})
+
+
+def _running(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Those that have not ended by then."""
+    until = time.monotonic() + timeout_s
+    while (running := [process for process in processes if _runs(process)]) and time.monotonic() < until:
+        time.sleep(0.01)
+    return running
+
+
+def _runs(process: psutil.Process) -> bool:
+    """A zombie does not: its parent, a notebook perhaps, will bury it some day."""
+    try:
+        return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
