@@ -111,7 +111,8 @@ def bounded(kind: Any, meta: msgspec.Meta) -> st.SearchStrategy[Any]:
     arguments = get_args(kind)
     if get_origin(kind) is tuple and arguments[-1] is not Ellipsis:
         return st.tuples(*[strategy(argument) for argument in arguments])
-    lists = st.lists(strategy(arguments[0]), min_size=low, max_size=high)
+    by_name = (lambda pair: pair[0]) if get_origin(arguments[0]) is tuple else None  # resources: no name twice
+    lists = st.lists(strategy(arguments[0]), min_size=low, max_size=high, unique_by=by_name)
     return lists.map(tuple) if get_origin(kind) is tuple else lists
 
 

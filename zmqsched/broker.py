@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from random import Random
-from time import monotonic, sleep
+from time import monotonic
 
 import zmq
 
@@ -41,9 +41,6 @@ from .version import __version__
 
 MAX_MESSAGES_PER_TURN = 200
 LINGER_MS = 1_000
-# Peers connect with IMMEDIATE (pitfall 12), and then libzmq throws away, with the connection, what has arrived and was
-# not read yet: the very message that says why the connection is about to end. So they get a moment to read it.
-PARTING_S = 0.2
 
 
 class Broker:
@@ -143,7 +140,6 @@ class Broker:
                 case Shrunk():
                     return_memory()
                 case Quit(reason):
-                    sleep(PARTING_S)
                     why = reason
         return why
 

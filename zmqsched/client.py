@@ -115,7 +115,7 @@ class Tasks(concurrent.futures.Executor):
             return _results([self.submit(fn, *args) for args in calls], until)
         chunk: Callable[[list[tuple[Any, ...]]], list[T]] = Chunk(fn)
         chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
-        return itertools.chain.from_iterable(_results([self.submit(chunk, part) for part in chunks], until))
+        return _flat(_results([self.submit(chunk, part) for part in chunks], until))
 
     def options(
         self,
@@ -220,7 +220,8 @@ class Client(Tasks):
         self._requests: dict[int, concurrent.futures.Future[Any]] = {}
         self._inbox: deque[Submission | ClientEvent] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        weakref.finalize(self, os.close, self._wake)  # not before: a late cancel() may still write to it
+        # Closed with the object and not before, nor at exit: a late cancel() may still write to it.
+        weakref.finalize(self, os.close, self._wake).atexit = False
         self._awake = False
         self._began: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._ctx = sockets.context()
@@ -404,8 +405,9 @@ class Client(Tasks):
             # A hello before the connection is there would be a hello lost.
             while not self._dealer.poll(100, zmq.POLLOUT) and not self._closed:
                 continue
-            while self._turn():
-                waiter.wait(self._core.next_deadline())
+            ready: set[int] = set()
+            while self._turn(nudged=self._wake in ready):
+                ready = waiter.wait(self._core.next_deadline())
         except Exception as error:
             self._break(ClusterLost(f"the client's I/O thread failed: {error!r}"))
             raise
@@ -413,9 +415,11 @@ class Client(Tasks):
             self._dealer.close(linger=1_000)
             self._ctx.term()
 
-    def _turn(self) -> bool:
+    def _turn(self, *, nudged: bool) -> bool:
         """Take in, act, send; False when it is time to go."""
         now = time.monotonic()
+        if nudged:
+            os.eventfd_read(self._wake)
         stay = self._take_inbox(now)
         for frames in sockets.receive_all(self._dealer, MAX_MESSAGES_PER_TURN):
             try:
@@ -428,11 +432,7 @@ class Client(Tasks):
         return stay and self._broken is None
 
     def _take_inbox(self, now: float) -> bool:
-        if self._awake:
-            # Lowered before the inbox is read: who finds it up has put its item in before that.
-            self._awake = False
-            with contextlib.suppress(BlockingIOError):  # raised, and about to be written
-                os.eventfd_read(self._wake)
+        self._awake = False  # before the inbox is read: who finds it raised has put its item in before that
         stay = True
         tasks: list[tuple[bytes, Shape, Payload]] = []
         functions: dict[bytes, Payload] = {}
@@ -547,6 +547,13 @@ def _results(futures: list[Future[T]], until: float | None) -> Generator[T, None
                 future.cancel()
 
     return generate()
+
+
+def _flat(chunks: Generator[list[T], None, None]) -> Generator[T, None, None]:
+    """The items of the chunks. It can be closed, unlike an ``itertools.chain``."""
+    with contextlib.closing(chunks):
+        for chunk in chunks:
+            yield from chunk
 
 
 def _failure(final: Final) -> BaseException:

@@ -516,6 +516,8 @@ def encode_pipe(message: PipeMessage) -> list[Buffer]:
 
 
 def decode_pipe(frames: Sequence[Buffer]) -> PipeMessage:
+    if not frames:
+        raise ProtocolError("a message has at least one frame")
     message: PipeMessage = _decoded(_pipe_messages, frames[0])
     _fill_bulk(message, frames)
     return message
@@ -619,3 +621,5 @@ def _check_amounts(resources: tuple[tuple[str, float], ...]) -> None:
     for _, amount in resources:
         if not math.isfinite(amount):
             raise ProtocolError("resource amounts must be finite numbers")
+    if len(resources) > 1 and len({name for name, _ in resources}) < len(resources):
+        raise ProtocolError("a resource is named twice")

@@ -77,7 +77,7 @@ QUIET_AFTER_S = 30.0
 LIMIT_S = 200.0
 FUNCTION = b"function-digest!"
 GROUP = b"the-waitgroup-id"
-FAULTS = ("drop", "duplicate", "delay", "reconnect", "kill worker", "kill node", "pause node", "pause broker")
+FAULTS = ("drop", "duplicate", "delay", "reconnect", "kill worker", "kill node", "pause node", "pause broker", "pause client")
 
 
 class SimulationFailed(AssertionError):
@@ -137,7 +137,7 @@ class World:
         for _ in range(2 if self.chance("duplicate") else 1):
             if self.chance("drop"):
                 continue
-            delay = DELAY_S * (1 + self.random.random())
+            delay = DELAY_S  # a connection keeps the order
             if self.chance("delay"):
                 delay += self.random.expovariate(2.0)
             self.at(delay, lambda: deliver(decode(frames)))
@@ -499,6 +499,8 @@ def _schedule_chaos(world: World, broker: SimBroker, nodes: list[SimNode], clien
             nodes[index].pause(world.random.expovariate(0.3))
         if world.chance("pause broker"):
             broker.pause(world.random.expovariate(0.5))
+        if world.chance("pause client"):
+            world.random.choice(clients).pause(min(90.0, world.random.expovariate(0.02)))
         if world.chance("reconnect"):
             world.random.choice([*nodes, *clients]).reconnect()
         if world.now < QUIET_AFTER_S:

@@ -267,16 +267,17 @@ def test_when_tasks_turn_out_long_credit_shrinks_and_what_waits_is_handed_back_l
     assert place.deaths == []
 
 
-def test_a_task_of_the_highest_priority_is_handed_back_last():
-    place = used_to_short_tasks(1)
-    place.broker_orders("running")
+def test_what_would_start_last_is_handed_back_first():
+    place = used_to_short_tasks(4)
+    place.broker_orders(*"wxyz")
     place.passes(STUCK_AFTER_S + 0.001)
     place.broker_orders("low", priority=-1)
+    place.broker_orders("one", "two", "three")
     place.broker_orders("high", priority=1)
-    place.passes(2.0)
-    assert place.returned.index("high") >= 0
-    place.finishes("running", took=LONG_S)
-    assert place.all_running == []
+    while not place.returned:
+        place.passes(0.001)
+    assert 1 <= len(place.returned) < 5
+    assert place.returned == ["high", "one", "two", "three", "low"][-len(place.returned) :]
 
 
 # --- the lease -------------------------------------------------------------------------------------------------------
@@ -568,14 +569,17 @@ def test_a_drained_node_takes_nothing_new_finishes_all_it_has_and_says_goodbye(t
     place.finishes("a", took=LONG_S)
     assert place.quit is None
     place.finishes("wide", took=LONG_S)
+    assert place.quit is None, "it must not go before the broker has its last results"
+    place.passes(0.2)
     assert place.quit is not None
     assert place.results == ["a", "wide"]
     assert [type(message) for message in place.told[-2:]] == [Results, Goodbye]
 
 
-def test_a_drained_node_with_nothing_to_do_leaves_at_once():
+def test_a_drained_node_with_nothing_to_do_leaves_as_soon_as_it_has_said_so():
     place = Workplace()
     place.leaves(drain=True)
+    place.passes(0.2)
     assert place.quit is not None
     assert isinstance(place.told[-1], Goodbye)
 
@@ -595,6 +599,7 @@ def test_a_draining_node_that_was_given_up_says_so_again():
     place.broker_welcomes()
     assert len(place.all(Draining)) == 2
     place.finishes("a", took=LONG_S)
+    place.passes(0.2)
     assert place.quit is not None
     assert place.results == ["a"]
 

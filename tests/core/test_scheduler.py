@@ -284,7 +284,7 @@ def test_without_requeue_a_lost_node_is_final():
     node.freezes()
     broker.passes(4.5)
     assert client.answers == {"a": "WorkerDied"}
-    assert "was lost" in client.final("a").text
+    assert "node n1 ended while it held the task" in client.final("a").text
 
 
 def test_without_requeue_what_was_handed_back_unstarted_runs_elsewhere():
@@ -345,6 +345,16 @@ def test_a_suspect_gets_nothing_new_and_a_lost_node_gives_all_back_in_order():
     assert order == ["d", "a", "b", "c", "e"]
     assert dict(second.attempts) == {"a": 2, "b": 2, "c": 2, "d": 1, "e": 1}
     assert set(client.answers.values()) == {"ok"}
+
+
+def test_a_suspect_with_free_slots_is_passed_over():
+    broker = Broker()
+    client, suspect = broker.client(), broker.node("suspect", slots=4)
+    suspect.freezes()
+    broker.passes(3.3)
+    assert broker.facts_of("suspect") == ["n1"]
+    client.submits("a")
+    assert broker.node("fresh").attempts == [("a", 1)]
 
 
 def test_a_node_heard_of_in_time_loses_nothing():
@@ -903,6 +913,17 @@ def test_shutting_down_tells_everybody():
     client.says(Shutdown())
     assert not node.last(Stop).drain
     assert other.last(Goodbye).reason
+    assert not broker.quit, "it waits for their goodbyes"
+    for peer in (client, other, node):
+        peer.says(Goodbye("as told"))
+    assert broker.quit
+
+
+def test_shutting_down_does_not_wait_long_for_who_does_not_answer():
+    broker = Broker()
+    client, _ = broker.client(), broker.node()
+    client.says(Shutdown())
+    broker.passes(2.5)
     assert broker.quit
 
 

@@ -27,6 +27,7 @@ How tasks get to the node
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Literal
@@ -96,6 +97,7 @@ STUCK_AFTER_S = 0.005  # a batch whose first task takes this long, and three tim
 REPORT_AFTER_S = 0.05  # a task that runs this long is reported as running
 MAX_WORKER_FUNCTIONS = 512
 LEASE_S = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS
+PARTING_S = 2.0  # how long a drained node waits for its last results to be acknowledged
 RESTART_BACKOFF_S = 0.1  # doubled with each worker in a row that dies before its first task
 
 
@@ -163,6 +165,7 @@ class Agent:
         self._start_at = 0.0
         self._early_deaths = 0
         self._leaving = ""
+        self._go_at = math.inf
         self._ended = False
         self._out: list[AgentAction] = []
         self.name = ""
@@ -191,7 +194,7 @@ class Agent:
         return out
 
     def next_deadline(self) -> float:
-        times = [self._uplink.deadline(), self._beat_at]
+        times = [self._uplink.deadline(), self._beat_at, self._go_at]
         if self._ended:
             return self._uplink.deadline()
         if self._outcomes or self._started or self._returned or self._deaths or self._workers_changed:
@@ -384,7 +387,7 @@ class Agent:
         if now >= self._beat_at:
             self._beat(now)
         if self._leaving and not self._held:
-            self._end(self._leaving)
+            self._drained(now)
         self._flush(now)
 
     def _flush(self, now: float) -> None:
@@ -560,6 +563,12 @@ class Agent:
         elif not self._leaving:
             self._leaving = reason
             self._uplink.send(Draining())
+
+    def _drained(self, now: float) -> None:
+        """Nothing is left to do. Go when the broker has the last results, or is not there to take them."""
+        self._go_at = min(self._go_at, now + PARTING_S)
+        if now >= self._go_at or (self._uplink.link is not None and not self._uplink.link.unfinished()):
+            self._end(self._leaving)
 
     def _end(self, reason: str) -> None:
         self._ended = True

@@ -37,13 +37,14 @@ class Link:
     """
 
     __slots__ = (
-        "_ack_at", "_backlog", "_control", "_next", "_ping_at", "_ping_number", "_pings", "_resend", "_unacked",
+        "_ack_at", "_acked", "_backlog", "_control", "_next", "_ping_at", "_ping_number", "_pings", "_resend", "_unacked",
         "confirmed_at", "received", "session",
     )  # fmt: skip
 
     def __init__(self, session: int) -> None:
         self.session = session
         self.received = 0
+        self._acked = 0  # the highest number that was acknowledged to the other end
         self._next = 1
         self._unacked: deque[tuple[int, Message]] = deque()
         self._backlog: deque[Message] = deque()
@@ -81,7 +82,9 @@ class Link:
                 self._ack_at = now
             return None
         self.received += 1
-        if self._ack_at is None:
+        if self.received - self._acked >= WINDOW // 4:
+            self._ack_at = now  # before the other end has to stop
+        elif self._ack_at is None:
             self._ack_at = now + ACK_DELAY_S
         return body
 
@@ -105,6 +108,7 @@ class Link:
             out.append(Envelope(self.session, 0, self.received, Ack()))
         if out:
             self._ack_at = None
+            self._acked = self.received
         return out
 
     def reconnected(self) -> None:

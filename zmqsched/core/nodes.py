@@ -140,6 +140,7 @@ class Pool:
         self._random = random
         self._heap: list[tuple[float, int, int, Node]] = []
         self._count = itertools.count()
+        self._last = 0.0  # the rank of the node found last
 
     def suits(self, node: Node) -> bool:
         return self.tags <= node.tags and all(node.total.get(name, 0.0) > 0 for name in self.names)
@@ -156,7 +157,7 @@ class Pool:
         """Enter the node at its present rank; to be called after each change of it."""
         if not node.open:
             return
-        entry = (self._policy.rank(node, self._random), next(self._count), node.version, node)
+        entry = (self._policy.rank(node, self._random, self._last), next(self._count), node.version, node)
         heapq.heappush(self._heap, entry)
         if len(self._heap) > 64 + 4 * len(self.nodes):
             self._heap = [entry for entry in self._heap if self._valid(entry)]
@@ -174,6 +175,7 @@ class Pool:
             node = heap[0][3]
             if node.fits(demand):
                 found = node
+                self._last = heap[0][0]
                 break
             skipped.append(heapq.heappop(heap))
         for entry in skipped:

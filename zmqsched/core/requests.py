@@ -82,7 +82,8 @@ class Requests:
             case Ask(tasks, functions):
                 self._ask(tasks, functions)
             case Reached(envelope):
-                self._reached(envelope, now)
+                if not self._ended:
+                    self._reached(envelope, now)
             case Tick():
                 self._tick(now)
             case Withdraw(tasks):
@@ -132,9 +133,9 @@ class Requests:
             self._heard_at = now
             self._warned = False
         if message is not None:
-            self._message(message)
+            self._message(message, now)
 
-    def _message(self, message: Message) -> None:
+    def _message(self, message: Message, now: float) -> None:
         match message:
             case Finals(finals):
                 self._finals(finals)
@@ -153,6 +154,8 @@ class Requests:
             case No(_, text):
                 self._break("refused", text)
             case Goodbye(reason):
+                self._uplink.send(Goodbye("as told"))
+                self._out.extend(ToBroker(envelope) for envelope in self._uplink.flush(now))
                 self._break("lost", reason)
             case SayHello():
                 pass  # the uplink says it

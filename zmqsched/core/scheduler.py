@@ -21,6 +21,7 @@ result wins); a zombie's error is not, for the newer attempt may succeed. Both a
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -95,6 +96,7 @@ from .tasks import ASSIGNED, FINISHED, QUEUED, RUNNING, WAITING, Kind, Task
 from .timers import Timers
 
 MAX_NODE_FUNCTIONS = 4_096  # digests remembered as sent to a node; past it, functions are sent again
+PARTING_S = 2.0  # how long a shutdown waits for goodbyes
 FORMER_NODES = 32  # lost and departed nodes kept for reports
 
 
@@ -138,6 +140,7 @@ class Scheduler:
         self._seq = 0
         self._last_tick: float | None = None
         self._next_round = 0.0
+        self._end_at = math.inf
         self._out: list[SchedulerAction] = []
 
     # --- the contract ----------------------------------------------------------------------------------------------
@@ -162,7 +165,7 @@ class Scheduler:
     def next_deadline(self) -> float:
         if self._placement.pending:
             return 0.0
-        at = self._next_round
+        at = min(self._next_round, self._end_at)
         for other in (self._sessions.deadline(), self._watch.next()):
             if other is not None and other < at:
                 at = other
@@ -296,6 +299,8 @@ class Scheduler:
             self._shrink()
         self._dispatch()
         self._flush(now)
+        if self._end_at < math.inf and (now >= self._end_at or self._sessions.empty):
+            self._out.append(Quit("a client asked for it"))
 
     # --- hello and goodbye -------------------------------------------------------------------------------------------
 
@@ -370,15 +375,16 @@ class Scheduler:
         self._placement.leave(node)
         self._sessions.close(self._session_of(node))
         self._former = [*self._former, node][-FORMER_NODES:]
-        held = list(node.tasks.values())
-        for task in reversed(held):  # to the front of the queue, the first of them last
+        requeued = 0
+        for task in reversed(list(node.tasks.values())):  # to the front of the queue, the first of them last
             self._let_go(task, node)
-            if task.kind.options.requeue or left:
+            if task.kind.options.requeue or task.cancelled:
                 self._requeue(task)
+                requeued += 1
             else:
-                self._fail(task, f"node {node.id} was lost while it held the task, and requeue=False forbids another try")
-        self.counts["requeued: node lost"] += len(held)
-        self._fact("gone" if left else "lost", node, f"{why}; {len(held)} tasks requeued")
+                self._fail(task, f"node {node.id} ended while it held the task, and requeue=False forbids another try")
+        self.counts["requeued: node gone" if left else "requeued: node lost"] += requeued
+        self._fact("gone" if left else "lost", node, f"{why}; {requeued} tasks requeued")
 
     def _start_draining(self, node: Node) -> None:
         if node.state is not DRAINING:
@@ -394,13 +400,13 @@ class Scheduler:
         self._sessions.send(self._session_of(node), Stop(drain=True))
 
     def _shut_down(self, now: float) -> None:
+        """Tell everybody, and end when all have said goodbye, or after a while."""
+        self._end_at = min(self._end_at, now + PARTING_S)
         for session in self._sessions:
             if session.node:
                 self._sessions.send(session, Stop(drain=False))
             else:
                 self._sessions.send(session, Goodbye("the cluster was shut down"))
-        self._flush(now)
-        self._out.append(Quit("a client asked for it"))
 
     # --- tasks -----------------------------------------------------------------------------------------------------
 
@@ -409,9 +415,10 @@ class Scheduler:
         kinds = [self._placement.kind(shape) for shape in message.shapes]
         missing = {shape.function for shape in message.shapes if shape.function not in self._functions}
         for spec in message.tasks:
-            if spec.task in self._tasks:
-                self.counts["submitted again"] += 1
+            if (known := self._tasks.get(spec.task)) is not None:
+                self._submitted_again(known, session)
                 continue
+            self.counts["accepted"] += 1
             kind = kinds[spec.shape]
             self._seq += 1
             task = self._tasks[spec.task] = Task(spec.task, session.token, kind, spec.call, self._seq)
@@ -423,13 +430,19 @@ class Scheduler:
             else:
                 task.move(QUEUED)
                 self._placement.enqueue(task)
-        self.counts["accepted"] += len(message.tasks)
         self._most_tasks = max(self._most_tasks, len(self._tasks))
         for kind in kinds:
             if not kind.open:
                 self._placement.retire(kind)
         if missing:
             self._sessions.send(session, NeedFunctions(sorted(missing)))
+
+    def _submitted_again(self, task: Task, session: Session) -> None:
+        """A copy; or the client was given up while an attempt ran, is back, and wants the task after all."""
+        self.counts["submitted again"] += 1
+        if self._sessions.get(task.client) is None:
+            task.client = session.token
+            task.cancelled = False
 
     def _learn(self, functions: list[Function]) -> None:
         for function in functions:
@@ -644,7 +657,9 @@ class Scheduler:
                 if node.state is ALIVE:
                     node.move(SUSPECT)
                     self._fact("suspect", node, f"silent for {now - node.heard_at:.1f} s")
-                due = now + self._grace()
+                due = now + self.settings.ping_grace_s
+            self._watch.set(node.id, due)
+        elif now < (due := node.pinged_at + self._grace()):
             self._watch.set(node.id, due)
         else:
             self._node_ends(node, left=False, why=f"silent for {now - node.heard_at:.1f} s, to a ping as well")
@@ -704,7 +719,7 @@ class Scheduler:
     def _shrink(self) -> None:
         """A dict keeps the room it once needed; give it back when most of it is unused."""
         if self._most_tasks > 10_000 and self._most_tasks > 4 * len(self._tasks):
-            self._tasks = dict(self._tasks)
+            self._tasks = {task_id: task for task_id, task in self._tasks.items()}  # noqa: C416 - dict() would copy the room too
             self._most_tasks = len(self._tasks)
             self._out.append(Shrunk())
 

@@ -50,6 +50,10 @@ class Sessions:
     def __iter__(self) -> Iterator[Session]:
         return iter(self._by_token.values())
 
+    @property
+    def empty(self) -> bool:
+        return not self._by_token
+
     def get(self, token: int) -> Session | None:
         return self._by_token.get(token)
 

@@ -1,0 +1,252 @@
+"""A WaitGroup counts what its tasks do, wherever they run and however they end."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+import time
+
+import pytest
+from conftest import eventually
+
+from zmqsched import Client, LocalCluster, WaitGroup, errors
+
+pytestmark = pytest.mark.timeout(40)
+
+
+@pytest.fixture(scope="module")
+def cluster(clusters):
+    with LocalCluster(2, n_nodes=2) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def group(client):
+    return WaitGroup(client)
+
+
+def test_go_and_wait(group, tmp_path):
+    futures = [group.go((tmp_path / str(number)).touch) for number in range(10)]
+    group.wait(timeout=10)
+    assert len(list(tmp_path.iterdir())) == 10
+    assert all(future.done() for future in futures), "the results came before the news that all is done"
+
+
+def test_go_gives_the_future(group):
+    assert group.go(pow, 2, exp=3).result(timeout=10) == 8
+    group.wait(timeout=10)
+
+
+def test_waiting_for_nothing(group):
+    began = time.monotonic()
+    group.wait()
+    group.wait(timeout=0.5)
+    assert time.monotonic() - began < 0.5
+
+
+def test_a_wait_may_time_out_and_be_tried_again(group, gate):
+    group.go(gate.task)
+    for timeout in (0, 0.05):
+        with pytest.raises(TimeoutError, match=f"not done within {timeout} s"):
+            group.wait(timeout=timeout)
+    gate.open()
+    group.wait(timeout=10)
+
+
+def test_counting_by_hand(group):
+    group.add(2)
+    group.done()
+    with pytest.raises(TimeoutError):
+        group.wait(timeout=0.05)
+    group.done()
+    group.wait(timeout=10)
+    group.add(5)
+    group.add(-5)
+    group.wait(timeout=10)
+
+
+def test_tasks_on_both_nodes_count(client, group, gate):
+    def work(group, held):
+        held()
+        group.done()
+
+    group.add(2)
+    for _ in range(2):
+        client.submit(work, group, gate.task)
+    gate.wait_until_begun(2)
+    assert {worker.state for worker in client.workers()} <= {"busy", "idle"}
+    assert sorted(node.assigned for node in client.nodes()) == [1, 1]
+    with pytest.raises(TimeoutError):
+        group.wait(timeout=0.05)
+    gate.open()
+    group.wait(timeout=10)
+
+
+def test_tasks_may_add(client, group):
+    def spreads(group):
+        group.add(3)
+        for _ in range(4):
+            group.done()
+
+    group.add()
+    client.submit(spreads, group)
+    group.wait(timeout=10)
+
+
+def test_a_group_captured_by_a_closure(client, group):
+    group.add(3)
+    for _ in range(3):
+        client.submit(lambda: group.done())
+    group.wait(timeout=10)
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_more_done_than_added(client, group, by_hand):
+    if by_hand:
+        group.done()
+    else:
+        client.submit(lambda: group.done()).result(timeout=10)
+    with pytest.raises(errors.WaitGroupError, match="below zero"):
+        eventually(lambda: group.wait(timeout=10))
+    group.wait(timeout=10)
+    group.go(abs, -1)
+    group.wait(timeout=10)
+
+
+def test_a_wait_that_is_on_its_way_is_told(group):
+    told = []
+
+    def wait():
+        try:
+            group.wait(timeout=10)
+        except errors.WaitGroupError as error:
+            told.append(str(error))
+
+    group.add()
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.05)
+    group.add(-2)
+    waiting.join(10)
+    assert "more done() than add()" in told[0]
+
+
+def test_many_may_wait(group, gate):
+    group.go(gate.task)
+    waiting = [threading.Thread(target=group.wait, args=(10,)) for _ in range(4)]
+    for thread in waiting:
+        thread.start()
+    gate.open()
+    for thread in waiting:
+        thread.join(10)
+    assert not any(thread.is_alive() for thread in waiting)
+
+
+def test_use_again_after_a_wait(group):
+    for _ in range(5):
+        futures = [group.go(abs, -1) for _ in range(10)]
+        group.wait(timeout=10)
+        assert all(future.done() for future in futures)
+
+
+def test_a_task_that_fails_counts_down_as_well(group):
+    future = group.go(divmod, 1, 0)
+    group.wait(timeout=10)
+    assert isinstance(future.exception(timeout=0), ZeroDivisionError)
+
+
+def test_a_task_that_is_cancelled_counts_down_as_well(client, group, gate):
+    busy = [client.submit(gate.task) for _ in range(2)]
+    gate.wait_until_begun(2)
+    future = group.go(abs, -1)
+    with pytest.raises(TimeoutError):
+        group.wait(timeout=0.05)
+    assert future.cancel()
+    group.wait(timeout=10)
+    gate.open()
+    assert [future.result(timeout=10) for future in busy] == [None, None]
+
+
+def test_what_cannot_be_sent_counts_nothing(group):
+    future = group.go(abs, threading.Lock())
+    assert isinstance(future.exception(timeout=0), errors.NotSerializable)
+    group.wait(timeout=10)
+
+
+def test_a_task_that_is_run_again_counts_once(group, tmp_path):
+    path = str(tmp_path / "killed")
+
+    def dies_once():
+        import os
+        import signal
+
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return "second time"
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    futures = [group.go(dies_once), group.go(abs, -1)]
+    group.wait(timeout=20)
+    assert [future.result(timeout=0) for future in futures] == ["second time", 1]
+    group.wait(timeout=10)  # it raises if anything was counted twice
+
+
+def test_retries_count_once(client, tmp_path):
+    group = WaitGroup(client.options(retries=3))
+    path = str(tmp_path / "attempts")
+
+    def fails_twice():
+        with open(path, "a+") as file:
+            file.write("x")
+            file.seek(0)
+            if len(file.read()) < 3:
+                raise OSError
+
+    future = group.go(fails_twice)
+    group.wait(timeout=10)
+    assert future.result(timeout=0) is None
+    group.wait(timeout=10)
+
+
+def test_groups_do_not_mix(client, gate):
+    one, other = WaitGroup(client), WaitGroup(client)
+    one.go(gate.task)
+    other.go(abs, -1)
+    other.wait(timeout=10)
+    gate.open()
+    one.wait(timeout=10)
+
+
+def test_a_group_of_another_client(cluster):
+    with Client(cluster) as client:
+        group = WaitGroup(client)
+        group.go(abs, -1)
+        group.wait(timeout=10)
+    for use in (group.wait, group.add, lambda: group.go(abs, -1)):
+        with pytest.raises(RuntimeError, match="after shutdown"):
+            use()
+
+
+def test_inside_a_task_nobody_waits(client, group):
+    for what in ("wait", "go"):
+        future = client.submit(lambda what: getattr(group, what)(*[abs] * (what == "go")), what)
+        with pytest.raises(RuntimeError, match=r"go\(\) and wait\(\) need a client"):
+            future.result(timeout=10)
+
+
+def test_a_group_goes_nowhere_but_to_tasks(client, group):
+    with pytest.raises(RuntimeError, match="can be sent to tasks, not to other programs"):
+        pickle.loads(pickle.dumps(group))
+    with pytest.raises(RuntimeError, match="can be sent to tasks"):
+        copy.copy(group)
+    with pytest.raises(errors.ResultDecodeError, match="can be sent to tasks"):
+        client.submit(lambda: group).result(timeout=10)
+
+
+@pytest.mark.parametrize(("number", "error"), [(1.5, TypeError), ("1", TypeError), (True, TypeError), (2**40, ValueError)])
+def test_what_cannot_be_added(group, number, error):
+    with pytest.raises(error):
+        group.add(number)
+    group.wait(timeout=10)
