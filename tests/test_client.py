@@ -17,7 +17,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import Gate, Home, Scripts, eventually
+from conftest import Home, Scripts, eventually
 
 import zmqsched
 from zmqsched import Client, LocalCluster, errors

@@ -22,7 +22,7 @@ def run():
     """Run an example as its reader does, and give the lines it printed."""
     mark = uuid.uuid4().hex  # inherited by every process it starts, of whatever session
     # Unbuffered, Python writes a line and its end apart, and those of workers that print at once would mix.
-    env = {key: value for key, value in os.environ.items() if not key.startswith(("ZMQSCHED_", "PYTHONUNBUFFERED"))}
+    env = {key: value for key, value in os.environ.items() if not key.startswith("ZMQSCHED_")}
 
     def run(name):
         command = [sys.executable, "-W", "error", str(EXAMPLES / name)]

@@ -32,7 +32,8 @@ MAY = {
     "worker": EDGE_MAY,
     "records": CORE_MAY,
     "futures": CORE_MAY,
-    "client": EDGE_MAY | {"futures", "records", "host"},
+    "options": CORE_MAY,
+    "client": EDGE_MAY | {"futures", "records", "host", "options"},
     "waitgroup": EDGE_MAY | {"futures", "client", "worker"},
 }
 ASSEMBLY = {"__init__", "__main__", "cluster", "stopping", "easy", "sim", "cli"}

@@ -108,13 +108,13 @@ def test_more_done_than_added(client, group, by_hand):
     else:
         client.submit(lambda: group.done()).result(timeout=10)
     with pytest.raises(errors.WaitGroupError, match="below zero"):
-        eventually(lambda: group.wait(timeout=10))
+        group.wait(timeout=10)
     group.wait(timeout=10)
     group.go(abs, -1)
     group.wait(timeout=10)
 
 
-def test_a_wait_that_is_on_its_way_is_told(group):
+def test_a_wait_that_is_on_its_way_is_told(client, group):
     told = []
 
     def wait():
@@ -126,7 +126,7 @@ def test_a_wait_that_is_on_its_way_is_told(group):
     group.add()
     waiting = threading.Thread(target=wait)
     waiting.start()
-    time.sleep(0.05)
+    eventually(lambda: client._requests)
     group.add(-2)
     waiting.join(10)
     assert "more done() than add()" in told[0]

@@ -36,7 +36,7 @@ from .core.scheduler import Scheduler, Settings
 from .errors import ProtocolError, VersionMismatch
 from .monitor import Monitor
 from .protocol import Envelope, No, decode, encode
-from .shell import StopSignals, log, return_memory, say_ready, tune_garbage_collection
+from .shell import Starter, StopSignals, log, return_memory, tune_garbage_collection
 from .version import __version__
 
 MAX_MESSAGES_PER_TURN = 200
@@ -81,12 +81,12 @@ class Broker:
     def path(self) -> Path:
         return self.lock.directory / CONNECTION_FILE
 
-    def run(self, *, until_eof: bool, ready_fd: int | None) -> None:
+    def run(self, starter: Starter, *, until_eof: bool) -> None:
         stop = StopSignals(until_eof=until_eof)
         waiter = sockets.Waiter(self._router, self._monitor.socket)
         for descriptor in stop.descriptors:
             waiter.add(descriptor)
-        say_ready(ready_fd, {"pid": os.getpid(), "file": str(self.path)})
+        starter.ready({"pid": os.getpid(), "file": str(self.path)})
         tune_garbage_collection()
         log.info("broker of cluster %s ready: %s", self.file.name, self.path)
         try:

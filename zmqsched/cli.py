@@ -40,7 +40,7 @@ from .config import (
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .errors import ClusterNotFound, StartError, ZmqschedError
 from .host import usable_cpus
-from .shell import StopSignals, report_failure, say_ready
+from .shell import Starter, StopSignals
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -166,13 +166,14 @@ def up(workers: int | None, nodes: int, detach: bool, ready_fd: int | None, **se
     wanted = _Wanted(workers=workers, nodes=nodes, **settings)
     if detach:
         return _start_detached(wanted)
+    starter = Starter(ready_fd)
     try:
-        return _stay_up(wanted, ready_fd)
+        return _stay_up(wanted, starter)
     except ZmqschedError as error:
-        return report_failure(ready_fd, error)
+        return starter.failed(error)
 
 
-def _stay_up(wanted: _Wanted, ready_fd: int | None) -> int:
+def _stay_up(wanted: _Wanted, starter: Starter) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     with LocalCluster(
         wanted.workers, name=wanted.name, n_nodes=wanted.nodes, policy=wanted.policy, resources=wanted.resources,
@@ -181,7 +182,7 @@ def _stay_up(wanted: _Wanted, ready_fd: int | None) -> int:
         stop = StopSignals(until_eof=False)  # from here on nothing is interrupted, the clean-up least of all
         signal.signal(signal.SIGCHLD, _nothing)
         _greet(wanted, cluster.file)
-        say_ready(ready_fd, {"pid": os.getpid(), "file": str(_path(cluster.file))})
+        starter.ready({"pid": os.getpid(), "file": str(_path(cluster.file))})
         why = _watch(cluster, stop)
     _remove_own_log(wanted.name)
     if why.startswith(("killed", "exit code")):

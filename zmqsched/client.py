@@ -13,7 +13,6 @@ import atexit
 import concurrent.futures
 import contextlib
 import itertools
-import math
 import os
 import secrets
 import threading
@@ -34,6 +33,7 @@ from .core.requests import Requests
 from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, ProtocolError, Refused, ZmqschedError
 from .futures import Future
 from .host import where
+from .options import integer, short_name, task_resources, task_tags
 from .payload import Chunk, FunctionPickler, pack_call, unpack_exception, unpack_value
 from .protocol import ClientHello, Envelope, Final, Options, Payload, Query, Report, Shape, decode, encode
 from .records import NodeInfo, Status, WorkerInfo, node_infos, status_of, worker_infos
@@ -149,11 +149,11 @@ class Tasks(concurrent.futures.Executor):
         return TaskOptions(
             self._client,
             Options(
-                priority=self._options.priority if priority is None else _integer("priority", priority, -(2**31), 2**31),
-                retries=self._options.retries if retries is None else _integer("retries", retries, 0, 1_000_000),
-                resources=self._options.resources if resources is None else _resources(resources),
-                tags=self._options.tags if tags is None else _tags(tags),
-                name=self._options.name if name is None else _name(name),
+                priority=self._options.priority if priority is None else integer("priority", priority, -(2**31), 2**31),
+                retries=self._options.retries if retries is None else integer("retries", retries, 0, 1_000_000),
+                resources=self._options.resources if resources is None else task_resources(resources),
+                tags=self._options.tags if tags is None else task_tags(tags),
+                name=self._options.name if name is None else short_name(name),
                 group=self._options.group,
                 requeue=self._options.requeue if requeue is None else bool(requeue),
             ),
@@ -446,9 +446,8 @@ class Client(Tasks):
             if tasks:
                 self._perform(self._core.handle(events.Ask(tasks, functions), now))
                 tasks, functions = [], {}
-            event = cast(ClientEvent, item)
-            self._perform(self._core.handle(event, now))
-            stay = stay and not isinstance(event, events.Leave)
+            self._perform(self._core.handle(item, now))
+            stay = stay and not isinstance(item, events.Leave)
         if tasks:
             self._perform(self._core.handle(events.Ask(tasks, functions), now))
         return stay
@@ -563,44 +562,6 @@ def _failure(final: Final) -> BaseException:
         return concurrent.futures.CancelledError(final.text)
     kind: type[Exception] = getattr(errors, final.verdict)
     return kind(final.text)
-
-
-def _integer(name: str, value: int, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be between {low} and {high}, not {value}")
-    return value
-
-
-def _resources(resources: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
-    amounts = {"cpu": 1.0}
-    for name, amount in resources.items():
-        if not isinstance(name, str) or not 0 < len(name) < 256:
-            raise TypeError(f"a resource's name is a short text, not {name!r}")
-        if isinstance(amount, bool) or not isinstance(amount, int | float):
-            raise TypeError(f"resources[{name!r}] must be a number, not {type(amount).__name__}")
-        if not math.isfinite(amount) or not 0 <= amount < 2**60:
-            raise ValueError(f"resources[{name!r}] must be a finite number of at least 0, not {amount}")
-        amounts[name] = float(amount)
-    if len(amounts) > 64:
-        raise ValueError(f"a task may name 64 resources, not {len(amounts)}")
-    return tuple(sorted(amounts.items()))
-
-
-def _tags(tags: Iterable[str]) -> tuple[str, ...]:
-    if isinstance(tags, str):
-        raise TypeError(f"tags is a list of names; write tags=[{tags!r}]")
-    names = tuple(sorted({_name(tag) for tag in tags}))
-    if len(names) > 64:
-        raise ValueError(f"a task may have 64 tags, not {len(names)}")
-    return names
-
-
-def _name(name: str) -> str:
-    if not isinstance(name, str):
-        raise TypeError(f"a name is a text, not {type(name).__name__}")
-    return name[:255]
 
 
 @atexit.register

@@ -26,8 +26,11 @@ from .config import CONNECTION_FILE, ConnectionFile, check_name, cluster_dir, is
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .errors import StartError, ZmqschedError
 from .host import usable_cpus
+from .options import amounts, integer, task_tags
+from .shell import BROKER_ENVIRONMENT
 
 START_TIMEOUT_S = 20.0
+MAX_WORKERS = 10_000
 STOP_TIMEOUT_S = 3.0
 
 _numbers = itertools.count(1)
@@ -75,8 +78,8 @@ class LocalCluster:
         listen: str | None = None,
     ) -> None:
         n_workers = usable_cpus() if n_workers is None else n_workers
-        _check_count("n_workers", n_workers)
-        _check_count("n_nodes", n_nodes)
+        integer("n_workers", n_workers, 1, MAX_WORKERS)
+        integer("n_nodes", n_nodes, 1, MAX_WORKERS)
         if n_nodes > n_workers:
             raise ValueError(f"{n_nodes} nodes need at least as many workers, not {n_workers}")
         if policy not in POLICIES:
@@ -85,16 +88,16 @@ class LocalCluster:
         self._path = cluster_dir(self.name) / CONNECTION_FILE
         self._processes: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
-        offers = [f"--resource={key}={amount}" for key, amount in (resources or {}).items()]
-        offers += [f"--tag={tag}" for tag in tags]
+        offers = [f"--resource={key}={amount}" for key, amount in amounts(resources or {}).items()]
+        offers += [f"--tag={tag}" for tag in task_tags(tags)]
         broker = ["broker", "--name", self.name, "--policy", policy, *(["--listen", listen] if listen is not None else [])]
         try:
             check_free(self.name)
             # Nodes start beside the broker and wait for its file: a start costs one interpreter's time, not two.
-            starting = [self._start(broker)]
+            starting = [self._start(broker, {**os.environ, **BROKER_ENVIRONMENT})]
             for index in range(n_nodes):
                 slots = n_workers // n_nodes + (index < n_workers % n_nodes)
-                starting.append(self._start(_node_command(self._path, slots, offers)))
+                starting.append(self._start(_node_command(self._path, slots, offers), _node_environment()))
             ready = [wait_until_ready(process, pipe) for process, pipe in starting]
         except BaseException:
             self.close()
@@ -138,7 +141,7 @@ class LocalCluster:
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(f"a LocalCluster cannot be pickled: it owns processes; elsewhere use Client({self.name!r})")
 
-    def _start(self, command: list[str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    def _start(self, command: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         read, write = os.pipe()
         with os.fdopen(write, "wb"):
             process = subprocess.Popen(
@@ -146,7 +149,7 @@ class LocalCluster:
                 stdin=subprocess.PIPE,
                 pass_fds=[write],
                 start_new_session=True,
-                env=_child_environment(),
+                env=environment,
             )
         self._processes.append(process)
         return process, os.fdopen(read, "rb")
@@ -156,7 +159,7 @@ def _node_command(path: Path, slots: int, offers: list[str]) -> list[str]:
     return ["node", "--connect", str(path), "--wait", str(START_TIMEOUT_S), "--slots", str(slots), *offers]
 
 
-def _child_environment() -> dict[str, str]:
+def _node_environment() -> dict[str, str]:
     """Workers must find the modules this program finds: its own directory, and what it added to ``sys.path``."""
     here = [entry or os.getcwd() for entry in sys.path if not entry.endswith(".zip")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(here))}
@@ -191,13 +194,6 @@ def _close_input(process: subprocess.Popen[bytes]) -> None:
     if process.stdin:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.close()
-
-
-def _check_count(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
-    if not 1 <= value <= 10_000:
-        raise ValueError(f"{name} must be at least 1 (and at most 10000), not {value}")
 
 
 @atexit.register

@@ -21,7 +21,7 @@ from .errors import BrokerUnreachable, ProtocolError, Refused, StartError
 from .nursery import Born, Exited, Gone, Nursery
 from .pipes import Pipe
 from .protocol import Beat, Done, Envelope, GroupAdd, NodeHello, Run, WorkerState, decode, decode_pipe, encode, encode_pipe
-from .shell import StopSignals, log, say_ready, tune_garbage_collection
+from .shell import Starter, StopSignals, log, tune_garbage_collection
 
 if TYPE_CHECKING:
     import psutil
@@ -70,7 +70,7 @@ class Node:
         self._measured: dict[int, psutil.Process] = {}
         self._why = ""
 
-    def run(self, *, until_eof: bool, ready_fd: int | None) -> None:
+    def run(self, starter: Starter, *, until_eof: bool) -> None:
         """Serve until told to leave.
 
         Raises
@@ -90,14 +90,14 @@ class Node:
                 raise BrokerUnreachable(
                     f"the broker of cluster {self._file.name!r} does not let this node in: is the connection file stale?"
                 )
-            self._loop(stop, ready_fd)
+            self._loop(stop, starter)
         finally:
             self._close()
         if self._why.startswith("refused"):
             raise Refused(self._why)
         log.info("node ends: %s", self._why)
 
-    def _loop(self, stop: StopSignals, ready_fd: int | None) -> None:
+    def _loop(self, stop: StopSignals, starter: Starter) -> None:
         tune_garbage_collection()
         self._step(Tick())
         named = ""
@@ -117,7 +117,7 @@ class Node:
             self._step(Tick())
             if self._agent.name and not named:
                 named = self._agent.name
-                say_ready(ready_fd, {"pid": os.getpid(), "node": named})
+                starter.ready({"pid": os.getpid(), "node": named})
 
     def _step(self, event: AgentEvent) -> None:
         for action in self._agent.handle(event, monotonic()):

@@ -21,6 +21,7 @@ import array
 import atexit
 import ctypes
 import gc
+import io
 import os
 import select
 import signal
@@ -313,6 +314,9 @@ def _work(fd: int) -> int:
     """A worker's life: its exit code."""
     from .worker import run_worker
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # with PYTHONUNBUFFERED a line goes out in pieces, and workers' lines mix
+            stream.reconfigure(line_buffering=True, write_through=False)
     try:
         run_worker(Pipe(socket.socket(fileno=fd)))
         code = 0

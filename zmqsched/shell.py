@@ -7,6 +7,7 @@ other end, so it ends with the starter, however that ends.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import gc
 import json
@@ -20,6 +21,8 @@ from types import FrameType
 from .errors import ZmqschedError
 
 log = logging.getLogger("zmqsched")
+# What a broker is started with; see __main__.py.
+BROKER_ENVIRONMENT = {"PYTHONMALLOC": "malloc"}
 LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -72,29 +75,29 @@ def set_up_logging(level: str) -> None:
     log.propagate = False
 
 
-def say_ready(descriptor: int | None, facts: dict[str, object]) -> None:
-    if descriptor is None:
-        return
-    line = json.dumps(facts) + "\n"
-    if descriptor == 1:
-        print(line, end="", flush=True)
-        return
-    try:
-        os.write(descriptor, line.encode())
-    except BrokenPipeError:
-        pass  # the starter is gone; the end of input will say so
-    else:
+class Starter:
+    """Whoever started this process and waits for its word, given once: ready, or why not."""
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+
+    def ready(self, facts: dict[str, object]) -> None:
+        if self._descriptor is None:
+            return
+        descriptor, self._descriptor = self._descriptor, None
+        line = json.dumps(facts) + "\n"
+        if descriptor == 1:
+            print(line, end="", flush=True)
+            return
+        with contextlib.suppress(BrokenPipeError):  # the starter is gone; the end of input will say so
+            os.write(descriptor, line.encode())
         os.close(descriptor)
 
-
-def report_failure(descriptor: int | None, error: ZmqschedError) -> int:
-    """Say why this process did not start, or ends: to its starter, who tells the user, else to the user. Returns the
-    exit code."""
-    try:
-        if descriptor is not None:
-            say_ready(descriptor, {"error": str(error), "type": type(error).__name__})
-            return 1
-    except OSError:
-        pass  # it had said ready before, the descriptor is closed
-    print(f"zmqsched: {error}", file=sys.stderr)
-    return 1
+    def failed(self, error: ZmqschedError) -> int:
+        """Say why this process did not start, or ends: to its starter, who tells the user, else to the user. Returns the
+        exit code."""
+        if self._descriptor is None:
+            print(f"zmqsched: {error}", file=sys.stderr)
+        else:
+            self.ready({"error": str(error), "type": type(error).__name__})
+        return 1

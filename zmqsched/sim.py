@@ -77,7 +77,10 @@ QUIET_AFTER_S = 30.0
 LIMIT_S = 200.0
 FUNCTION = b"function-digest!"
 GROUP = b"the-waitgroup-id"
-FAULTS = ("drop", "duplicate", "delay", "reconnect", "kill worker", "kill node", "pause node", "pause broker", "pause client")
+FAULTS = (
+    "drop", "duplicate", "delay", "reconnect",
+    "kill worker", "kill node", "pause node", "pause broker", "pause client",
+)  # fmt: skip
 
 
 class SimulationFailed(AssertionError):

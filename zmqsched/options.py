@@ -1,0 +1,54 @@
+"""Checks of what users write: each wrong value gets an error at once that says what would be right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+
+MAX_NAMES = 64
+MAX_AMOUNT = 2.0**60
+
+
+def integer(name: str, value: int, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, not {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be between {low} and {high}, not {value}")
+    return value
+
+
+def amounts(resources: Mapping[str, float]) -> dict[str, float]:
+    """Resources by name: finite numbers of at least 0."""
+    checked = {}
+    for name, amount in resources.items():
+        if not isinstance(name, str) or not 0 < len(name) < 256 or "=" in name:
+            raise TypeError(f"a resource's name is a short text without '=', not {name!r}")
+        if isinstance(amount, bool) or not isinstance(amount, int | float):
+            raise TypeError(f"resources[{name!r}] must be a number, not {type(amount).__name__}")
+        if not math.isfinite(amount) or not 0 <= amount < MAX_AMOUNT:
+            raise ValueError(f"resources[{name!r}] must be a finite number of at least 0, not {amount}")
+        checked[name] = float(amount)
+    return checked
+
+
+def task_resources(resources: Mapping[str, float]) -> tuple[tuple[str, float], ...]:
+    """What a task asks for: one CPU unless it says otherwise."""
+    asked = {"cpu": 1.0, **amounts(resources)}
+    if len(asked) > MAX_NAMES:
+        raise ValueError(f"a task may name {MAX_NAMES} resources, not {len(asked)}")
+    return tuple(sorted(asked.items()))
+
+
+def task_tags(tags: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(tags, str):
+        raise TypeError(f"tags is a list of names; write tags=[{tags!r}]")
+    names = tuple(sorted({short_name(tag) for tag in tags}))
+    if len(names) > MAX_NAMES:
+        raise ValueError(f"a task may have {MAX_NAMES} tags, not {len(names)}")
+    return names
+
+
+def short_name(name: str) -> str:
+    if not isinstance(name, str):
+        raise TypeError(f"a name is a text, not {type(name).__name__}")
+    return name[:255]
