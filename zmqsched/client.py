@@ -13,6 +13,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import itertools
+import logging
 import os
 import secrets
 import threading
@@ -255,6 +256,8 @@ class Client(Tasks):
 
         A cluster that this client has started itself is stopped too.
         """
+        if wait:
+            self._check_may_wait()
         with self._lock:
             self._closed = True
             futures = list(self._futures.values())
@@ -316,6 +319,12 @@ class Client(Tasks):
         if self._closed:
             raise RuntimeError("cannot schedule new futures after shutdown")
 
+    def _check_may_wait(self) -> None:
+        if threading.current_thread() is self._thread:
+            raise RuntimeError(
+                "a future's callback must not wait: it runs in the thread that brings the answers; let another thread do it"
+            )
+
     def _withdraw(self, task: bytes) -> None:
         self._post(events.Withdraw([task]))
 
@@ -331,6 +340,7 @@ class Client(Tasks):
     def _request(self, make: Callable[[int], Any]) -> tuple[int, concurrent.futures.Future[Any]]:
         """Send the message that ``make(request)`` is; the future completes with its reply."""
         self._check_usable()
+        self._check_may_wait()
         request = next(self._numbers)
         reply: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._requests[request] = reply
@@ -425,7 +435,7 @@ class Client(Tasks):
             try:
                 envelope = decode([frame.buffer for frame in frames])
             except ProtocolError as error:
-                warnings.warn(f"zmqsched: the broker sent what is no message: {error}", RuntimeWarning, stacklevel=1)
+                _warn(f"the broker sent what is no message: {error}")
                 continue
             self._perform(self._core.handle(events.Reached(envelope), now))
         self._perform(self._core.handle(events.Tick(), now))
@@ -472,7 +482,7 @@ class Client(Tasks):
                     if not self._began.done():
                         self._began.set_result(welcome.name)
                 case events.Warned(text):
-                    warnings.warn(f"zmqsched: {text}", RuntimeWarning, stacklevel=1)
+                    _warn(text)
                 case events.Broken(code, reason):
                     self._break(Refused(reason) if code == "refused" else ClusterLost(f"the cluster is gone: {reason}"))
 
@@ -496,11 +506,7 @@ class Client(Tasks):
                 error = failure
         else:
             error = _failure(final)
-        with contextlib.suppress(concurrent.futures.InvalidStateError):  # it was cancelled
-            if error is None:
-                future.set_result(value)
-            else:
-                future.set_exception(error)
+        _settle(future, value, error)
 
     def _now_running(self, task: bytes) -> None:
         future = self._futures.get(task)
@@ -525,7 +531,7 @@ class Client(Tasks):
             self._began.set_exception(error)
         for waiting in [*futures.values(), *requests.values()]:
             if not waiting.done() and (waiting.running() or waiting.set_running_or_notify_cancel()):
-                waiting.set_exception(type(error)(str(error)))
+                _settle(waiting, None, type(error)(str(error)))
         self._wake_if_idle()
 
 
@@ -553,6 +559,26 @@ def _flat(chunks: Generator[list[T], None, None]) -> Generator[T, None, None]:
     with contextlib.closing(chunks):
         for chunk in chunks:
             yield from chunk
+
+
+def _settle(future: concurrent.futures.Future[Any], value: Any, error: BaseException | None) -> None:
+    """Complete the future, whatever its callbacks do: the standard's futures log their Exceptions and let a SystemExit
+    through, which would end the I/O thread."""
+    try:
+        if error is None:
+            future.set_result(value)
+        else:
+            future.set_exception(error)
+    except concurrent.futures.InvalidStateError:
+        pass  # it was cancelled
+    except BaseException:
+        logging.getLogger("concurrent.futures").exception("exception calling callback for %r", future)
+
+
+def _warn(text: str) -> None:
+    """From the I/O thread, which must outlive it when warnings are errors."""
+    with contextlib.suppress(RuntimeWarning):
+        warnings.warn(f"zmqsched: {text}", RuntimeWarning, stacklevel=1)
 
 
 def _failure(final: Final) -> BaseException:

@@ -130,6 +130,57 @@ def test_wide_tasks_are_prefetched_by_the_cpus_they_take():
     assert node.holds == ["a", "b"]
 
 
+def small_tasks_keep_coming(broker, client, node, *, priority=0, rounds=30):
+    """Each half second one of the tasks that run ends, and there is always a next. Returns the rounds until "wide" runs."""
+    for number in range(rounds):
+        client.submits(f"s{number}", priority=priority)
+        node.beats()
+        broker.passes(0.5)
+        if "wide" in node.holds:
+            return number
+        node.finishes(node.holds[0])
+    return None
+
+
+def test_a_wide_task_is_not_passed_over_for_ever():
+    broker = Broker()
+    client, node = broker.client(), broker.node(slots=2)
+    client.submits("x", "y", "z")
+    client.submits("wide", resources={"cpu": 2.0})
+    assert small_tasks_keep_coming(broker, client, node) is not None
+    while "wide" in node.holds or client.answers.get("wide") is None:
+        node.finishes(*node.holds)
+    node.finishes(*node.holds)
+    assert len(node.holds) == 2, "the reservation is over with the task it was for"
+
+
+def test_a_reservation_holds_back_nothing_of_higher_priority():
+    broker = Broker()
+    client, node = broker.client(), broker.node(slots=2)
+    client.submits("x", "y", "z", priority=1)
+    client.submits("wide", resources={"cpu": 2.0})
+    assert small_tasks_keep_coming(broker, client, node, priority=1) is None
+
+
+def test_a_cancelled_wide_task_gives_its_reservation_back():
+    broker = Broker()
+    client, node = broker.client(), broker.node(slots=2)
+    client.submits("x", "y", "z")
+    client.submits("wide", resources={"cpu": 2.0})
+    for number in range(20):
+        client.submits(f"s{number}")
+        node.beats()
+        broker.passes(0.5)
+        if len(node.holds) == 1:
+            break
+        node.finishes(node.holds[0])
+    assert len(node.holds) == 1, "one slot is kept free"
+    client.cancels("wide")
+    node.beats()
+    broker.passes(1.5)
+    assert len(node.holds) == 2
+
+
 def test_a_share_of_a_gpu_can_be_asked_for():
     broker = Broker()
     client, node = broker.client(), broker.node(slots=4, resources={"gpu": 1})

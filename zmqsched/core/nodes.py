@@ -58,7 +58,7 @@ NODE_MOVES: dict[NodeState, frozenset[NodeState]] = {
 class Node:
     __slots__ = (
         "beat", "credit", "done", "functions", "heard_at", "id", "incarnation", "pinged_at", "pools",
-        "session", "slots", "state", "tags", "tasks", "total", "turn", "used", "version", "where", "workers",
+        "reserved", "session", "slots", "state", "tags", "tasks", "total", "turn", "used", "version", "where", "workers",
     )  # fmt: skip
 
     def __init__(self, node_id: str, session: int, hello: NodeHello, now: float) -> None:
@@ -82,6 +82,7 @@ class Node:
         self.turn = 0
         self.version = 0
         self.pools: list[Pool] = []
+        self.reserved: Lane | None = None  # kept free for this lane's first task, which needs much room
 
     @property
     def assigned(self) -> int:
@@ -163,8 +164,8 @@ class Pool:
             self._heap = [entry for entry in self._heap if self._valid(entry)]
             heapq.heapify(self._heap)
 
-    def find(self, demand: Demand) -> Node | None:
-        """The best node that has room for this demand now."""
+    def find(self, lane: Lane) -> Node | None:
+        """The best node that has room for this lane's first task now."""
         heap = self._heap
         skipped = []
         found = None
@@ -173,7 +174,7 @@ class Pool:
                 heapq.heappop(heap)
                 continue
             node = heap[0][3]
-            if node.fits(demand):
+            if node.fits(lane.demand) and (node.reserved is None or lane.may_pass(node.reserved)):
                 found = node
                 self._last = heap[0][0]
                 break

@@ -6,6 +6,8 @@ Rules
   (no free resource waits behind a task that cannot use it).
 * A lane that found no room is *blocked* until a node of its pool has changed: a turn costs time for what is new, not
   for what is waiting.
+* A task that needs much room could be passed over for ever by small ones. Once it has been for ``RESERVE_AFTER_S``, one
+  node is *reserved*: it takes nothing else of that priority or below until the task is placed.
 * The cost per task is one heap step among the nodes of a pool and one among the lanes that are ready.
 """
 
@@ -15,11 +17,12 @@ import heapq
 from random import Random
 
 from ..protocol import Shape
-from .nodes import Demand, Node, Pool
+from .nodes import ALIVE, Demand, Node, Pool
 from .policy import Policy
 from .tasks import ASSIGNED, QUEUED, Kind, Lane, Task
 
 MAX_IDLE_KINDS = 256
+RESERVE_AFTER_S = 5.0
 
 
 class Placement:
@@ -32,8 +35,10 @@ class Placement:
         self._idle: dict[Shape, Kind] = {}  # without tasks, or lately so; the longest idle first
         self._nodes: dict[str, Node] = {}
         self._ready: dict[int, Lane] = {}
+        self._reserved: dict[str, Node] = {}
         self._changed: dict[str, Node] = {}
         self._turn = 0
+        self._newest_placed = 0  # the highest number of a task that was placed
 
     @property
     def pending(self) -> bool:
@@ -79,9 +84,11 @@ class Placement:
         lane.tasks.push(task.id, task, task.kind.options.priority, first=first)
         if id(lane) not in lane.pool.blocked:
             self._ready[id(lane)] = lane
+        self._reconsider()
 
     def withdraw(self, task: Task) -> None:
         task.kind.lane.tasks.remove(task.id, task.kind.options.priority)
+        self._reconsider()
 
     def join(self, node: Node) -> None:
         self._nodes[node.id] = node
@@ -95,6 +102,7 @@ class Placement:
         for pool in node.pools:
             pool.leave(node)
         self._changed.pop(node.id, None)
+        self._reserved.pop(node.id, None)
 
     def changed(self, node: Node) -> None:
         """The node may have room that it had not."""
@@ -113,14 +121,18 @@ class Placement:
         pairs = []
         while heap:
             lane = heap[0][2]
-            node = lane.pool.find(lane.demand)
+            node = lane.pool.find(lane)
             if node is None:
                 heapq.heappop(heap)
                 lane.pool.blocked[id(lane)] = lane
                 continue
+            if node.reserved is lane:
+                self._release(node)
+            lane.passed_over_since = None
             task = lane.tasks.pop()
             task.move(ASSIGNED)
             task.attempt += 1
+            self._newest_placed = max(self._newest_placed, task.seq)
             task.node = node.id
             self._turn += 1
             node.take(task, self._turn)
@@ -133,6 +145,39 @@ class Placement:
             else:
                 heapq.heappop(heap)
         return pairs
+
+    def reserve(self, now: float) -> None:
+        """Keep a node free for each lane that was passed over for long; to be called now and then."""
+        for node in list(self._reserved.values()):
+            if node.reserved is None or not node.reserved.tasks:
+                self._release(node)
+        taken = {id(node.reserved) for node in self._reserved.values()}
+        for lane in self._lanes.values():
+            if not lane.tasks:
+                lane.passed_over_since = None
+            elif lane.tasks.head().seq > self._newest_placed:
+                lane.passed_over_since = None  # not passed over: its turn has not come
+            elif lane.passed_over_since is None:
+                lane.passed_over_since = now
+            elif now - lane.passed_over_since >= RESERVE_AFTER_S and id(lane) not in taken:
+                able = [n for n in lane.pool.nodes.values() if n.reserved is None and n.state is ALIVE and n.could_hold(lane.demand)]
+                if able:
+                    node = min(able, key=lambda node: node.assigned)
+                    node.reserved = lane
+                    self._reserved[node.id] = node
+
+    def _release(self, node: Node) -> None:
+        self._reconsider()
+        node.reserved = None
+        del self._reserved[node.id]
+
+    def _reconsider(self) -> None:
+        """Who may use a reserved node depends on the first tasks of lanes, so while there is one, blocked lanes are tried
+        again whenever a lane has changed."""
+        if self._reserved:
+            for pool in self._pools.values():
+                self._ready.update(pool.blocked)
+                pool.blocked.clear()
 
     def hopeless(self, expected: list[Node]) -> list[Lane]:
         """Lanes with tasks that no node, here or expected back, could hold even if it were empty."""
@@ -153,7 +198,8 @@ class Placement:
     def check_nothing_waits(self) -> None:
         for lane in self._lanes.values():
             if lane.tasks:
-                idle = [n.id for n in self._nodes.values() if lane.pool.suits(n) and n.open and n.fits(lane.demand)]
+                idle = [n.id for n in self._nodes.values() if lane.pool.suits(n) and n.open and n.fits(lane.demand)
+                        and (n.reserved is None or lane.may_pass(n.reserved))]  # fmt: skip
                 assert not idle, f"tasks wait for {lane.demand} while {idle} have room"
 
     def sanity_check(self) -> None:

@@ -295,6 +295,7 @@ class Scheduler:
             self._next_round = now + self.settings.beat_interval_s
             self._expire_clients(now)
             self._fail_hopeless(now)
+            self._placement.reserve(now)
             self._publish_counts()
             self._shrink()
         self._dispatch()

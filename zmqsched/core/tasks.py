@@ -83,9 +83,13 @@ class Task:
 
 
 class Lane:
-    """The queue of one demand. ``unservable_since``: when it was noticed that no node could ever serve it."""
+    """The queue of one demand.
 
-    __slots__ = ("demand", "kinds", "pool", "tags", "tasks", "unservable_since")
+    ``passed_over_since``: since when its first task finds no room while others do. ``unservable_since``: when it was noticed
+    that no node could ever serve it.
+    """
+
+    __slots__ = ("demand", "kinds", "passed_over_since", "pool", "tags", "tasks", "unservable_since")
 
     def __init__(self, demand: tuple[tuple[str, float], ...], tags: tuple[str, ...], pool: Pool) -> None:
         self.demand = demand
@@ -93,7 +97,17 @@ class Lane:
         self.pool = pool
         self.kinds = 0
         self.tasks: PriorityQueue[Task] = PriorityQueue()
+        self.passed_over_since: float | None = None
         self.unservable_since: float | None = None
+
+    def may_pass(self, other: Lane) -> bool:
+        """Whether a node kept free for the other lane may serve this one."""
+        return self is other or not other.tasks or self.priority > other.priority
+
+    @property
+    def priority(self) -> int:
+        """Of the first task."""
+        return self.tasks.head().kind.options.priority
 
 
 class Kind:
