@@ -25,7 +25,7 @@ endef
 .venv/.stamp: setup.cfg pyproject.toml
 	$(call install,$(PYTHON),.venv,dev)
 
-demo: venv ## start a small cluster and watch it survive a lost node
+demo: venv ## parse the standard library on a cluster, kill a worker on the way, compare with the serial result
 	@.venv/bin/python examples/demo.py
 
 test: venv ## run the tests that need nothing but Python
@@ -49,7 +49,10 @@ test-all: ## run the tests on every CPython from 3.11 on that this machine has
 	test -n "$$ran" || { echo "no CPython of $(VERSIONS) found" >&2; exit 1; }; \
 	echo "passed on CPython$$ran"
 
-test-system: venv ## run the tests that need system packages (Slurm, sshd)
+# Debian's packages that the tests of this target need; elsewhere than as root, those that lack theirs skip and say so.
+test-system: venv ## run the tests that need system packages (two hosts in network namespaces)
+	@command -v ip >/dev/null || test "$$(id -u)" != 0 || \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends iproute2; } >/dev/null
 	@.venv/bin/python $(PYTEST) -m system; code=$$?; \
 	if [ $$code = 5 ]; then echo "no test is marked 'system': nothing was run"; else exit $$code; fi
 

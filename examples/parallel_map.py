@@ -42,6 +42,5 @@ def main() -> None:
     print("the same as map() finds, stretch by stretch:", counts == again == list(map(count_primes, starts, stops)))
 
 
-# As with any multi-process Python: what starts processes belongs under this line.
 if __name__ == "__main__":
     main()

@@ -9,6 +9,7 @@ import re
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -198,7 +199,7 @@ def test_a_node_sleeps_and_comes_back(two_nodes, gate):
         eventually(lambda: client.status().counts.get("zombie results", 0) == 1)
         eventually(lambda: len(client.workers()) == 2)
         assert list(client.map(abs, range(-50, 0))) == list(range(50, 0, -1))
-        assert {worker.state for worker in client.workers()} == {"idle"}
+        eventually(lambda: {worker.state for worker in client.workers()} == {"idle"})
 
 
 def test_a_short_sleep_loses_nothing(two_nodes, gate):
@@ -227,14 +228,15 @@ def test_a_lost_node_and_a_task_that_may_not_run_twice(two_nodes, gate):
         assert gate.begun() == 2
 
 
-def test_the_workers_of_a_node_whose_nursery_dies_are_lost_with_it(two_nodes, gate, capfd):
-    with Client(two_nodes) as client:
+def test_the_workers_of_a_node_whose_nursery_dies_are_lost_with_it(capfd, clusters, gate):
+    with LocalCluster(2, n_nodes=2) as cluster, Client(cluster) as client:  # here, so that capfd has its stderr
         futures = [client.submit(gate.task, number) for number in range(4)]
         gate.wait_until_begun(2)
-        [nursery] = psutil.Process(two_nodes.node_pids[0]).children()
+        node = psutil.Process(cluster.node_pids[0])
+        [nursery] = node.children()
         workers = nursery.children()
         nursery.kill()
-        assert_gone([psutil.Process(two_nodes.node_pids[0]), *workers])
+        assert_gone([node, *workers])
         gate.open()
         assert [future.result(timeout=15) for future in futures] == [0, 1, 2, 3]
     assert "nursery process died" in capfd.readouterr().err
@@ -262,7 +264,7 @@ def test_a_broker_is_killed(clusters, gate):
         gate.wait_until_begun()
         kill(cluster.broker_pid)
         for future in (running, queued):
-            with pytest.raises(errors.ClusterLost, match="silent") as raised:
+            with pytest.raises(errors.ClusterLost, match="silent|SIGKILL") as raised:
                 future.result(timeout=15)
             assert isinstance(raised.value, concurrent.futures.BrokenExecutor)
         waiting.join(10)
@@ -307,7 +309,7 @@ def test_a_broker_sleeps_and_nothing_is_lost(two_nodes, gate):
         gate.wait_until_begun(2)
         os.kill(two_nodes.broker_pid, signal.SIGSTOP)
         gate.open()
-        threading.Timer(4.5, os.kill, (two_nodes.broker_pid, signal.SIGCONT)).start()
+        threading.Timer(4.0, os.kill, (two_nodes.broker_pid, signal.SIGCONT)).start()
         assert [future.result(timeout=20) for future in futures] == list(range(6))
         counts = client.status().counts
         assert counts.get("requeued: node lost", 0) == 0
@@ -315,7 +317,8 @@ def test_a_broker_sleeps_and_nothing_is_lost(two_nodes, gate):
         assert gate.begun() == 6
 
 
-def test_futures_of_a_cluster_that_is_closed(clusters, gate):
+@pytest.mark.xfail(reason="a broker that ends by SIGTERM or end of input does not say goodbye to its clients")
+def test_futures_of_a_cluster_that_is_closed_know_it_at_once(clusters, gate):
     cluster = LocalCluster(1)
     client = Client(cluster)
     futures = [client.submit(gate.task), client.submit(abs, -1)]
@@ -323,8 +326,36 @@ def test_futures_of_a_cluster_that_is_closed(clusters, gate):
     began = time.monotonic()
     cluster.close()
     assert time.monotonic() - began < 5
-    client.shutdown(wait=False, cancel_futures=True)
-    assert not [future for future in futures if not (future.done() or future.running())]
+    try:
+        for future in futures:
+            with pytest.raises(errors.ClusterLost):
+                future.result(timeout=2)
+    finally:
+        client.shutdown(wait=False, cancel_futures=True)
+
+
+@pytest.fixture
+def quick_to_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zmqsched.core.requests.WARN_AFTER_S", 0.2)
+
+
+@pytest.mark.usefixtures("quick_to_warn")
+def test_a_silent_broker_is_told_of(cluster):
+    with Client(cluster) as client:
+        os.kill(cluster.broker_pid, signal.SIGSTOP)
+        threading.Timer(0.5, os.kill, (cluster.broker_pid, signal.SIGCONT)).start()
+        with pytest.warns(RuntimeWarning, match=r"the broker has been silent for .*still trying"):
+            assert client.submit(abs, -1).result(timeout=10) == 1
+
+
+@pytest.mark.usefixtures("quick_to_warn")
+def test_warnings_that_are_errors_do_not_end_a_client(cluster):
+    with warnings.catch_warnings(), Client(cluster) as client:
+        warnings.simplefilter("error")
+        os.kill(cluster.broker_pid, signal.SIGSTOP)
+        threading.Timer(0.5, os.kill, (cluster.broker_pid, signal.SIGCONT)).start()
+        assert client.submit(abs, -1).result(timeout=10) == 1
+        assert client.usable
 
 
 # --- nothing is left -------------------------------------------------------------------------------------------------
@@ -423,3 +454,11 @@ def test_a_gate_holds(gate: Gate, client):
     assert not any(future.done() for future in futures)
     gate.open()
     assert [future.result(timeout=10) for future in futures] == [0, 1]
+
+
+def test_a_local_clusters_client_learns_soon_how_its_broker_died():
+    with LocalCluster(1) as cluster, Client(cluster) as client:
+        future = client.submit(time.sleep, 30)
+        kill(cluster.broker_pid)
+        with pytest.raises(errors.ClusterLost, match="SIGKILL"):
+            future.result(timeout=15)

@@ -83,6 +83,8 @@ def _node(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     set_up_logging(options.log_level)
     starter = Starter(options.ready_fd)
+    if os.getcwd() not in sys.path:  # as "python -m zmqsched" has it: workers find the modules that lie here
+        sys.path.insert(0, os.getcwd())
     try:
         file = _load(Path(options.connect), options.wait, until_eof=options.until_eof)
         from .node import Node

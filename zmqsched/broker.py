@@ -41,6 +41,7 @@ from .version import __version__
 
 MAX_MESSAGES_PER_TURN = 200
 LINGER_MS = 1_000
+ROLES = ("work", "beats", "status")
 
 
 class Broker:
@@ -60,7 +61,7 @@ class Broker:
             self._authenticator.start()
 
         def addresses(role: str) -> list[str]:
-            return [_port_any(listen, role) if listen else ipc_address(self.lock.directory, role)]
+            return [_port_of(listen, role) if listen else ipc_address(self.lock.directory, role)]
 
         try:
             self._router, work = sockets.bind_router(self._ctx, addresses("work"), self._keys)
@@ -182,7 +183,7 @@ class Broker:
         self.lock.remove()
 
 
-def _port_any(listen: str, role: str) -> str:
-    """A stated port is the work socket's; the other two take what is free and are found by the connection file."""
-    host, _, _ = listen.rpartition(":")
-    return listen if role == "work" else f"{host}:*"
+def _port_of(listen: str, role: str) -> str:
+    """A stated port is the work socket's, the next two are for beats and status; else each takes what is free."""
+    host, _, port = listen.rpartition(":")
+    return listen if port == "*" else f"{host}:{int(port) + ROLES.index(role)}"

@@ -184,10 +184,10 @@ def _stay_up(wanted: _Wanted, starter: Starter) -> int:
         _greet(wanted, cluster.file)
         starter.ready({"pid": os.getpid(), "file": str(_path(cluster.file))})
         why = _watch(cluster, stop)
-    _remove_own_log(wanted.name)
-    if why.startswith(("killed", "exit code")):
+    if why.startswith(("killed", "exit code")):  # the log stays: now it is wanted
         print(f"zmqsched: the broker of cluster {wanted.name} died ({why}); the cluster is gone", file=sys.stderr)
         return 1
+    _remove_own_log(wanted.name)
     print(f"cluster {wanted.name} is stopped ({why})")
     return 0
 

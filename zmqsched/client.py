@@ -207,6 +207,7 @@ class Client(Tasks):
     ) -> None:
         self._owned: LocalCluster | None = None
         file = self._find(cluster)
+        self._local = self._owned or (cluster if hasattr(cluster, "broker_death") else None)
         self._client = self
         self._options = Options()
         self._pid = os.getpid()
@@ -481,6 +482,8 @@ class Client(Tasks):
                 case events.Began(welcome):
                     if not self._began.done():
                         self._began.set_result(welcome.name)
+                case events.Warned(text) if self._local is not None and (died := self._local.broker_death):
+                    self._break(ClusterLost(f"the broker of the local cluster {self.cluster_name!r} is gone: {died}"))
                 case events.Warned(text):
                     _warn(text)
                 case events.Broken(code, reason):
@@ -499,13 +502,15 @@ class Client(Tasks):
             return
         value: Any = None
         error: BaseException | None = None
-        if final.verdict == "ok":
-            try:
+        try:
+            if final.verdict == "ok":
                 value = unpack_value(final.value)
-            except errors.TaskError as failure:
-                error = failure
-        else:
-            error = _failure(final)
+            else:
+                error = _failure(final)
+        except errors.TaskError as failure:
+            error = failure
+        except KeyboardInterrupt:  # raised by what was unpickled: Ctrl-C reaches the main thread only
+            error = errors.ResultDecodeError("unpickling the task's result raised KeyboardInterrupt")
         _settle(future, value, error)
 
     def _now_running(self, task: bytes) -> None:

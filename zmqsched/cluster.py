@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -91,10 +92,11 @@ class LocalCluster:
         offers = [f"--resource={key}={amount}" for key, amount in amounts(resources or {}).items()]
         offers += [f"--tag={tag}" for tag in task_tags(tags)]
         broker = ["broker", "--name", self.name, "--policy", policy, *(["--listen", listen] if listen is not None else [])]
+        starting: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
         try:
             check_free(self.name)
             # Nodes start beside the broker and wait for its file: a start costs one interpreter's time, not two.
-            starting = [self._start(broker, {**os.environ, **BROKER_ENVIRONMENT})]
+            starting.append(self._start(broker, {**os.environ, **BROKER_ENVIRONMENT}))
             for index in range(n_nodes):
                 slots = n_workers // n_nodes + (index < n_workers % n_nodes)
                 starting.append(self._start(_node_command(self._path, slots, offers), _node_environment()))
@@ -102,6 +104,9 @@ class LocalCluster:
         except BaseException:
             self.close()
             raise
+        finally:
+            for _, pipe in starting:
+                pipe.close()
         self.broker_pid: int = ready[0]["pid"]
         self.node_pids: list[int] = [facts["pid"] for facts in ready[1:]]
         self.file = ConnectionFile.load(self._path)
@@ -123,6 +128,15 @@ class LocalCluster:
         if processes and processes[0].returncode < 0:  # a broker that was killed leaves its directory
             with contextlib.suppress(errors.ClusterExists):
                 remove_cluster_dir(self.name)
+
+    @property
+    def broker_death(self) -> str:
+        """How the broker ended, if it did without being told to; "" while it runs, and after :meth:`close`."""
+        processes = self._processes
+        code = processes[0].poll() if processes else None
+        if code is None:
+            return ""
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
     def wait(self) -> None:
         """Return when the broker has ended."""

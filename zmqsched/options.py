@@ -19,6 +19,8 @@ def integer(name: str, value: int, low: int, high: int) -> int:
 
 def amounts(resources: Mapping[str, float]) -> dict[str, float]:
     """Resources by name: finite numbers of at least 0."""
+    if not isinstance(resources, Mapping):
+        raise TypeError(f"resources is a mapping from names to amounts, not {type(resources).__name__}")
     checked = {}
     for name, amount in resources.items():
         if not isinstance(name, str) or not 0 < len(name) < 256 or "=" in name:

@@ -499,13 +499,15 @@ _ADVICE = "pass plain data (a path, an address, a number) and make the object in
 def _blame(parts: list[tuple[str, Any]], whole: str, error: BaseException, owner: Any = _ABSENT) -> str:
     """Which part cannot be pickled, as a path and a type. Bounded: it tries parts until the budget is spent."""
     path: list[str] = []
+    passed: list[Any] = []
     culprit, budget = owner, _BLAME_PARTS
     while len(path) < _BLAME_DEPTH:
         reasons = ((step, part, _why_not(part)) for step, part in parts)
         found = next((entry for entry in reasons if entry[2] is not None), None)
-        if found is None:
+        if found is None or any(found[1] is part for part in passed):  # the latter: it refers to itself
             break
         step, culprit, reason = found
+        passed.append(culprit)
         path.append(step)
         error = reason or error
         if isinstance(error, RecursionError):

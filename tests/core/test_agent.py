@@ -608,3 +608,15 @@ def test_a_refused_node_ends_and_says_why():
     place = Workplace(joins=False)
     place._arrive(Envelope(0, 0, 0, No("python", "this node runs Python 3.10")))
     assert place.quit == "refused by the broker: this node runs Python 3.10"
+
+
+def test_a_silent_broker_is_said_once_and_again_after_it_was_heard():
+    place = Workplace()
+    place.cut = True
+    place.passes(20.0)
+    assert len([text for text in place.log if "silent" in text]) == 1
+    place.cut = False
+    place.passes(2.0)
+    place.cut = True
+    place.passes(20.0)
+    assert len([text for text in place.log if "silent" in text]) == 2

@@ -275,3 +275,16 @@ def test_all_answers_of_a_message_are_handed_out_together():
     desk.broker_says(Finals([Final(task_id("a"), "ok"), Final(task_id("c"), "cancelled", text="why")]))
     assert len(desk.acted(Finished)) == 1
     assert desk.answered == ["a", "c"]
+
+
+def test_what_must_not_run_twice_is_not_given_to_another_session():
+    desk = Desk()
+    desk.asks("once", requeue=False)
+    desk.asks("often")
+    desk.broker_forgets()
+    desk.asks("fresh", requeue=False)
+    desk.broker_welcomes()
+    assert desk.submitted == ["once", "often", "often", "fresh"]
+    [finished] = desk.acted(Finished)
+    assert [(final.task, final.verdict) for final in finished.finals] == [(task_id("once"), "WorkerDied")]
+    assert "requeue=False" in finished.finals[0].text

@@ -97,6 +97,7 @@ STUCK_AFTER_S = 0.005  # a batch whose first task takes this long, and three tim
 REPORT_AFTER_S = 0.05  # a task that runs this long is reported as running
 MAX_WORKER_FUNCTIONS = 512
 LEASE_S = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS
+SILENT_AFTER_S = 5.0
 PARTING_S = 2.0  # how long a drained node waits for its last results to be acknowledged
 RESTART_BACKOFF_S = 0.1  # doubled with each worker in a row that dies before its first task
 
@@ -165,6 +166,7 @@ class Agent:
         self._start_at = 0.0
         self._early_deaths = 0
         self._leaving = ""
+        self._silent = False
         self._go_at = math.inf
         self._ended = False
         self._out: list[AgentAction] = []
@@ -263,6 +265,7 @@ class Agent:
     def _welcomed(self, welcome: Welcome) -> None:
         self.name = welcome.name
         self._beat_interval_s = welcome.beat_interval_s
+        self._beat_at = 0.0
         self._out.append(Log("info", f"joined as {welcome.name}"))
         self._workers_changed = True
         self._credit = self._slots  # what the hello said
@@ -386,6 +389,7 @@ class Agent:
         self._report(now)
         if now >= self._beat_at:
             self._beat(now)
+        self._notice_silence(now)
         if self._leaving and not self._held:
             self._drained(now)
         self._flush(now)
@@ -549,8 +553,18 @@ class Agent:
             self._workers_changed = False
             self._uplink.send(Workers(self._worker_states()))
 
+    def _notice_silence(self, now: float) -> None:
+        silent_s = now - self._uplink.heard_at
+        if self._silent:
+            self._silent = silent_s > SILENT_AFTER_S
+        elif SILENT_AFTER_S < silent_s < math.inf:
+            self._silent = True
+            self._out.append(Log("warning", f"the broker has been silent for {silent_s:.0f} s; still trying"))
+
     def _beat(self, now: float) -> None:
         self._beat_at = now + self._beat_interval_s
+        if self._uplink.link is None:
+            return
         self._beats += 1
         self._out.append(SendBeat(Beat(self._uplink.hello.incarnation, self._beats, self._worker_states())))
 

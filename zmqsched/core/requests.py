@@ -165,6 +165,7 @@ class Requests:
     def _welcomed(self, welcome: Welcome) -> None:
         self._out.append(Began(welcome))
         self._sent.clear()
+        self._give_up_what_may_have_run()
         self._fresh = list(self._open.values())
         self._submit()
         for body in self._uplink.undelivered:
@@ -173,6 +174,13 @@ class Requests:
         self._uplink.undelivered.clear()
         for question in self._asked.values():
             self._uplink.send(question)
+
+    def _give_up_what_may_have_run(self) -> None:
+        """A new session: the broker, or its memory of us, is another. What was submitted to the old one may have run."""
+        fresh = {entry[0] for entry in self._fresh}
+        once = [task for task, shape, _ in self._open.values() if not shape.options.requeue and task not in fresh]
+        why = "the broker that had the task is gone, or gave this client up; requeue=False forbids another try"
+        self._finals([Final(task, "WorkerDied", text=why) for task in once])
 
     def _finals(self, finals: list[Final]) -> None:
         news = []

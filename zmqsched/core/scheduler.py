@@ -707,9 +707,9 @@ class Scheduler:
                     self._finish(task, Final(task.id, "Unschedulable", text=text))
 
     def _why_hopeless(self, demand: Iterable[tuple[str, float]], tags: tuple[str, ...]) -> str:
-        wants = [f"{name}={amount:g}" for name, amount in demand if amount] + [f"tag {tag}" for tag in tags]
+        wants = [_amount(name, amount) for name, amount in demand if amount] + [f"tag {tag}" for tag in tags]
         offers = [
-            f"{node.id} ({node.where.host}): " + ", ".join([f"{n}={a:g}" for n, a in node.total.items()] + sorted(node.tags))
+            f"{node.id} ({node.where.host}): " + ", ".join([_amount(n, a) for n, a in node.total.items()] + sorted(node.tags))
             for node in list(self._nodes.values())[:5]
         ]
         return (
@@ -750,6 +750,10 @@ class Scheduler:
         session = self._sessions.get(node.session)
         assert session is not None, f"{node.id} has no session"
         return session
+
+
+def _amount(name: str, amount: float) -> str:
+    return f"memory={amount / 2**30:.3g} GiB" if name == "memory" else f"{name}={amount:g}"
 
 
 def _task_bytes(task: Task) -> int:

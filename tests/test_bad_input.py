@@ -1,0 +1,682 @@
+"""What is wrong is told at once, to whom it concerns, with what to do; and everybody else goes on.
+
+Before and after each test another task of the same client succeeds.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import io
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+from conftest import eventually
+
+from zmqsched import Client, LocalCluster, errors
+from zmqsched.config import CONNECTION_FILE, Addresses, ConnectionFile, cluster_dir, find_cluster
+from zmqsched.host import where
+from zmqsched.protocol import Host
+
+pytestmark = [pytest.mark.timeout(40), pytest.mark.usefixtures("goes_on")]
+
+OTHER_PYTHON = "3.99.0"
+WRITER = io.BufferedWriter(io.BytesIO())
+
+
+@pytest.fixture
+def goes_on(client: Client) -> Iterator[None]:
+    assert client.submit(pow, 2, 5).result(timeout=10) == 32
+    yield
+    assert client.submit(pow, 2, 6).result(timeout=10) == 64
+    assert client.usable
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    began = time.monotonic()
+    yield
+    assert time.monotonic() - began < seconds
+
+
+# --- calls -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", [None, 1024, "len", [len]])
+def test_what_cannot_be_called(client, what):
+    with pytest.raises(TypeError, match=r"submit needs a callable, not \w+; to run f\(x\) write submit\(f, x\)"):
+        client.submit(what)
+    with pytest.raises(TypeError, match="map needs a callable"):
+        client.map(what, [1])
+
+
+def lock():
+    return threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("call", "names"),
+    [
+        (lambda submit: submit(max, 1, lock()), "argument 2 is a _thread.lock"),
+        (lambda submit: submit(dict, key=lock()), "keyword `key` is a _thread.lock"),
+        (lambda submit: submit(len, [1, {"deep": lock()}]), r"argument 1 -> \[1\] -> \['deep'\] is a _thread.lock"),
+        (lambda submit: submit(len, (n for n in "ab")), "argument 1 is a generator"),
+        (lambda submit: submit(len, WRITER), "argument 1 is a _io.BufferedWriter"),
+        (lambda submit: submit(len, concurrent.futures.Future()), "argument 1 -> attribute `_condition`"),
+        (lambda submit: submit(lock().acquire), "cannot pickle `acquire`"),
+    ],
+)
+def test_what_cannot_be_sent(client, call, names):
+    future = call(client.submit)
+    assert future.done(), "at once"
+    with pytest.raises(errors.NotSerializable, match=names) as raised:
+        future.result(timeout=0)
+    assert isinstance(raised.value, TypeError)
+    assert "pass plain data" in str(raised.value)
+
+
+def test_a_closure_that_cannot_be_sent_names_the_variable(client):
+    guard = threading.Lock()
+
+    def careful(number):
+        with guard:
+            return number
+
+    for future in (client.submit(careful, 1), client.submit(lambda: client.status())):
+        assert future.done()
+    with pytest.raises(errors.NotSerializable, match=r"`careful`: closure variable `guard` is a _thread\.lock"):
+        client.submit(careful, 1).result(timeout=0)
+    with pytest.raises(errors.NotSerializable, match=r"closure variable `client` is a zmqsched\.client\.Client"):
+        client.submit(lambda: client.status()).result(timeout=0)
+
+
+def test_one_item_of_a_map_cannot_be_sent(client):
+    results = client.map(str, [1, threading.Lock(), 3])
+    assert next(results) == "1"
+    with pytest.raises(errors.NotSerializable):
+        next(results)
+    chunked = client.map(str, [1, 2, threading.Lock(), 4], chunksize=2)
+    assert [next(chunked), next(chunked)] == ["1", "2"]
+    with pytest.raises(errors.NotSerializable):
+        next(chunked)
+
+
+def test_what_is_nested_too_deeply(client):
+    nested: list[object] = []
+    for _ in range(100_000):
+        nested = [nested]
+    try:
+        with pytest.raises(errors.NotSerializable, match="nested too deeply"):
+            client.submit(len, nested).result(timeout=5)
+    finally:
+        while nested:  # taken apart by hand: the interpreter's own way is recursive
+            nested = nested.pop()
+
+
+def test_what_is_too_large(client, monkeypatch):
+    monkeypatch.setattr("zmqsched.payload.MAX_PAYLOAD", 100_000)
+    with pytest.raises(errors.PayloadTooLarge, match="over the limit of 100,000; write it to a file") as raised:
+        client.submit(len, b"x" * 100_001).result(timeout=0)
+    assert isinstance(raised.value, ValueError)
+
+
+@pytest.mark.parametrize("fails_with", [SystemExit, KeyboardInterrupt])
+def test_what_raises_when_it_is_pickled(client, fails_with):
+    class Odd:
+        def __reduce__(self):
+            raise fails_with("in __reduce__")
+
+    # A Ctrl-C in the middle of a submit has to get through to the user; all else is an answer.
+    expected = KeyboardInterrupt if fails_with is KeyboardInterrupt else errors.NotSerializable
+    with pytest.raises(expected):
+        client.submit(id, Odd()).result(timeout=5)
+
+
+# --- what tasks return -----------------------------------------------------------------------------------------------
+
+
+async def coroutine():
+    return 1
+
+
+def generator():
+    yield 1
+
+
+@pytest.mark.parametrize(
+    ("function", "names"),
+    [(lock, "the result is a _thread.lock"), (generator, "the result is a generator"), (coroutine, "coroutine"),
+     (lambda: {"found": [lock()]}, r"the result -> \['found'\] -> \[0\] is a _thread.lock"),
+     (lambda: io.BufferedWriter(io.BytesIO()), "the result is a _io.BufferedWriter")],
+)  # fmt: skip
+def test_a_result_that_cannot_be_sent(client, function, names):
+    with pytest.raises(errors.ResultNotSerializable, match=names) as raised:
+        client.submit(function).result(timeout=10)
+    assert "return plain data" in str(raised.value)
+
+
+@pytest.mark.parametrize("fails_with", [ValueError, SystemExit, KeyboardInterrupt, RecursionError])
+def test_a_result_that_cannot_be_unpickled_here(client, fails_with):
+    def task():
+        import os
+
+        def rebuild(pid):
+            if os.getpid() != pid:
+                raise fails_with("not here")
+
+        class Odd:
+            def __reduce__(self):
+                return rebuild, (os.getpid(),)
+
+        return Odd()
+
+    with pytest.raises(errors.ResultDecodeError, match="unpickl"):
+        client.submit(task).result(timeout=5)
+
+
+def test_results_that_were_computed_are_not_lost_by_one_that_cannot_be_sent(client):
+    results = [client.submit(lambda n: lock() if n == 2 else n, number) for number in range(4)]
+    assert [type(f.exception(timeout=10)).__name__ for f in results] == [
+        "NoneType", "NoneType", "ResultNotSerializable", "NoneType",
+    ]  # fmt: skip
+
+
+# --- what tasks raise ------------------------------------------------------------------------------------------------
+
+
+class NeedsTwo(Exception):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+
+class HoldsALock(Exception):
+    def __init__(self, text):
+        super().__init__(text)
+        self.lock = threading.Lock()
+
+
+class CannotBeReduced(Exception):
+    def __reduce__(self):
+        raise OSError("not this one")
+
+
+class CannotBeShown(Exception):
+    def __str__(self):
+        raise OSError("no text")
+
+
+@pytest.mark.parametrize(
+    ("make", "names"),
+    [
+        (lambda: NeedsTwo("this", "that"), "NeedsTwo: this and that"),
+        (lambda: HoldsALock("locked"), "HoldsALock: locked"),
+        (lambda: CannotBeReduced("odd"), "CannotBeReduced: odd"),
+    ],
+)
+def test_an_exception_that_cannot_be_rebuilt(client, make, names):
+    def raises():
+        raise make()  # the user's line
+
+    with pytest.raises(errors.RemoteError, match=names) as raised:
+        client.submit(raises).result(timeout=10)
+    assert "raise make()  # the user's line" in str(raised.value.__cause__)
+
+
+def test_an_exception_without_text(client):
+    def raises():
+        raise CannotBeShown
+
+    error = client.submit(raises).exception(timeout=10)
+    assert type(error).__name__ in {"CannotBeShown", "RemoteError"}
+    assert "CannotBeShown" in str(error.__cause__)
+
+
+def test_an_exception_of_ten_megabytes(client):
+    def raises():
+        raise ValueError("x" * 10_000_000)
+
+    error = client.submit(raises).exception(timeout=10)
+    assert len(str(error)) == 10_000_000
+    assert len(str(error.__cause__)) < 100_000
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration])
+def test_exceptions_that_end_a_program_do_not_end_a_worker(client, kind):
+    before = {worker.pid for worker in client.workers()}
+
+    def raises():
+        raise kind(7)
+
+    error = client.submit(raises).exception(timeout=10)
+    assert (type(error), error.args) == (kind, (7,))
+    assert {worker.pid for worker in client.workers()} == before
+
+
+def test_sys_exit_is_an_exception_of_the_task(client):
+    assert type(client.submit(sys.exit, 3).exception(timeout=10)) is SystemExit
+
+
+def test_a_task_that_leaves_without_a_word(client):
+    with pytest.raises(errors.WorkerDied, match="exit code 5"):
+        client.options(requeue=False).submit(os._exit, 5).result(timeout=10)
+
+
+def test_endless_recursion(client):
+    def endless(n):
+        return endless(n + 1) + 1
+
+    with pytest.raises(RecursionError) as raised:
+        client.submit(endless, 0).result(timeout=10)
+    assert len(str(raised.value.__cause__)) < 100_000
+
+
+# --- what tasks do to their worker -------------------------------------------------------------------------------------
+
+
+def test_a_task_that_closes_its_streams(clusters):
+    def closes():
+        for descriptor in range(3):
+            os.close(descriptor)
+        return "closed"
+
+    with LocalCluster(1) as cluster, Client(cluster) as client:
+        assert client.submit(closes).result(timeout=10) == "closed"
+        assert list(client.map(abs, range(-20, 0))) == list(range(20, 0, -1))
+        assert client.submit(len, bytes(1 << 20)).result(timeout=10) == 1 << 20, "through a descriptor with a low number"
+
+
+def test_a_task_that_closes_what_is_not_its_own(client):
+    future = client.options(name="closer").submit(os.closerange, 3, 1000)
+    with pytest.raises(errors.WorkerDied, match="closer failed: 3 workers died running it") as raised:
+        future.result(timeout=20)
+    assert str(raised.value).count("exit code 70") == 3
+
+
+def test_a_task_that_forks_and_lets_the_child_return(client):
+    def forks():
+        pid = os.fork()
+        if pid:
+            os.waitpid(pid, 0)
+        return pid
+
+    assert client.submit(forks).result(timeout=10) > 0
+    assert list(client.map(abs, range(50))) == list(range(50))
+
+
+def test_a_task_in_a_directory_that_is_gone(clusters, tmp_path):
+    directory = tmp_path / "gone"
+    directory.mkdir()
+    path = str(directory)
+
+    def moves():
+        os.chdir(path)
+        os.rmdir(path)
+
+    with LocalCluster(1) as cluster, Client(cluster) as client:
+        assert client.submit(moves).result(timeout=10) is None
+        assert list(client.map(abs, range(20))) == list(range(20))
+
+
+def test_a_task_that_changes_signals_limits_and_threads(client):
+    def changes():
+        import signal
+        import sys
+        import threading
+        import time
+
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.setrecursionlimit(10_000)
+        threading.Thread(target=time.sleep, args=(60,), daemon=True).start()
+        sys.stdout = None
+        return "changed"
+
+    assert client.options(requeue=False).submit(changes).result(timeout=10) == "changed"
+    assert list(client.map(abs, range(50))) == list(range(50))
+
+
+def test_a_task_that_prints_a_lot(scripts):
+    out, err = scripts.run("""
+        import os
+        import zmqsched
+
+        def prints():
+            for _ in range(200):
+                print("x" * 99_999)
+            os.write(1, b"\\x01\\x00" * 50_000)
+            return "printed"
+
+        with zmqsched.LocalCluster(2) as cluster, zmqsched.Client(cluster) as client:
+            printing = client.submit(prints)
+            for number in range(100):
+                assert client.submit(abs, -number).result(20) == number
+            assert printing.result(20) == "printed"
+    """)
+    assert (len(out), err) == (200 * 100_000 + 100_000, "")
+
+
+# --- callbacks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [ValueError, SystemExit, KeyboardInterrupt])
+def test_a_callback_that_raises(client, gate, caplog, kind):
+    def callback(future):
+        raise kind("in the callback")
+
+    with caplog.at_level(logging.ERROR, "concurrent.futures"):
+        future = client.submit(gate.task, 5)
+        future.add_done_callback(callback)
+        gate.open()
+        assert future.result(timeout=10) == 5
+        eventually(lambda: "in the callback" in caplog.text)
+
+
+@pytest.mark.parametrize("what", ["status", "workers", "nodes", "shutdown"])
+def test_a_callback_that_would_wait_for_itself(cluster, gate, what):
+    told: concurrent.futures.Future[str] = concurrent.futures.Future()
+
+    def callback(_):
+        try:
+            told.set_result(repr(getattr(client, what)()))
+        except RuntimeError as error:
+            told.set_result(str(error))
+
+    with Client(cluster) as client:
+        future = client.submit(gate.task)
+        future.add_done_callback(callback)
+        gate.open()
+        assert "a future's callback must not wait" in told.result(timeout=5)
+
+
+# --- clusters and options --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"n_workers": 0}, ValueError, "n_workers must be"),
+        ({"n_workers": -1}, ValueError, "n_workers must be"),
+        ({"n_workers": 10**6}, ValueError, "10000"),
+        ({"n_workers": True}, TypeError, "n_workers must be an int, not bool"),
+        ({"n_workers": 2.0}, TypeError, "n_workers must be an int, not float"),
+        ({"n_workers": "2"}, TypeError, "n_workers must be an int, not str"),
+        ({"n_nodes": 0}, ValueError, "n_nodes must be"),
+        ({"n_workers": 1, "n_nodes": 2}, ValueError, "2 nodes need at least as many workers, not 1"),
+        ({"policy": "best"}, ValueError, "there is no policy 'best'; there are least-loaded, pack, random, round-robin"),
+        ({"name": "a b"}, ValueError, "'a b' cannot name a cluster: use 1 to 40 letters"),
+        ({"name": "../up"}, ValueError, "cannot name a cluster"),
+        ({"resources": {"x": -1}}, ValueError, r"resources\['x'\] must be a finite number of at least 0, not -1"),
+        ({"resources": {"x": float("nan")}}, ValueError, "finite"),
+        ({"resources": {"x": "1"}}, TypeError, r"resources\['x'\] must be a number, not str"),
+        ({"resources": {"x=y": 1}}, TypeError, "a resource's name"),
+        ({"resources": ["x"]}, TypeError, "resources"),
+        ({"tags": "fast"}, TypeError, r"write tags=\['fast'\]"),
+        ({"tags": [5]}, TypeError, "a name is a text, not int"),
+        ({"listen": "127.0.0.1:99999"}, errors.ZmqschedError, "the port must be a number from 1 to 65535"),
+        ({"listen": "0.0.0.0"}, errors.ZmqschedError, "every interface"),
+    ],
+)  # fmt: skip
+def test_clusters_that_cannot_be(clusters, arguments, error, says):
+    before = clusters.processes().keys()
+    with within(6), pytest.raises(error, match=says):
+        LocalCluster(**{"n_workers": 2, **arguments})
+    assert clusters.processes().keys() == before
+
+
+def test_a_name_that_is_taken(cluster):
+    with within(6), pytest.raises(errors.ClusterExists, match=f"'{cluster.name}' is running already.* choose another name"):
+        LocalCluster(1, name=cluster.name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "says"),
+    [
+        ({"priority": 1.5}, TypeError, "priority must be an int, not float"),
+        ({"priority": True}, TypeError, "priority must be an int, not bool"),
+        ({"priority": 2**40}, ValueError, "priority must be between"),
+        ({"retries": -1}, ValueError, "retries must be between 0 and"),
+        ({"retries": 10**9}, ValueError, "retries must be between"),
+        ({"retries": "3"}, TypeError, "retries must be an int, not str"),
+        ({"resources": {"gpu": "1"}}, TypeError, r"resources\['gpu'\] must be a number, not str"),
+        ({"resources": {"gpu": True}}, TypeError, "must be a number, not bool"),
+        ({"resources": {"gpu": -1}}, ValueError, "at least 0, not -1"),
+        ({"resources": {"gpu": float("nan")}}, ValueError, "finite"),
+        ({"resources": {"gpu": float("inf")}}, ValueError, "finite"),
+        ({"resources": {"": 1}}, TypeError, "a resource's name"),
+        ({"resources": {5: 1}}, TypeError, "a resource's name"),
+        ({"resources": ["gpu"]}, TypeError, "resources"),
+        ({"resources": {f"r{n}": 1 for n in range(100)}}, ValueError, "64"),
+        ({"tags": "fast"}, TypeError, r"write tags=\['fast'\]"),
+        ({"tags": [5]}, TypeError, "a name is a text, not int"),
+        ({"tags": [str(n) for n in range(100)]}, ValueError, "64"),
+        ({"name": 5}, TypeError, "a name is a text, not int"),
+        ({"nice": 5}, TypeError, "unexpected keyword argument 'nice'"),
+    ],
+)
+def test_options_that_cannot_be(client, arguments, error, says):
+    with pytest.raises(error, match=says):
+        client.options(**arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"priority": 2**31}, {"priority": -(2**31)}, {"retries": 10**6}, {"name": "x" * 1000}]
+)
+def test_options_at_the_border(client, arguments):
+    assert client.options(**arguments).submit(abs, -1).result(timeout=10) == 1
+
+
+def test_what_no_node_can_hold(client):
+    wishes = {
+        "widget=1": {"resources": {"widget": 1}},
+        "cpu=99": {"resources": {"cpu": 99}},
+        "memory=1e+18": {"resources": {"memory": 1e18}},
+        "cpu=1, tag fast": {"tags": ["fast"]},
+    }
+    with within(7):
+        futures = {needs: client.options(**wish).submit(abs, -1) for needs, wish in wishes.items()}
+        told = {needs: future.exception(timeout=7) for needs, future in futures.items()}
+    for needs, error in told.items():
+        assert type(error) is errors.Unschedulable
+        text = str(error)
+        assert f"needs {needs}" in text or f", {needs}" in text
+        assert f"The nodes offer {client.nodes()[0].id} ({os.uname().nodename}): cpu=2, memory=" in text
+        assert "Ask for less, or start a node that has it" in text
+
+
+def test_after_shutdown(cluster):
+    other = Client(cluster)
+    other.shutdown()
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        other.submit(abs, -1)
+
+
+# --- connection files ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def good(cluster: LocalCluster) -> Path:
+    return cluster_dir(cluster.name) / CONNECTION_FILE
+
+
+def private(path: Path, text: str) -> Path:
+    path.touch(mode=0o600)
+    path.write_text(text)
+    return path
+
+
+def test_a_connection_file_that_is_not_there(tmp_path):
+    with within(1), pytest.raises(errors.ConnectionFileError, match=r"there is no connection file .*nothing\.json; is the"):
+        Client(tmp_path / "nothing.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "is empty; restart the cluster"),
+        ("#!/bin/sh\n", "is not JSON"),
+        ('{"name": "lab"', "is not JSON"),
+        ("[1, 2]", "x.json"),
+        ("{}", "x.json"),
+    ],
+)
+def test_a_connection_file_that_is_none(tmp_path, text, says):
+    with within(1), pytest.raises(errors.ConnectionFileError, match=says) as raised:
+        Client(private(tmp_path / "x.json", text))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_connection_file_that_others_can_read(good, tmp_path):
+    path = private(tmp_path / "x.json", good.read_text())
+    path.chmod(0o644)
+    with within(1), pytest.raises(errors.ConnectionFileError, match=f"is open to other users .* chmod 600 {path}"):
+        Client(path)
+    path.chmod(0o600)
+    with Client(path) as client:
+        assert client.submit(abs, -1).result(timeout=10) == 1
+
+
+def test_a_connection_file_that_is_a_link(good, tmp_path):
+    (tmp_path / "x.json").symlink_to(good)
+    with pytest.raises(errors.ConnectionFileError, match="is a symlink; give the path of the file itself"):
+        Client(tmp_path / "x.json")
+
+
+def test_a_connection_file_that_is_stale(clusters, tmp_path):
+    with LocalCluster(1) as gone:
+        path = private(tmp_path / "x.json", (cluster_dir(gone.name) / CONNECTION_FILE).read_text())
+    for where_ in (path, str(path), gone):
+        with within(7), pytest.raises(errors.BrokerUnreachable, match="is the cluster running"):
+            Client(where_)
+
+
+def test_a_connection_file_of_a_broker_that_was_killed(clusters):
+    with LocalCluster(1) as cluster:
+        path = cluster_dir(cluster.name) / CONNECTION_FILE
+        os.kill(cluster.broker_pid, signal.SIGKILL)
+        eventually(lambda: path.exists())
+        with within(3), pytest.raises(errors.BrokerUnreachable):
+            Client(path, timeout=1)
+        with within(1), pytest.raises(errors.ClusterNotFound, match=f"no cluster named '{cluster.name}' runs here"):
+            Client(cluster.name)
+
+
+def test_a_broker_that_hangs(clusters):
+    with LocalCluster(1) as cluster:
+        os.kill(cluster.broker_pid, signal.SIGSTOP)
+        try:
+            with within(5), pytest.raises(errors.BrokerUnreachable, match=r"does not answer within 1 s|nobody answers"):
+                Client(cluster, timeout=1)
+        finally:
+            os.kill(cluster.broker_pid, signal.SIGCONT)
+
+
+def tcp_file(address: str) -> ConnectionFile:
+    server_key, _ = zmq.curve_keypair()
+    public, secret = zmq.curve_keypair()
+    return ConnectionFile(
+        name="far", cluster_id="1", host="elsewhere", pid=1, python="3", zmqsched="1",
+        addresses=Addresses([address], [address], [address]), server_key=server_key.decode(),
+        client_public=public.decode(), client_secret=secret.decode(),
+    )  # fmt: skip
+
+
+def test_a_port_where_nobody_listens(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    tcp_file(address).write(tmp_path / "x.json")
+    with within(7), pytest.raises(errors.BrokerUnreachable, match=f"nobody answers.*{address}"):
+        Client(tmp_path / "x.json")
+
+
+@pytest.mark.parametrize(
+    ("address", "says"),
+    [
+        ("tcp://127.0.0.1:99999", "has port 99999; ports are 1 to 65535"),
+        ("tcp://127.0.0.1:0", "has port 0"),
+        ("tcp://127.0.0.1", "has no port"),
+        ("tcp://::1:5555", "without brackets"),
+        ("tcp://*:5555", "every interface"),
+        ("udp://127.0.0.1:5", "neither tcp:// nor ipc://"),
+    ],
+)
+def test_a_connection_file_with_an_address_that_cannot_be(tmp_path, address, says):
+    tcp_file(address).write(tmp_path / "x.json")
+    with within(1), pytest.raises(errors.ConnectionFileError, match=says):
+        Client(tmp_path / "x.json")
+
+
+def test_a_host_that_does_not_resolve(tmp_path):
+    tcp_file("tcp://no.such.host.invalid:5555").write(tmp_path / "x.json")
+    with within(7), pytest.raises(errors.BrokerUnreachable, match=r"no\.such\.host\.invalid"):
+        Client(tmp_path / "x.json")
+
+
+def test_a_cluster_that_is_not_known(cluster, monkeypatch):
+    says = f"no cluster named 'nope' runs here .*running: .*{cluster.name}.*zmqsched up --name nope"
+    with within(1), pytest.raises(errors.ClusterNotFound, match=says):
+        Client("nope")
+    monkeypatch.setenv("ZMQSCHED_CLUSTER", "nope")
+    with within(1), pytest.raises(errors.ClusterNotFound, match=says):
+        Client()
+
+
+@pytest.mark.parametrize("name", ["", "a b", ".hidden", "x" * 41])
+def test_names_that_no_cluster_has(name):
+    with pytest.raises(errors.ConnectionFileError, match="cannot name a cluster"):
+        Client(name)
+
+
+# --- other Pythons -----------------------------------------------------------------------------------------------------
+
+
+def test_a_client_with_another_python(client, cluster, monkeypatch):
+    mine = where()
+    monkeypatch.setattr("zmqsched.client.where", lambda: Host(mine.host, mine.pid, OTHER_PYTHON, mine.versions))
+    minor = ".".join(map(str, sys.version_info[:2]))
+    says = rf"this client runs Python 3\.99\.0, the cluster Python {minor}: .*Start the client with Python {minor}"
+    with within(3), pytest.raises(errors.Refused, match=says):
+        Client(cluster)
+    assert client.status().counts["refused: python"] == 1
+
+
+def test_a_node_with_another_python(client, cluster):
+    before = client.nodes()
+    source = (
+        "import platform, sys\n"
+        f"platform.python_version = lambda: {OTHER_PYTHON!r}\n"
+        "from zmqsched.__main__ import main\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    path = cluster_dir(cluster.name) / CONNECTION_FILE
+    done = subprocess.run(
+        [sys.executable, "-c", source, "node", "--connect", path, "--slots", "1", "--log-level", "error"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "zmqsched: refused" in done.stderr
+    assert "this node runs Python 3.99.0, the cluster Python 3." in done.stderr
+    assert "Start the node with Python 3." in done.stderr
+    assert [node.id for node in client.nodes()] == [node.id for node in before]
+
+
+def test_a_node_without_a_cluster(client, cluster, tmp_path):
+    file = find_cluster(cluster.name)
+    assert file.name == cluster.name
+    done = subprocess.run(
+        [sys.executable, "-m", "zmqsched", "node", "--connect", tmp_path / "nothing.json"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("zmqsched: there is no connection file")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,133 @@
+"""The documents are true: README's programs run and print what it says, and what is named anywhere exists."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import Scripts
+
+ROOT = Path(__file__).parent.parent
+README, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "architecture.md"
+PAGES = [README, ARCHITECTURE, ROOT / "CHANGELOG.md"]
+PACKAGE = ROOT / "zmqsched"
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def programs() -> list[tuple[str, str | None]]:
+    """README's python blocks, and the text block that follows as what each prints."""
+    blocks = BLOCK.findall(README.read_text())
+    following = [*blocks[1:], ("", "")]
+    return [
+        (source, text if next_kind == "text" else None)
+        for (kind, source), (next_kind, text) in zip(blocks, following, strict=True)
+        if kind == "python"
+    ]
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Command lines, as words: those of console blocks, and those in the text that begin with zmqsched."""
+    text = page.read_text()
+    lines = [line for kind, block in BLOCK.findall(text) if kind in ("console", "sh") for line in block.splitlines()]
+    lines += re.findall(r"`((?:python -m )?zmqsched [^`\n]+|make [^`\n]+)`", BLOCK.sub("", text))
+    for line in lines:
+        if words := shlex.split(line.removeprefix("$ "), comments=True):
+            yield words[2:] if words[:2] == ["python", "-m"] else words
+
+
+@functools.cache
+def help_of(*command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-m", "zmqsched", *command, "--help"], capture_output=True, text=True, timeout=30, check=True
+    )
+    return done.stdout
+
+
+def test_there_are_programs_and_commands():
+    """Or the tests below would find nothing wrong with nothing."""
+    assert len(programs()) >= 2
+    assert {words[1] for words in commands(README) if words[0] == "zmqsched"} == {
+        "up", "ls", "status", "down", "broker", "node"
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(programs())))
+def test_programs_of_the_readme_run_as_pasted(scripts: Scripts, number: int):
+    source, printed = programs()[number]
+    out, err = scripts.run(source)
+    assert err == ""
+    assert printed is None or out == printed
+    scripts.home.assert_nothing_left()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_exist(page: Path):
+    targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for program, *words in commands(page):
+        if program == "make":
+            assert words[0] in targets, f"make {words[0]}"
+        if program != "zmqsched":
+            continue
+        command = words[0]
+        assert re.search(rf"^  {command} ", help_of(), re.MULTILINE), f"zmqsched {command}"
+        for option in {word.partition("=")[0] for word in words[1:] if word.startswith("-")}:
+            assert re.search(rf"(?<![\w-]){option}(?![\w-])", help_of(command)), f"zmqsched {command} {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_what_the_architecture_names_is_in_the_code():
+    named = re.findall(r"`([^`\n]+)`", BLOCK.sub("", ARCHITECTURE.read_text()))
+    files = [name for name in named if re.fullmatch(r"[\w/]+\.py", name)]
+    missing = [name for name in files if not any((base / name).exists() for base in (ROOT, PACKAGE))]
+    dotted = [name for name in named if re.fullmatch(r"[A-Za-z_]+\.[A-Za-z_]+(\(\))?", name) and name not in files]
+    missing += [name for name in dotted if not _defined(name.removesuffix("()"))]
+    assert len(files) > 20
+    assert len(dotted) > 20
+    assert missing == []
+
+
+def _defined(dotted: str) -> bool:
+    """``Class.name`` in one of the classes of that name; if none of ours has that name, both words occur somewhere."""
+    owner, name = dotted.split(".")
+    known = _names_by_class()
+    return name in known[owner] if owner in known else {owner, name} <= _words_of_the_code()
+
+
+@functools.cache
+def _names_by_class() -> dict[str, set[str]]:
+    """What each class defines, assigns or reads by name; classes of the same name in two modules count as one."""
+    found: dict[str, set[str]] = {}
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                names = found.setdefault(node.name, set())
+                for inner in ast.walk(node):
+                    match inner:
+                        case ast.FunctionDef(name=name) | ast.Name(id=name) | ast.Attribute(attr=name):
+                            names.add(name)
+    return found
+
+
+@functools.cache
+def _words_of_the_code() -> set[str]:
+    return {word for path in PACKAGE.rglob("*.py") for word in re.findall(r"\w+", path.read_text())}
+
+
+def test_the_table_of_layers_has_each_module():
+    table = re.search(r"^layer \| modules.*?\n\n", ARCHITECTURE.read_text(), re.MULTILINE | re.DOTALL)
+    assert table is not None
+    modules = [name for row in table[0].strip().splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split(" | ")[1])]
+    there = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert sorted(modules) == sorted(there)
