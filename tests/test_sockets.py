@@ -408,3 +408,12 @@ def test_an_old_libzmq_is_refused(monkeypatch):
     monkeypatch.setattr(zmq, "zmq_version_info", lambda: (4, 2, 5))
     with pytest.raises(StartError, match="too old"):
         sockets.context()
+
+
+@pytest.mark.parametrize(
+    ("listen", "ports"), [("tcp://127.0.0.1:5555", ["5555", "5556", "5557"]), ("tcp://[::1]:*", ["*", "*", "*"])]
+)
+def test_a_stated_port_is_followed_by_the_other_two(listen, ports):
+    from zmqsched.broker import ROLES, _port_of
+
+    assert [_port_of(listen, role).rpartition(":")[2] for role in ROLES] == ports
