@@ -477,9 +477,9 @@ def test_options_at_the_border(client, arguments):
 
 def test_what_no_node_can_hold(client):
     wishes = {
-        "widget=1": {"resources": {"widget": 1}},
+        "cpu=1, widget=1": {"resources": {"widget": 1}},
         "cpu=99": {"resources": {"cpu": 99}},
-        "memory=1e+18": {"resources": {"memory": 1e18}},
+        "cpu=1, memory=": {"resources": {"memory": 1e18}},
         "cpu=1, tag fast": {"tags": ["fast"]},
     }
     with within(7):
@@ -488,7 +488,7 @@ def test_what_no_node_can_hold(client):
     for needs, error in told.items():
         assert type(error) is errors.Unschedulable
         text = str(error)
-        assert f"needs {needs}" in text or f", {needs}" in text
+        assert f"needs {needs}" in text
         assert f"The nodes offer {client.nodes()[0].id} ({os.uname().nodename}): cpu=2, memory=" in text
         assert "Ask for less, or start a node that has it" in text
 

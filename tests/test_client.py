@@ -807,7 +807,7 @@ def test_the_exit_of_a_forked_child_ends_nothing(scripts: Scripts):
             assert os.waitpid(pid, 0)[1] == 0
             future.result(20)
             print(client.submit(pow, 2, 5).result(20))
-    """)
+    """, PYTHONWARNINGS="ignore::DeprecationWarning")  # fmt: skip  # Python 3.12 and later advise against fork
     assert (out, err) == ("32\n", "")
 
 

@@ -264,7 +264,7 @@ def test_a_broker_is_killed(clusters, gate):
         gate.wait_until_begun()
         kill(cluster.broker_pid)
         for future in (running, queued):
-            with pytest.raises(errors.ClusterLost, match="silent|SIGKILL") as raised:
+            with pytest.raises(errors.ClusterLost, match=r"silent|SIGKILL") as raised:
                 future.result(timeout=15)
             assert isinstance(raised.value, concurrent.futures.BrokenExecutor)
         waiting.join(10)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from .config import ConnectionFile
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .errors import ZmqschedError
+from .options import resource_argument
 from .shell import BROKER_ENVIRONMENT, LEVELS, Starter, set_up_logging
 
 if TYPE_CHECKING:
@@ -114,22 +115,18 @@ def _parser(name: str, what: str) -> argparse.ArgumentParser:
     return parser
 
 
+def _resource(text: str) -> tuple[str, float]:
+    try:
+        return resource_argument(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def _positive(text: str) -> int:
     number = int(text)
     if not 1 <= number <= 10_000:
         raise argparse.ArgumentTypeError(f"{number} is not between 1 and 10000")
     return number
-
-
-def _resource(text: str) -> tuple[str, float]:
-    name, _, amount = text.partition("=")
-    try:
-        number = float(amount)
-    except ValueError:
-        number = -1.0
-    if not name or not 0 <= number < 2**60:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=AMOUNT with a number of at least 0")
-    return name, number
 
 
 if __name__ == "__main__":

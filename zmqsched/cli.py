@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import click
 
-from .__main__ import _resource, main
+from .__main__ import main
 from .cluster import START_TIMEOUT_S, LocalCluster, check_free, wait_until_ready
 from .config import (
     CONNECTION_FILE,
@@ -40,6 +40,7 @@ from .config import (
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .errors import ClusterNotFound, StartError, ZmqschedError
 from .host import usable_cpus
+from .options import resource_argument
 from .shell import Starter, StopSignals
 from .version import __version__
 
@@ -125,11 +126,9 @@ def _listen(ctx: click.Context, _: click.Parameter, text: str | None) -> str | N
 
 
 def _resources(ctx: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, float]:
-    from argparse import ArgumentTypeError
-
     try:
-        return dict(_resource(text) for text in texts)
-    except ArgumentTypeError as error:
+        return dict(resource_argument(text) for text in texts)
+    except ValueError as error:
         raise click.BadParameter(str(error), ctx, parameter) from None
 
 

@@ -41,6 +41,18 @@ def task_resources(resources: Mapping[str, float]) -> tuple[tuple[str, float], .
     return tuple(sorted(asked.items()))
 
 
+def resource_argument(text: str) -> tuple[str, float]:
+    """"NAME=AMOUNT" of a command line. Raises ValueError."""
+    name, _, amount = text.partition("=")
+    try:
+        number = float(amount)
+    except ValueError:
+        number = -1.0
+    if not name or not 0 <= number < MAX_AMOUNT:
+        raise ValueError(f"{text!r} is not NAME=AMOUNT with a number of at least 0")
+    return name, number
+
+
 def task_tags(tags: Iterable[str]) -> tuple[str, ...]:
     if isinstance(tags, str):
         raise TypeError(f"tags is a list of names; write tags=[{tags!r}]")

@@ -557,7 +557,7 @@ def _parts(value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{index}]", part) for index, part in enumerate(value))
     elif isinstance(value, set | frozenset):
         yield from (("an item", part) for part in value)
-    if not isinstance(value, types.FunctionType | type):
+    if not isinstance(value, types.FunctionType | type) and not isinstance(type(value).__reduce__, types.FunctionType):
         yield from _attributes(value)
 
 

@@ -42,7 +42,8 @@ def hosts():
     for name in names:
         ip("netns", "add", name)
     try:
-        ip("link", "add", f"{names[0]}v", "netns", names[0], "type", "veth", "peer", "name", f"{names[1]}v", "netns", names[1])
+        there = ("peer", "name", f"{names[1]}v", "netns", names[1])
+        ip("link", "add", f"{names[0]}v", "netns", names[0], "type", "veth", *there)
         for name, address in zip(names, (HERE, THERE), strict=True):
             ip("-n", name, "addr", "add", f"{address}/24", "dev", f"{name}v")
             ip("-n", name, "link", "set", f"{name}v", "up")

@@ -160,11 +160,15 @@ class Placement:
             elif lane.passed_over_since is None:
                 lane.passed_over_since = now
             elif now - lane.passed_over_since >= RESERVE_AFTER_S and id(lane) not in taken:
-                able = [n for n in lane.pool.nodes.values() if n.reserved is None and n.state is ALIVE and n.could_hold(lane.demand)]
-                if able:
-                    node = min(able, key=lambda node: node.assigned)
-                    node.reserved = lane
-                    self._reserved[node.id] = node
+                self._reserve_for(lane)
+
+    def _reserve_for(self, lane: Lane) -> None:
+        free = [node for node in lane.pool.nodes.values() if node.reserved is None and node.state is ALIVE]
+        able = [node for node in free if node.could_hold(lane.demand)]
+        if able:
+            node = min(able, key=lambda node: node.assigned)
+            node.reserved = lane
+            self._reserved[node.id] = node
 
     def _release(self, node: Node) -> None:
         self._reconsider()
