@@ -709,7 +709,7 @@ class Scheduler:
     def _why_hopeless(self, demand: Iterable[tuple[str, float]], tags: tuple[str, ...]) -> str:
         wants = [_amount(name, amount) for name, amount in demand if amount] + [f"tag {tag}" for tag in tags]
         offers = [
-            f"{node.id} ({node.where.host}): {', '.join([_amount(*pair) for pair in node.total.items()] + sorted(node.tags))}"
+            f"{node.id} ({node.where.host}): {', '.join([*(_amount(*pair) for pair in node.total.items()), *node.tags])}"
             for node in list(self._nodes.values())[:5]
         ]
         return (
