@@ -252,6 +252,7 @@ def test_an_exception_of_ten_megabytes(client):
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration])
 def test_exceptions_that_end_a_program_do_not_end_a_worker(client, kind):
+    eventually(lambda: all(worker.state == "idle" for worker in client.workers()))
     before = {worker.pid for worker in client.workers()}
 
     def raises():

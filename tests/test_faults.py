@@ -38,7 +38,13 @@ def assert_gone(processes: list[psutil.Process], within_s: float = 8.0) -> None:
 
 
 def kill(pid: int) -> None:
+    assert pid > 0, "0 would be this process's whole group"
     os.kill(pid, signal.SIGKILL)
+
+
+def pids(client: Client) -> list[int]:
+    """Of the workers that are born: one that is starting has none yet."""
+    return [worker.pid for worker in client.workers() if worker.pid]
 
 
 # --- workers ---------------------------------------------------------------------------------------------------------
@@ -51,16 +57,16 @@ def test_workers_killed_in_the_middle_of_a_map(client):
         time.sleep(0.002)
         return number * number
 
-    before = {worker.pid for worker in client.workers()}
+    before = set(eventually(lambda: len(found := pids(client)) == 2 and found))
     deaths = client.status().counts.get("worker deaths", 0)
     results = []
     for result in client.map(square, range(300)):
         results.append(result)
         if len(results) in (50, 150):
-            kill(client.workers()[0].pid)
+            kill(next(pid for pid in pids(client) if pid in before))
     assert results == [number * number for number in range(300)]
-    eventually(lambda: len([w for w in client.workers() if w.pid]) == 2)
-    assert {worker.pid for worker in client.workers()}.isdisjoint(before)
+    eventually(lambda: len(pids(client)) == 2)
+    assert before.isdisjoint(pids(client))
     assert client.status().counts["worker deaths"] - deaths == 2
 
 
@@ -135,8 +141,7 @@ def test_an_idle_worker_that_dies_is_replaced(client):
     eventually(lambda: {worker.state for worker in client.workers()} == {"idle"})
     victim = client.workers()[0]
     kill(victim.pid)
-    eventually(lambda: victim.pid not in {worker.pid for worker in client.workers()})
-    eventually(lambda: len([worker for worker in client.workers() if worker.pid]) == 2)
+    eventually(lambda: len(found := pids(client)) == 2 and victim.pid not in found)
     assert list(client.map(abs, range(-20, 0))) == list(range(20, 0, -1))
 
 

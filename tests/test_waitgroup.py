@@ -75,7 +75,6 @@ def test_tasks_on_both_nodes_count(client, group, gate):
     for _ in range(2):
         client.submit(work, group, gate.task)
     gate.wait_until_begun(2)
-    assert {worker.state for worker in client.workers()} <= {"busy", "idle"}
     assert sorted(node.assigned for node in client.nodes()) == [1, 1]
     with pytest.raises(TimeoutError):
         group.wait(timeout=0.05)

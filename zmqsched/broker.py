@@ -21,6 +21,7 @@ from . import sockets
 from .config import CONNECTION_FILE, Addresses, ClusterLock, ConnectionFile, ipc_address, this_host
 from .core.events import (
     Arrived,
+    Leave,
     Log,
     Malformed,
     Publish,
@@ -96,7 +97,12 @@ class Broker:
                 ready = waiter.wait(self._core.next_deadline())
                 why = self._turn(beats=self._monitor.descriptor in ready)
                 for descriptor in ready.intersection(stop.descriptors):
-                    why = why or stop.read(descriptor)
+                    reason = stop.read(descriptor)
+                    if descriptor == 0 and reason:  # whoever owns the cluster is gone or wants it to end
+                        waiter.remove(descriptor)
+                        self._core.handle(Leave(False, reason), monotonic())
+                    else:
+                        why = why or reason
                 if self._authenticator and not self._authenticator.alive:
                     why = "the authenticator died: nobody new could be let in"
             log.info("broker ends: %s", why)

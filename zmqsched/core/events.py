@@ -55,6 +55,14 @@ class Undelivered(NamedTuple):
     reason: Literal["unreachable", "full"]
 
 
+class Leave(NamedTuple):
+    """Somebody wants this process to end, in order: a node when it has finished what it runs, or now; a broker with its
+    cluster, as soon as everybody was told."""
+
+    drain: bool
+    reason: str
+
+
 class Tick(NamedTuple):
     """The turn is over, or the deadline has come: act."""
 
@@ -83,7 +91,7 @@ class Quit(NamedTuple):
     reason: str
 
 
-SchedulerEvent = Arrived | BeatArrived | Malformed | Undelivered | Tick
+SchedulerEvent = Arrived | BeatArrived | Malformed | Undelivered | Leave | Tick
 SchedulerAction = Send | Publish | Log | Shrunk | Quit
 
 
@@ -118,13 +126,6 @@ class Said(NamedTuple):
 class TakenBack(NamedTuple):
     worker: int
     runs: list[Run]
-
-
-class Leave(NamedTuple):
-    """Somebody wants this node to end: when it has finished what it runs, or now."""
-
-    drain: bool
-    reason: str
 
 
 class ToBroker(NamedTuple):

@@ -75,6 +75,7 @@ from ..protocol import (
 from .events import (
     Arrived,
     BeatArrived,
+    Leave,
     Log,
     Malformed,
     Publish,
@@ -141,6 +142,7 @@ class Scheduler:
         self._last_tick: float | None = None
         self._next_round = 0.0
         self._end_at = math.inf
+        self._end_why = ""
         self._out: list[SchedulerAction] = []
 
     # --- the contract ----------------------------------------------------------------------------------------------
@@ -159,6 +161,8 @@ class Scheduler:
                     self._out.append(Send(peer, Envelope(0, 0, 0, answer)))
             case Undelivered(_, reason):
                 self.counts[f"send refused: {reason}"] += 1
+            case Leave(_, reason):
+                self._shut_down(reason, now)
         out, self._out = self._out, []
         return out
 
@@ -249,7 +253,7 @@ class Scheduler:
             case Drain(node_id):
                 self._drain(session, node_id)
             case Shutdown():
-                self._shut_down(now)
+                self._shut_down("a client asked for it", now)
             case Goodbye():
                 self._client_gone(session, "left")
             case _:
@@ -301,7 +305,7 @@ class Scheduler:
         self._dispatch()
         self._flush(now)
         if self._end_at < math.inf and (now >= self._end_at or self._sessions.empty):
-            self._out.append(Quit("a client asked for it"))
+            self._out.append(Quit(self._end_why))
 
     # --- hello and goodbye -------------------------------------------------------------------------------------------
 
@@ -400,9 +404,10 @@ class Scheduler:
         self._start_draining(node)
         self._sessions.send(self._session_of(node), Stop(drain=True))
 
-    def _shut_down(self, now: float) -> None:
+    def _shut_down(self, why: str, now: float) -> None:
         """Tell everybody, and end when all have said goodbye, or after a while."""
         self._end_at = min(self._end_at, now + PARTING_S)
+        self._end_why = why
         for session in self._sessions:
             if session.node:
                 self._sessions.send(session, Stop(drain=False))
