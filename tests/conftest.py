@@ -208,10 +208,10 @@ class Scripts:
             assert [p.pid for p in self._started if p.poll() is None] == [], "a script is still running"
             self.home.assert_nothing_left()
         finally:
-            self.home.remove()
-            for process in self._started:
+            for process in self._started:  # first: what still runs would make its directory anew
                 with process:
                     process.kill()
+            self.home.remove()
 
 
 @pytest.fixture

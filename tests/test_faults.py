@@ -322,7 +322,6 @@ def test_a_broker_sleeps_and_nothing_is_lost(two_nodes, gate):
         assert gate.begun() == 6
 
 
-@pytest.mark.xfail(reason="a broker that ends by SIGTERM or end of input does not say goodbye to its clients")
 def test_futures_of_a_cluster_that_is_closed_know_it_at_once(clusters, gate):
     cluster = LocalCluster(1)
     client = Client(cluster)

@@ -317,10 +317,10 @@ def test_a_node_is_drained_and_nothing_is_done_twice():
           broker > client: Running b
           n1 > broker: Results a#1
           broker > client: Finals a ok
-          n1 > broker: Goodbye
           n2 > broker: Results b#1
           broker > n2: Dispatch c#1
           broker > client: Finals b ok
+          n1 > broker: Goodbye
           n2 > broker: Progress started c#1
           broker > client: Running c
         # 1 s pass

@@ -259,7 +259,7 @@ def _start_detached(wanted: _Wanted) -> int:
         process.terminate()
         process.wait()
         if isinstance(error, StartError):
-            sys.stderr.write(_log_path(wanted.name).read_text(errors="replace"))
+            sys.stderr.write(_log_path(wanted.name).read_text(errors="replace").lstrip("\n"))  # click's, for the SIGTERM
         _log_path(wanted.name).unlink(missing_ok=True)
         raise
     _greet(wanted, ConnectionFile.load(file))

@@ -237,6 +237,9 @@ class Client(Tasks):
             self._abandon()
             raise
         _open_clients.add(self)
+        # At exit the last registered goes first: clients before any cluster of this process that they may be using.
+        atexit.unregister(_close_all)
+        atexit.register(_close_all)
 
     # --- what users call, besides Tasks ------------------------------------------------------------------------------
 
@@ -595,7 +598,6 @@ def _failure(final: Final) -> BaseException:
     return kind(final.text)
 
 
-@atexit.register
 def _close_all() -> None:
     """At exit nothing waits: what is unfinished is cancelled, and said."""
     for client in list(_open_clients):
