@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import itertools
 import logging
+import math
 import os
 import secrets
 import threading
@@ -34,7 +35,7 @@ from .core.requests import Requests
 from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, ProtocolError, Refused, ZmqschedError
 from .futures import Future
 from .host import where
-from .options import integer, short_name, task_resources, task_tags
+from .options import boolean, integer, short_name, task_resources, task_tags
 from .payload import Chunk, FunctionPickler, pack_call, unpack_exception, unpack_value
 from .protocol import ClientHello, Envelope, Final, Options, Payload, Query, Report, Shape, decode, encode
 from .records import NodeInfo, Status, WorkerInfo, node_infos, status_of, worker_infos
@@ -156,7 +157,7 @@ class Tasks(concurrent.futures.Executor):
                 tags=self._options.tags if tags is None else task_tags(tags),
                 name=self._options.name if name is None else short_name(name),
                 group=self._options.group,
-                requeue=self._options.requeue if requeue is None else bool(requeue),
+                requeue=self._options.requeue if requeue is None else boolean("requeue", requeue),
             ),
         )
 
@@ -206,6 +207,8 @@ class Client(Tasks):
         timeout: float = CONNECT_TIMEOUT_S,
     ) -> None:
         self._owned: LocalCluster | None = None
+        if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
+            raise ValueError(f"timeout is a number of seconds above 0, not {timeout!r}")
         file = self._find(cluster)
         self._local = self._owned or (cluster if hasattr(cluster, "broker_death") else None)
         self._client = self

@@ -29,6 +29,7 @@ from .errors import StartError, ZmqschedError
 from .host import usable_cpus
 from .options import amounts, integer, task_tags
 from .shell import BROKER_ENVIRONMENT
+from .sockets import listen_address
 
 START_TIMEOUT_S = 20.0
 MAX_WORKERS = 10_000
@@ -83,7 +84,9 @@ class LocalCluster:
         integer("n_nodes", n_nodes, 1, MAX_WORKERS)
         if n_nodes > n_workers:
             raise ValueError(f"{n_nodes} nodes need at least as many workers, not {n_workers}")
-        if policy not in POLICIES:
+        if listen is not None:
+            listen_address(listen)
+        if not isinstance(policy, str) or policy not in POLICIES:
             raise ValueError(f"there is no policy {policy!r}; there are {', '.join(sorted(POLICIES))}")
         self.name = check_name(name or f"local-{os.getpid()}-{next(_numbers)}")
         self._path = cluster_dir(self.name) / CONNECTION_FILE

@@ -137,9 +137,9 @@ def check_name(name: str) -> str:
     ConnectionFileError
         A ValueError of the ``ClusterError`` branch, because the name is a part of the connection file's path.
     """
-    if not re.fullmatch(_NAME, name):
+    if not isinstance(name, str) or not re.fullmatch(_NAME, name):
         raise ConnectionFileError(
-            f"{name[:60]!r} cannot name a cluster: use 1 to 40 letters, digits, '.', '_' or '-', no dot at the start"
+            f"{str(name)[:60]!r} cannot name a cluster: use 1 to 40 letters, digits, '.', '_' or '-', no dot at the start"
         )
     return name
 

@@ -100,7 +100,7 @@ class Node:
     def _loop(self, stop: StopSignals, starter: Starter) -> None:
         tune_garbage_collection()
         self._step(Tick())
-        named = ""
+        said = False
         while not self._why:
             deadline: float = self._agent.next_deadline()
             if self._agent.has_plenty:
@@ -115,9 +115,9 @@ class Node:
                 self._read_nursery()
             self._read_broker()
             self._step(Tick())
-            if self._agent.name and not named:
-                named = self._agent.name
-                starter.ready({"pid": os.getpid(), "node": named})
+            if not said and self._agent.ready:
+                said = True
+                starter.ready({"pid": os.getpid(), "node": self._agent.name})
 
     def _step(self, event: AgentEvent) -> None:
         for action in self._agent.handle(event, monotonic()):
@@ -274,4 +274,5 @@ def _resources(slots: int | None, given: dict[str, float]) -> tuple[dict[str, fl
     found = {"cpu": float(max(cpus, slots or 0)), "memory": float(host.usable_memory())}
     if gpus:
         found["gpu"] = float(len(gpus))
-    return {**found, **given}, gpus
+    offered = {**found, **given}
+    return {**offered, "cpu": max(offered["cpu"], float(slots or 0))}, gpus

@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
-from .pipes import Pipe, pair
+from .pipes import EXIT_PIPE_LOST, Pipe, pair
 
 # Control datagrams, both ways: kind, worker, pid, then text. A spawn carries the worker's end of its pipe.
 _CONTROL = struct.Struct("=cQQ")
@@ -345,6 +345,8 @@ def _kill_group(pid: int) -> None:
 
 def _how(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
+    if code == EXIT_PIPE_LOST:
+        return f"exit code {code} (the task closed the pipe to its node)"
     if code >= 0:
         return f"exit code {code}"
     try:

@@ -17,6 +17,12 @@ def integer(name: str, value: int, low: int, high: int) -> int:
     return value
 
 
+def boolean(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} is True or False, not {value!r}")
+    return value
+
+
 def amounts(resources: Mapping[str, float]) -> dict[str, float]:
     """Resources by name: finite numbers of at least 0."""
     if not isinstance(resources, Mapping):
@@ -65,4 +71,6 @@ def task_tags(tags: Iterable[str]) -> tuple[str, ...]:
 def short_name(name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"a name is a text, not {type(name).__name__}")
+    if not name:
+        raise ValueError("a name is not empty")
     return name[:255]

@@ -29,6 +29,9 @@ from .protocol import MAX_FRAMES
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
+# EX_SOFTWARE of sysexits.h: a task closed its worker's pipe, nobody can be answered any more.
+EXIT_PIPE_LOST = 70
+
 SINGLE, SEVERAL, MEMFD = b"\0", b"\1", b"\2"
 # A memfd and its mapping cost 60 us and more, copying 128 KiB through a socket 30. It must fit into SO_SNDBUF as every
 # kernel has it by default (208 KiB).

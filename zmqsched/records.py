@@ -31,8 +31,8 @@ class NodeInfo:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    """A worker. ``state``: starting, idle or busy. ``cpu``: percent of one core; ``memory``: resident bytes, as of the
-    node's last beat (each second)."""
+    """A worker, as of its node's last beat (each second). ``state``: idle or busy; ``done``: tasks it has answered;
+    ``cpu``: percent of one core; ``memory``: resident bytes."""
 
     id: str
     node: str
@@ -67,6 +67,7 @@ def worker_infos(report: Report) -> list[WorkerInfo]:
         for node in report.nodes
         if node.state not in ("lost", "gone")
         for w in node.workers
+        if w.pid  # one that is being born has none, and 0 is a dangerous number to send a signal to
     ]
 
 

@@ -20,11 +20,8 @@ from typing import Any
 
 from .errors import ProtocolError
 from .payload import pack_exception, pack_value, unpack_call, unpack_function
-from .pipes import Pipe
+from .pipes import EXIT_PIPE_LOST, Pipe
 from .protocol import Done, Payload, PipeMessage, Run, decode_pipe, encode_pipe
-
-# EX_SOFTWARE of sysexits.h: the task closed the pipe's descriptor, nobody can be answered any more.
-EXIT_PIPE_LOST = 70
 
 _pipe: Pipe | None = None
 

@@ -235,6 +235,11 @@ class Agent:
         return bool(self._queue) and self._depth() == MAX_BATCH and all(len(w.runs) > 1 for w in self._workers.values())
 
     @property
+    def ready(self) -> bool:
+        """It has joined, and all its workers are there."""
+        return bool(self.name) and len(self._workers) == self._slots and all(w.pid for w in self._workers.values())
+
+    @property
     def held(self) -> int:
         return len(self._held)
 
