@@ -84,11 +84,13 @@ class Placement:
         lane.tasks.push(task.id, task, task.kind.options.priority, first=first)
         if id(lane) not in lane.pool.blocked:
             self._ready[id(lane)] = lane
-        self._reconsider()
+        if self._reserved:
+            self._reconsider()
 
     def withdraw(self, task: Task) -> None:
         task.kind.lane.tasks.remove(task.id, task.kind.options.priority)
-        self._reconsider()
+        if self._reserved:
+            self._reconsider()
 
     def join(self, node: Node) -> None:
         self._nodes[node.id] = node
@@ -178,10 +180,9 @@ class Placement:
     def _reconsider(self) -> None:
         """Who may use a reserved node depends on the first tasks of lanes, so while there is one, blocked lanes are tried
         again whenever a lane has changed."""
-        if self._reserved:
-            for pool in self._pools.values():
-                self._ready.update(pool.blocked)
-                pool.blocked.clear()
+        for pool in self._pools.values():
+            self._ready.update(pool.blocked)
+            pool.blocked.clear()
 
     def hopeless(self, expected: list[Node]) -> list[Lane]:
         """Lanes with tasks that no node, here or expected back, could hold even if it were empty."""

@@ -420,11 +420,11 @@ class Scheduler:
         self._learn(message.functions)
         kinds = [self._placement.kind(shape) for shape in message.shapes]
         missing = {shape.function for shape in message.shapes if shape.function not in self._functions}
+        before = self._seq
         for spec in message.tasks:
             if (known := self._tasks.get(spec.task)) is not None:
                 self._submitted_again(known, session)
                 continue
-            self.counts["accepted"] += 1
             kind = kinds[spec.shape]
             self._seq += 1
             task = self._tasks[spec.task] = Task(spec.task, session.token, kind, spec.call, self._seq)
@@ -436,6 +436,7 @@ class Scheduler:
             else:
                 task.move(QUEUED)
                 self._placement.enqueue(task)
+        self.counts["accepted"] += self._seq - before
         self._most_tasks = max(self._most_tasks, len(self._tasks))
         for kind in kinds:
             if not kind.open:
