@@ -620,3 +620,17 @@ def test_a_silent_broker_is_said_once_and_again_after_it_was_heard():
     place.cut = True
     place.passes(20.0)
     assert len([text for text in place.log if "silent" in text]) == 2
+
+
+def test_a_node_is_ready_when_the_broker_knows_its_workers():
+    place = Workplace(joins=False)
+    assert not place.agent.ready
+    place.broker_welcomes()
+    assert place.agent.ready
+    place.cut = True
+    place.dies(1)
+    place.passes(0.5)
+    assert not place.agent.ready, "it has said who replaced the worker, and does not know that it was heard"
+    place.cut = False
+    place.passes(2.5)
+    assert place.agent.ready

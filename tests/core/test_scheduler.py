@@ -53,6 +53,7 @@ from zmqsched.protocol import (
     TaskSpec,
     Welcome,
     Workers,
+    WorkerState,
 )
 
 from .builders import Broker, Peer, blob, digest, options, task_id, token
@@ -1195,3 +1196,13 @@ def test_revokes_name_their_attempt():
     node.fails("a")
     client.cancels("a")
     assert node.last(Revoke).attempts == [Attempt(task_id("a"), 2)]
+
+
+def test_a_beat_says_how_workers_are_and_not_which_there_are():
+    broker = Broker()
+    client, node = broker.client(), broker.node(slots=2)
+    node.says(Workers([WorkerState(1, 4711, "busy"), WorkerState(2, 4712, "idle")]))
+    node.beats()  # made when the second worker was not yet born
+    client.says(Query(5))
+    workers = client.last(Report).nodes[0].workers
+    assert [(state.worker, state.state) for state in workers] == [(1, "idle"), (2, "idle")]

@@ -236,8 +236,10 @@ class Agent:
 
     @property
     def ready(self) -> bool:
-        """It has joined, and all its workers are there."""
-        return bool(self.name) and len(self._workers) == self._slots and all(w.pid for w in self._workers.values())
+        """It has joined, all its workers are there, and the broker knows them."""
+        born = len(self._workers) == self._slots and all(worker.pid for worker in self._workers.values())
+        link = self._uplink.link
+        return born and link is not None and not self._workers_changed and not link.unfinished()
 
     @property
     def held(self) -> int:

@@ -287,7 +287,9 @@ class Scheduler:
             self.counts["beats of nobody or out of order"] += 1
             return
         node.beat = beat.number
-        node.workers = beat.workers
+        # Which workers there are, the work channel says, in order. A beat may be older, or newer: it says how they are.
+        now_so = {(state.worker, state.pid): state for state in beat.workers}
+        node.workers = [now_so.get((state.worker, state.pid), state) for state in node.workers]
         self._heard(node, now)
 
     def _tick(self, now: float) -> None:
