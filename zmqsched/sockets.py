@@ -66,7 +66,7 @@ _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 15_000, 60_000
 _RECONNECT_TCP_MS, _RECONNECT_IPC_MS, _RECONNECT_MAX_MS = 100, 20, 5000
 
 # pyzmq's names are enums, and enum arithmetic costs more than the calls it is for.
-_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
+_POLLIN = int(zmq.POLLIN)
 _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _SMALL_MESSAGE = 2  # frames: a header, and a routing id before it
 
@@ -187,8 +187,8 @@ def descriptor(of: Socket) -> int:
     return cast(int, of.getsockopt(zmq.FD))
 
 
-def _readable(one: Socket) -> int:
-    return cast(int, one.getsockopt(_EVENTS)) & _POLLIN
+def _readable(one: Socket) -> bool:
+    return bool(zmq.zmq_poll([(one, _POLLIN)], 0))  # as asking for EVENTS, which pyzmq wraps in enums
 
 
 def receive_all(source: Socket, limit: int) -> list[list[zmq.Frame]]:
