@@ -34,7 +34,7 @@ from zmqsched.protocol import (
 )  # fmt: skip
 from zmqsched.sim import DELAY_S, FUNCTION, Plan, SimBroker, SimClient, SimNode, World, simulate
 
-SEEDS = 8  # for each policy; a run takes about a third of a second. `make sim SEEDS=1000` runs more
+SEEDS = 60  # for each policy; a run takes about a seventh of a second. `make sim SEEDS=1000` runs more
 
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
