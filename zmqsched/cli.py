@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 import click
 
 from .__main__ import main
-from .cluster import START_TIMEOUT_S, LocalCluster, check_free, wait_until_ready
+from .cluster import START_TIMEOUT_S, STOP_TIMEOUT_S, LocalCluster, check_free, wait_until_ready
 from .config import (
     CONNECTION_FILE,
     DEFAULT_CLUSTER,
@@ -256,15 +256,23 @@ def _start_detached(wanted: _Wanted) -> int:
         # It has a limit of its own for each process it starts; this one is for a machine that does not even start it.
         file = wait_until_ready(process, os.fdopen(read, "rb"), START_TIMEOUT_S * (2 + wanted.nodes))["file"]
     except BaseException as error:
-        process.terminate()
-        process.wait()
+        _end(process, at_once=not isinstance(error, ZmqschedError))
         if isinstance(error, StartError):
-            sys.stderr.write(_log_path(wanted.name).read_text(errors="replace").lstrip("\n"))  # click's, for the SIGTERM
+            sys.stderr.write(_log_path(wanted.name).read_text(errors="replace"))
         _log_path(wanted.name).unlink(missing_ok=True)
         raise
     _greet(wanted, ConnectionFile.load(file))
     print(f"  log:       {_log_path(wanted.name)}")
     return 0
+
+
+def _end(process: subprocess.Popen[bytes], *, at_once: bool) -> None:
+    """One that has said why it cannot start is about to end; a signal then would only make it complain."""
+    if not at_once:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_TIMEOUT_S)
+    process.terminate()
+    process.wait()
 
 
 def _arguments(wanted: _Wanted) -> list[str]:
