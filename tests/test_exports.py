@@ -1,0 +1,43 @@
+"""The public surface, on purpose: what is added or taken away here is something users will notice."""
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+import zmqsched
+from zmqsched import errors
+
+PUBLIC = ["Client", "Future", "LocalCluster", "WaitGroup", "__version__", "errors", "map"]
+
+
+def test_these_names_and_no_others():
+    assert sorted(zmqsched.__all__) == PUBLIC
+    assert dir(zmqsched) == PUBLIC
+    assert all(getattr(zmqsched, name) is not None for name in PUBLIC)
+
+
+def test_what_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no attribute 'Cluster'"):
+        zmqsched.Cluster  # noqa: B018
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    """Workers import it too, and none of them needs ZeroMQ."""
+    code = "import sys, zmqsched; print(*{'zmq', 'msgspec', 'cloudpickle', 'psutil', 'click', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.strip() == ""
+
+
+def kinds():
+    """All of the tree; RemoteTraceback only carries a text and is never raised."""
+    own = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
+    return [kind for kind in own if kind is not errors.RemoteTraceback]
+
+
+@pytest.mark.parametrize("kind", kinds(), ids=lambda kind: kind.__name__)
+def test_every_error_has_the_root_a_sentence_and_a_place_in_the_tree(kind):
+    assert issubclass(kind, errors.ZmqschedError)
+    assert inspect.getdoc(kind).endswith(".")
+    assert kind.__name__ in errors.__doc__
