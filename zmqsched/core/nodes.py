@@ -101,10 +101,10 @@ class Node:
     def fits(self, demand: Demand) -> bool:
         """Room for one more such task. Prefetched tasks wait for a slot, so they may overbook ``cpu`` and nothing else."""
         for name, amount in demand:
-            limit = self.total.get(name, 0.0)
-            if name == "cpu" and amount <= limit:
-                limit += max(0, self.credit - self.slots)
-            if self.used.get(name, 0.0) + amount > limit + 1e-9:
+            limit = self.total.get(name, 0.0) + 1e-9
+            if self.used.get(name, 0.0) + amount > limit and (
+                name != "cpu" or amount > limit or self.used[name] + amount > limit + self.credit - self.slots
+            ):
                 return False
         return True
 
@@ -161,7 +161,7 @@ class Pool:
         entry = (self._policy.rank(node, self._random, self._last), next(self._count), node.version, node)
         heapq.heappush(self._heap, entry)
         if len(self._heap) > 64 + 4 * len(self.nodes):
-            self._heap = [entry for entry in self._heap if self._valid(entry)]
+            self._heap = [one for one in self._heap if one[2] == one[3].version and one[3].id in self.nodes]
             heapq.heapify(self._heap)
 
     def find(self, lane: Lane) -> Node | None:
@@ -170,19 +170,15 @@ class Pool:
         skipped = []
         found = None
         while heap:
-            if not self._valid(heap[0]):
+            rank, _, version, node = heap[0]
+            if version != node.version or not node.open or node.id not in self.nodes:
                 heapq.heappop(heap)
                 continue
-            node = heap[0][3]
             if node.fits(lane.demand) and (node.reserved is None or lane.may_pass(node.reserved)):
                 found = node
-                self._last = heap[0][0]
+                self._last = rank
                 break
             skipped.append(heapq.heappop(heap))
         for entry in skipped:
             heapq.heappush(heap, entry)
         return found
-
-    def _valid(self, entry: tuple[float, int, int, Node]) -> bool:
-        node = entry[3]
-        return entry[2] == node.version and node.open and node.id in self.nodes

@@ -93,7 +93,7 @@ from .nodes import ALIVE, DRAINING, GONE, LOST, SUSPECT, Node
 from .placement import Placement
 from .policy import DEFAULT_POLICY, POLICIES
 from .sessions import Session, Sessions
-from .tasks import ASSIGNED, FINISHED, QUEUED, RUNNING, WAITING, Kind, Task
+from .tasks import ASSIGNED, FINISHED, QUEUED, RUNNING, WAITING, Task
 from .timers import Timers
 
 MAX_NODE_FUNCTIONS = 4_096  # digests remembered as sent to a node; past it, functions are sent again
@@ -423,14 +423,17 @@ class Scheduler:
         kinds = [self._placement.kind(shape) for shape in message.shapes]
         missing = {shape.function for shape in message.shapes if shape.function not in self._functions}
         before = self._seq
+        tasks = self._tasks
         for spec in message.tasks:
-            if (known := self._tasks.get(spec.task)) is not None:
+            if (known := tasks.get(spec.task)) is not None:
                 self._submitted_again(known, session)
                 continue
             kind = kinds[spec.shape]
             self._seq += 1
-            task = self._tasks[spec.task] = Task(spec.task, session.token, kind, spec.call, self._seq)
-            self._open_kind(kind)
+            task = tasks[spec.task] = Task(spec.task, session.token, kind, spec.call, self._seq)
+            if not kind.open:
+                self._functions.hold(kind.shape.function)
+            kind.open += 1
             if kind.options.group:
                 self._answer(self._groups.add(kind.options.group, 1))
             if kind.shape.function in missing:
@@ -459,11 +462,6 @@ class Scheduler:
             for task in self._waiting.pop(function.digest, {}).values():
                 task.move(QUEUED)
                 self._placement.enqueue(task)
-
-    def _open_kind(self, kind: Kind) -> None:
-        if not kind.open:
-            self._functions.hold(kind.shape.function)
-        kind.open += 1
 
     def _results(self, node: Node, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
