@@ -31,7 +31,7 @@ MAX_ANSWERS_PER_TURN = 64  # of each worker
 LINGER_MS = 2_000
 # While every worker has several short tasks in its pipe there is no hurry: rather than be woken for each answer, the node
 # sleeps this long and takes all that have come (as a network driver does under load).
-PACE_S = 0.0003
+PACE_S = 0.001
 
 
 class Node:

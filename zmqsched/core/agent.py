@@ -88,10 +88,10 @@ from .priorities import PriorityQueue
 from .uplink import Uplink
 
 LOOKAHEAD_S = 0.02
-BATCH_S = 0.001
+BATCH_S = 0.002
 TASK_OVERHEAD_S = 20e-6  # what a task costs a worker besides the call itself
-MAX_BATCH = 32  # a pipe holds about 270 small runs
-MAX_BATCHED_BYTES = 4 * 1024  # of a call that joins a batch: the pipe must never be full, and large calls gain nothing
+MAX_BATCH = 64  # a pipe holds about 270 small runs
+MAX_BATCHED_BYTES = 2 * 1024  # of a call that joins a batch: the pipe must never be full, and large calls gain nothing
 MAX_PREFETCH = 256  # for each slot
 STUCK_AFTER_S = 0.005  # a batch whose first task takes this long, and three times as long as usual, is taken apart
 REPORT_AFTER_S = 0.05  # a task that runs this long is reported as running
