@@ -1,0 +1,69 @@
+"""What a host may use: the smallest of what affinity, cgroup and Slurm allow, and the GPUs that are shown."""
+
+import os
+import platform
+
+import pytest
+
+from zmqsched import host
+
+
+@pytest.fixture(autouse=True)
+def bare(monkeypatch, tmp_path):
+    """A host with eight CPUs, no limits and no GPUs."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    for name in ("SLURM_CPUS_PER_TASK", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "bin").mkdir()
+    return tmp_path
+
+
+QUOTAS = [("max 100000", 8), ("200000 100000", 2), ("150000 100000", 2), ("5000 100000", 1)]
+
+
+@pytest.mark.parametrize(("quota", "cpus"), QUOTAS)
+def test_a_cgroups_quota_limits_the_cpus(bare, quota, cpus):
+    (bare / "cpu.max").write_text(quota + "\n")
+    assert host.usable_cpus() == cpus
+
+
+def test_so_does_an_old_cgroups_and_slurm(bare, monkeypatch):
+    (bare / "cpu").mkdir()
+    (bare / "cpu" / "cpu.cfs_quota_us").write_text("400000\n")
+    (bare / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
+    assert host.usable_cpus() == 4
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "3")
+    assert host.usable_cpus() == 3
+
+
+def test_a_cgroups_limit_is_the_memory(bare):
+    (bare / "memory.max").write_text("1048576\n")
+    assert host.usable_memory() == 1048576
+    (bare / "memory.max").write_text("max\n")
+    assert host.usable_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+@pytest.mark.parametrize(("shown", "gpus"), [("3,5", ["3", "5"]), ("", []), ("-1", []), ("GPU-abc", ["GPU-abc"])])
+def test_cuda_visible_devices_says_which_gpus(monkeypatch, shown, gpus):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    assert host.gpus() == gpus
+
+
+@pytest.mark.parametrize(("script", "gpus"), [("printf '0\\n1\\n'", ["0", "1"]), ("exit 9", [])])
+def test_else_nvidia_smi_lists_them(bare, script, gpus):
+    tool = bare / "bin" / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    assert host.gpus() == gpus
+
+
+def test_without_either_there_are_none():
+    assert host.gpus() == []
+
+
+def test_a_process_says_where_and_with_what_it_runs():
+    here = host.where()
+    assert (here.pid, here.python) == (os.getpid(), platform.python_version())
+    assert {"pyzmq", "cloudpickle", "msgspec"} <= dict(here.versions).keys()
