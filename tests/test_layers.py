@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parent.parent / "zmqsched"
 
 CORE_MAY = {"errors", "config", "protocol"}
 SHELL_MAY = CORE_MAY | {"core", "sockets", "pipes", "broker", "monitor", "node", "nursery", "shell", "host", "version"}
+SHELL_MAY |= {"blackbox"}
 EDGE_MAY = CORE_MAY | {"core", "payload", "sockets", "pipes"}
 
 # The modules of zmqsched that a module may import; a package stands for all that is in it. Not listed: assembly,
@@ -26,6 +27,7 @@ MAY = {
     "monitor": SHELL_MAY,
     "node": SHELL_MAY,
     "nursery": SHELL_MAY,
+    "blackbox": set(),
     "shell": CORE_MAY,
     "host": CORE_MAY,
     "version": set(),

@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from zmqsched.nursery import Born, Exited, Gone, Nursery
+from zmqsched.nursery import Born, Exited, Gone, Nursery, Wires
 from zmqsched.payload import FunctionPickler, pack_call, unpack_value
 from zmqsched.pipes import Pipe
 from zmqsched.protocol import Run, decode_pipe, encode_pipe
@@ -54,15 +54,15 @@ def nursery() -> Iterator[Watched]:
 
 @pytest.fixture
 def spawn(nursery: Watched) -> Iterator[Callable[[int], Pipe]]:
-    pipes: list[Pipe] = []
+    spawned: list[Wires] = []
 
     def spawn(worker: int) -> Pipe:
-        pipes.extend(nursery.spawn(worker))
-        return pipes[-2]
+        spawned.append(nursery.spawn(worker))
+        return spawned[-1].pipe
 
     yield spawn
-    for pipe in pipes:
-        pipe.close()
+    for wires in spawned:
+        wires.close()
 
 
 def all_exits(nursery: Watched, count: int) -> set[str]:
@@ -173,14 +173,14 @@ def test_a_worker_starts_clean(nursery, spawn):
     }
 
 
-def test_a_worker_has_no_open_descriptor_but_its_pipe(spawn):
+def test_a_worker_has_no_open_descriptor_but_its_wires(spawn):
     def targets():
         fds = [entry.path for entry in os.scandir("/proc/self/fd") if int(entry.name) > 2]
         return [os.readlink(fd) for fd in fds if os.path.lexists(fd)]
 
     spawn(1)
     found = [target for target in ask(spawn(2), targets) if target != "/dev/null"]
-    assert [target.partition(":")[0] for target in found] == ["socket"]
+    assert [target.partition(":")[0] for target in found] == ["socket", "/memfd"]
 
 
 def test_workers_draw_different_random_numbers(nursery, spawn):
@@ -204,8 +204,8 @@ def test_what_the_node_had_buffered_is_not_printed_by_workers():
         from test_nursery import *
         print("once")
         nursery = Nursery()
-        ours, theirs = nursery.spawn(1)
-        ask(ours, print, "from a task")
+        wires = nursery.spawn(1)
+        ask(wires.pipe, print, "from a task")
         nursery.close()
         """
     )
@@ -255,7 +255,8 @@ def test_a_node_killed_outright_leaves_nobody():
         """
         from test_nursery import *
         nursery = Nursery()
-        pipes = [nursery.spawn(number)[0] for number in range(3)]
+        wires = [nursery.spawn(number) for number in range(3)]
+        pipes = [each.pipe for each in wires]
         pids = [ask(pipe, os.getpid) for pipe in pipes]
         children = [ask(pipe, leaves_a_child) for pipe in pipes]
         # Busy workers die as well.
@@ -280,6 +281,5 @@ def test_many_workers_come_and_go(nursery, spawn):
 def test_a_nursery_never_waits_for_a_node_that_does_not_read(nursery):
     count = 200  # events that are not read: more than the control socket holds
     for number in range(count):
-        for pipe in nursery.spawn(number):
-            pipe.close()
+        nursery.spawn(number).close()
     assert all_exits(nursery, count) == {"exit code 0"}

@@ -29,7 +29,8 @@ class Wired:
 
     def __init__(self, nursery: Nursery, number: int) -> None:
         self.nursery, self.number = nursery, number
-        self.pipe, self.kept = nursery.spawn(number)
+        self.wires = nursery.spawn(number)
+        self.pipe = self.wires.pipe
         self.pickler = FunctionPickler()
         self.runs = 0
 
@@ -71,8 +72,7 @@ class Wired:
                     return event.how
 
     def close(self) -> None:
-        self.pipe.close()
-        self.kept.close()
+        self.wires.close()
 
 
 @pytest.fixture(scope="module")
@@ -108,9 +108,9 @@ def test_what_has_not_started_can_be_taken_back(wired):
     for fn in (starts_and_stays, abs, abs):
         wired.send(fn)
     assert wired.hear() == GroupAdd([])
-    assert [decode_pipe(wired.kept.receive(wait=False)).attempt for _ in range(2)] == [2, 3]
+    assert [decode_pipe(wired.wires.kept.receive(wait=False)).attempt for _ in range(2)] == [2, 3]
     with pytest.raises(BlockingIOError):
-        wired.kept.receive(wait=False)
+        wired.wires.kept.receive(wait=False)
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_a_message_that_is_no_run_is_refused():
     ours, theirs = pair()
     ours.send(encode_pipe(GroupAdd([])))
     with pytest.raises(ProtocolError, match="GroupAdd"):
-        worker.run_worker(theirs)
+        worker.run_worker(theirs, stack=-1)
     assert not worker.in_worker()
     ours.close()
     theirs.close()

@@ -18,8 +18,7 @@ from .core import events
 from .core.agent import Agent
 from .core.events import AgentAction, AgentEvent, Reached, Said, Tick
 from .errors import BrokerUnreachable, ProtocolError, Refused, StartError
-from .nursery import Born, Exited, Gone, Nursery
-from .pipes import Pipe
+from .nursery import Born, Exited, Gone, Nursery, Wires
 from .protocol import Beat, Done, Envelope, GroupAdd, NodeHello, Run, WorkerState, decode, decode_pipe, encode, encode_pipe
 from .shell import Starter, StopSignals, log, tune_garbage_collection
 
@@ -64,7 +63,7 @@ class Node:
         )
         self._agent = Agent(hello, gpus)
         self._incarnation = hello.incarnation
-        self._pipes: dict[int, tuple[Pipe, Pipe]] = {}  # by worker: our end, and the copy of its end
+        self._wires: dict[int, Wires] = {}  # by worker
         self._readable: dict[int, int] = {}  # worker by descriptor
         self._unsent: dict[int, list[Run]] = {}  # what could not be put into a dying worker's pipe
         self._measured: dict[int, psutil.Process] = {}
@@ -143,25 +142,40 @@ class Node:
     # --- workers ---------------------------------------------------------------------------------------------------
 
     def _start(self, worker: int) -> None:
-        pipes = self._pipes[worker] = self._nursery.spawn(worker)
-        self._readable[pipes[0].fileno()] = worker
-        self._waiter.add(pipes[0].fileno())
+        wires = self._wires[worker] = self._nursery.spawn(worker)
+        self._readable[wires.pipe.fileno()] = worker
+        self._waiter.add(wires.pipe.fileno())
 
     def _give(self, worker: int, run: Run) -> None:
         try:
-            if self._pipes[worker][0].send(encode_pipe(run), wait=False):
+            if self._wires[worker].pipe.send(encode_pipe(run), wait=False):
                 return
         except BrokenPipeError:  # it is dying; its exit is about to be reported
             self._unsent.setdefault(worker, []).append(run)
             return
         self._step(events.TakenBack(worker, [run]))
 
+    def _ask_stack(self, worker: int) -> None:
+        """Have a live worker write where it is, even inside C code that holds the GIL; :meth:`_stack_of` then tells.
+
+        Never waits. The dump is there within some milliseconds: let the loop turn, and read it some 20 ms later. A process
+        that the kernel does not let run (stopped, or in an uninterruptible wait) writes nothing. If the worker is killed
+        afterwards, the stack is still there when its death is reported.
+        """
+        self._wires[worker].box.clear()
+        self._nursery.dump(worker)
+
+    def _stack_of(self, worker: int) -> str:
+        """The worker's stack as of the last :meth:`_ask_stack`, or its crash: frames, the latest call first, without our
+        own; "" if nothing was written. At most ``blackbox.MAX_STACK`` characters."""
+        return self._wires[worker].box.stack()
+
     def _read_workers(self, ready: set[int]) -> None:
         for descriptor in ready & self._readable.keys():
             self._read_worker(self._readable[descriptor])
 
     def _read_worker(self, worker: int, limit: int = MAX_ANSWERS_PER_TURN) -> None:
-        pipe = self._pipes[worker][0]
+        pipe = self._wires[worker].pipe
         for _ in range(limit):
             try:
                 frames = pipe.receive(wait=False)
@@ -181,7 +195,7 @@ class Node:
         runs: list[Run] = []
         while True:
             try:
-                frames = self._pipes[worker][1].receive(wait=False)
+                frames = self._wires[worker].kept.receive(wait=False)
             except BlockingIOError:
                 return runs
             if frames is None:
@@ -203,12 +217,11 @@ class Node:
     def _buried(self, worker: int, pid: int, how: str) -> None:
         self._read_worker(worker, limit=1_000_000)  # what it said before it died
         untaken = self._untaken(worker) + self._unsent.pop(worker, [])
-        ours, kept = self._pipes.pop(worker)
-        del self._readable[ours.fileno()]
-        self._waiter.remove(ours.fileno())
+        wires = self._wires.pop(worker)
+        del self._readable[wires.pipe.fileno()]
+        self._waiter.remove(wires.pipe.fileno())
         self._measured.pop(pid, None)
-        ours.close()
-        kept.close()
+        wires.close()
         self._step(events.Exited(worker, pid, how, untaken))
 
     # --- the broker ------------------------------------------------------------------------------------------------
@@ -260,9 +273,8 @@ class Node:
 
     def _close(self) -> None:
         self._nursery.close()
-        for ours, kept in self._pipes.values():
-            ours.close()
-            kept.close()
+        for wires in self._wires.values():
+            wires.close()
         self._pub.close(linger=0)
         self._dealer.close(linger=LINGER_MS)
         self._ctx.term()

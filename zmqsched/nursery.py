@@ -30,18 +30,22 @@ import struct
 import sys
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
+from .blackbox import STACK_SIGNAL, BlackBox, arm
 from .pipes import EXIT_PIPE_LOST, Pipe, pair
 
-# Control datagrams, both ways: kind, worker, pid, then text. A spawn carries the worker's end of its pipe.
+# Control datagrams, both ways: kind, worker, pid, then text. A spawn carries what the worker is to have: its end of the
+# pipe, and its side of the black box.
 _CONTROL = struct.Struct("=cQQ")
-_SPAWN, _KILL = b"S", b"K"
+_SPAWN, _KILL, _DUMP = b"S", b"K", b"D"
 _BORN, _EXITED = b"B", b"X"
 _CONTROL_MAX = 1024
-_ANCILLARY = socket.CMSG_SPACE(4)
+_RIGHTS = 2
+_ANCILLARY = socket.CMSG_SPACE(4 * _RIGHTS)
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # How long close() waits for the killed workers before it kills the nursery as well. A process in an uninterruptible
@@ -71,6 +75,21 @@ class Gone:
     """The nursery is dead, and all its workers with it."""
 
 
+class Wires(NamedTuple):
+    """What joins a node to one worker, to be closed when it has exited.
+
+    ``kept`` is a copy of the worker's end of the pipe, from which to take back what it has not read.
+    """
+
+    pipe: Pipe
+    kept: Pipe
+    box: BlackBox
+
+    def close(self) -> None:
+        for wire in self:
+            wire.close()
+
+
 class Nursery:
     """The node's end."""
 
@@ -85,22 +104,20 @@ class Nursery:
             _child(theirs.detach())
         theirs.close()
 
-    def spawn(self, worker: int) -> tuple[Pipe, Pipe]:
-        """Ask for a worker of this number.
-
-        Returns
-        -------
-        tuple[Pipe, Pipe]
-            The node's end of its pipe, and a copy of the worker's end, from which to take back what it has not read.
-            Both are to be closed when the worker has exited. Runs may be sent at once.
-        """
+    def spawn(self, worker: int) -> Wires:
+        """Ask for a worker of this number. Runs may be sent at once."""
         ours, theirs = pair()
-        self._send(_SPAWN, worker, theirs.fileno())
-        return ours, theirs
+        box = BlackBox()
+        self._send(_SPAWN, worker, [theirs.fileno(), *box.descriptors])
+        return Wires(ours, theirs, box)
 
     def kill(self, worker: int) -> None:
         """SIGKILL the worker and its process group. Its exit is reported by :meth:`read`; a dead one is ignored."""
         self._send(_KILL, worker)
+
+    def dump(self, worker: int) -> None:
+        """Have the worker write its stack into its black box, whatever it is doing; nobody waits. A dead one is ignored."""
+        self._send(_DUMP, worker)
 
     def fileno(self) -> int:
         return self._control.fileno()
@@ -138,8 +155,8 @@ class Nursery:
         self._control.close()
         os.waitpid(self.pid, 0)
 
-    def _send(self, kind: bytes, worker: int, fd: int = -1) -> None:
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
+    def _send(self, kind: bytes, worker: int, fds: Sequence[int] = ()) -> None:
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
             self._control.sendmsg([_CONTROL.pack(kind, worker, 0)], rights)
         except (BrokenPipeError, ConnectionResetError):  # read() reports it as Gone
@@ -166,7 +183,7 @@ def _nursery(control_fd: int) -> int:
     atexit._clear()
     os.setsid()
     # A batch system signals every process of a job; what stops is the node's to decide.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STACK_SIGNAL):
         signal.signal(number, signal.SIG_IGN)
     _silence_descriptors(keep=control_fd)
     from . import worker  # noqa: F401 - what every worker needs, imported once
@@ -240,26 +257,34 @@ class _Keeper:
             if worker in self._pids:
                 _kill_group(self._pids[worker])
             return None
-        if not ancillary:
+        if kind == _DUMP:
+            if worker in self._pids:
+                os.kill(self._pids[worker], STACK_SIGNAL)
+            return None
+        fds = array.array("i", ancillary[0][2] if ancillary else b"")
+        if len(fds) < _RIGHTS:  # the kernel cuts what does not fit
+            for fd in fds:
+                os.close(fd)
             self._tell(_EXITED, worker, 0, "not started: too many open files")
             return None
-        return self._spawn(worker, struct.unpack_from("i", ancillary[0][2])[0])
+        return self._spawn(worker, fds)
 
-    def _spawn(self, worker: int, fd: int) -> int | None:
+    def _spawn(self, worker: int, fds: Sequence[int]) -> int | None:
         nursery = os.getpid()
         try:
             pid = os.fork()
         except OSError as error:
-            os.close(fd)
             self._tell(_EXITED, worker, 0, f"not started: {error.strerror}")
-            return None
+            pid = -1
         if pid == 0:
             self._become_worker(nursery)
-            return _work(fd)
-        os.close(fd)
-        self._pids[worker] = pid
-        self._workers[pid] = worker
-        self._tell(_BORN, worker, pid)
+            return _work(*fds)
+        for fd in fds:
+            os.close(fd)
+        if pid > 0:
+            self._pids[worker] = pid
+            self._workers[pid] = worker
+            self._tell(_BORN, worker, pid)
         return None
 
     def _become_worker(self, nursery: int) -> None:
@@ -310,15 +335,16 @@ class _Keeper:
             self._outbox.clear()
 
 
-def _work(fd: int) -> int:
+def _work(pipe: int, stack: int) -> int:
     """A worker's life: its exit code."""
     from .worker import run_worker
 
+    arm(stack)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # with PYTHONUNBUFFERED a line goes out in pieces, and workers' lines mix
             stream.reconfigure(line_buffering=True, write_through=False)
     try:
-        run_worker(Pipe(socket.socket(fileno=fd)))
+        run_worker(Pipe(socket.socket(fileno=pipe)), stack)
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1

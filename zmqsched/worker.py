@@ -6,11 +6,13 @@ Rules
   it was running, and no result waits behind the next task.
 * Whatever a task raises is its answer: SystemExit and KeyboardInterrupt too. Only losing the pipe ends a worker.
 * A function is kept by its digest, pickled if it could not be loaded, so that a later Run may try again.
+* A crash in a task's native code leaves a stack (``blackbox.py``); a task cannot switch that off for the next.
 * Code inside a task reaches the node through :func:`tell`, from any thread.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import sys
 from collections.abc import Callable
@@ -44,8 +46,10 @@ def tell(message: PipeMessage) -> None:
     _pipe.send(encode_pipe(message))
 
 
-def run_worker(pipe: Pipe) -> None:
+def run_worker(pipe: Pipe, stack: int) -> None:
     """Run what comes out of the pipe. Returns when the node has closed its end.
+
+    ``stack`` is the descriptor for faulthandler.
 
     Raises
     ------
@@ -60,6 +64,8 @@ def run_worker(pipe: Pipe) -> None:
             message = decode_pipe(frames)
             if not isinstance(message, Run):
                 raise ProtocolError(f"a worker is sent runs, not {type(message).__name__}")
+            if not faulthandler.is_enabled():
+                faulthandler.enable(stack)
             pipe.send(encode_pipe(_attempt(message, functions)))
     except BrokenPipeError:
         return
