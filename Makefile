@@ -2,10 +2,11 @@
 
 PYTHON ?= python3
 SEEDS ?= 200
+REPEAT ?= 1
 PYTEST = -m pytest -q
 VERSIONS = 3.11 3.12 3.13 3.14
 
-.PHONY: help venv demo test test-all test-system lint bench sim clean
+.PHONY: help venv demo test test-all test-system lint bench sim chaos clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -65,6 +66,9 @@ bench: venv ## measure on this machine
 
 sim: venv ## run the simulation: make sim SEEDS=1000
 	@.venv/bin/python -m zmqsched.sim --seeds $(SEEDS)
+
+chaos: venv ## break things while tasks run, and measure: make chaos ONLY="worker-killed node-frozen" REPEAT=3
+	@cd tests && ../.venv/bin/python -m chaos --repeat $(REPEAT) $(ONLY)
 
 clean: ## remove what make and the tools left behind
 	@rm -rf .venv .venvs build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

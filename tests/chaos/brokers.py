@@ -1,0 +1,63 @@
+"""The broker is killed and started anew, or frozen."""
+
+from __future__ import annotations
+
+import time
+from random import Random
+
+from conftest import eventually
+
+from .figures import Figure
+from .fleet import Fleet, frozen
+from .ledger import nap
+from .load import Load
+
+
+def killed_without_journal(times: int = 10, queued: int = 5_000) -> list[Figure]:
+    """SIGKILL at random moments, and a new broker under the same name at once: clients submit again what has no answer."""
+    random = Random(1)
+    down, again = [], 0
+    with Fleet(slots=(2, 2)) as fleet:
+        client = fleet.client()
+        load = Load(client, fleet.ledger, nap(0.002))
+        for _ in range(times):
+            load.keep_for(random.uniform(0.2, 1.5), queued)
+            fleet.broker.kill()
+            restarted = time.monotonic()
+            fleet.start_broker()
+            answered = len(load.done_at)
+            eventually(lambda answered=answered: load.keep(queued) or len(load.done_at) > answered, 30)
+            down.append(time.monotonic() - restarted)
+        load.finish(120)
+        again = fleet.ledger.began() - len(load.futures)
+        return [
+            Figure("from restart to the first answer", "s", down, 3.0),
+            Figure("tasks run again, for each kill", "", [again / times]),
+            load.executions(),
+        ]
+
+
+def frozen_for_long(seconds: float = 30.0) -> list[Figure]:
+    """A broker that sleeps knows on waking that it was not the nodes that were silent."""
+    with Fleet(slots=(2, 2)) as fleet:
+        client = fleet.client()
+        load = Load(client, fleet.ledger, nap(0.02))
+        load.keep_for(1.0, 200)
+        before = {node.id for node in client.nodes()}
+        with frozen([fleet.broker.pid]):
+            time.sleep(seconds)
+        woke = time.monotonic()
+        answered = len(load.done_at)
+        eventually(lambda: len(load.done_at) > answered)
+        back = time.monotonic() - woke
+        load.finish(60)
+        load.assert_broker_agrees()
+        counts = load.counts()
+        assert counts["requeued: node lost"] == 0
+        assert {node.id for node in client.nodes() if node.state == "alive"} == before
+        assert fleet.ledger.ratio() == 1.0
+        return [
+            Figure("healthy nodes' tasks queued again", "", [counts["requeued: node lost"]], 0),
+            Figure("from SIGCONT to the next answer", "s", [back]),
+            load.executions(),
+        ]
