@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import eventually
 
 from zmqsched.nursery import Born, Exited, Gone, Nursery, Wires
 from zmqsched.payload import FunctionPickler, pack_call, unpack_value
@@ -152,6 +153,100 @@ def test_children_of_user_code_die_with_their_worker(nursery, spawn, end):
         send(pipe, os._exit, 0)
     nursery.next(Exited)
     wait_until_dead(child)
+
+
+@contextlib.contextmanager
+def left_by_the(pipe: Pipe, how: Callable[[], int]) -> Iterator[int]:
+    """The pid of what a task left; not left by a failed test."""
+    pid = ask(pipe, how)
+    yield pid
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def leaves_a_session() -> int:
+    return subprocess.Popen(["sleep", "600"], start_new_session=True, env={}).pid
+
+
+def leaves_a_daemon() -> int:
+    """Forked twice, in a session of its own, without a common group, environment or parent."""
+    read, write = os.pipe()
+    if not (child := os.fork()):
+        os.setsid()
+        if os.fork():
+            os._exit(0)
+        os.write(write, b"%d" % os.getpid())
+        os.execve("/bin/sleep", ["sleep", "600"], {})
+    os.waitpid(child, 0)
+    return int(os.read(read, 20))
+
+
+def leaves_a_daemon_with_a_child() -> int:
+    """The child of it is what counts."""
+    script = "setsid sh -c 'setsid sleep 600 >&- & echo $!; exec >&-; wait' &"
+    return int(subprocess.run(["/bin/sh", "-c", script], stdout=subprocess.PIPE, check=True).stdout)
+
+
+LEAVES = [leaves_a_session, leaves_a_daemon, leaves_a_daemon_with_a_child]
+
+
+@pytest.mark.parametrize("leaves", LEAVES)
+def test_what_left_its_workers_session_dies_with_the_worker(nursery, spawn, leaves):
+    pipe = spawn(1)
+    with left_by_the(pipe, leaves) as pid:
+        send(pipe, os._exit, 0)
+        assert nursery.next(Exited).how == "exit code 0"
+        assert not psutil.pid_exists(pid)  # before the exit was told
+
+
+def test_what_a_living_worker_left_lives_when_another_dies(nursery, spawn):
+    ask(other := spawn(1), os.getpid)
+    with left_by_the(spawn(2), leaves_a_daemon) as pid:
+        eventually(lambda: psutil.Process(pid).ppid() == nursery.pid)
+        send(other, os._exit, 0)
+        nursery.next(Exited)
+        assert psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+        nursery.kill(2)
+        nursery.next(Exited)
+        assert not psutil.pid_exists(pid)
+
+
+def test_orphans_that_end_by_themselves_are_buried(nursery, spawn):
+    pipe = spawn(1)
+    with left_by_the(pipe, leaves_a_daemon) as pid:
+        eventually(lambda: psutil.Process(pid).ppid() == nursery.pid)
+        os.kill(pid, signal.SIGTERM)
+        eventually(lambda: not psutil.pid_exists(pid))
+        assert ask(pipe, lambda: "alive") == "alive"
+
+
+@pytest.mark.parametrize("leaves", LEAVES)
+def test_what_left_its_workers_session_does_not_outlive_the_node(nursery, spawn, leaves):
+    with left_by_the(spawn(1), leaves) as pid:
+        nursery.close()
+        assert not psutil.pid_exists(pid)
+
+
+def test_what_breeds_while_it_is_killed_is_killed(nursery, spawn):
+    """Each generation leaves the session of the one before; the line ends only when all of it is dead at once."""
+
+    def breeds():
+        import os
+        import time
+
+        if os.fork() == 0:
+            for _ in range(10_000):
+                if os.fork():
+                    time.sleep(0.004)
+                    os._exit(0)
+                os.setsid()
+            os._exit(0)
+
+    pipe = spawn(1)
+    ask(pipe, breeds)
+    nursery.kill(1)
+    nursery.next(Exited)
+    assert psutil.Process(nursery.pid).children(recursive=True) == []
 
 
 def test_a_worker_starts_clean(nursery, spawn):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
-from . import host
+from . import host, orphans
 from .config import CONNECT_TIMEOUT_S, ConnectionFile
 from .core import events
 from .core.agent import Agent
@@ -47,6 +47,7 @@ class Node:
         resources: dict[str, float] | None = None,
         tags: Iterable[str] = (),
     ) -> None:
+        orphans.adopt()
         self._nursery = Nursery()
         from . import sockets
 
@@ -273,6 +274,7 @@ class Node:
 
     def _close(self) -> None:
         self._nursery.close()
+        orphans.end_all()  # this process is a node: it has no other children
         for wires in self._wires.values():
             wires.close()
         self._pub.close(linger=0)

@@ -6,10 +6,10 @@ Rules
   inherited. The child never returns into the node's code; it ends by ``os._exit``.
 * The nursery is the workers' parent. It alone waits for them and kills them, so no pid is used after it was reaped.
 * A worker leads a session and process group of its own. Before a dead worker is reaped, while nobody else can be given
-  its pid, the rest of its group is killed.
+  its pid, the rest of its group is killed, and those of its descendants that have left the group (``orphans.py``).
 * Nobody outlives the node: when it is gone, even by SIGKILL, the nursery reads the end of its control socket, kills all
-  groups and exits. When the nursery is killed, the kernel kills the workers (PR_SET_PDEATHSIG), and the node reads
-  :class:`Gone`.
+  groups and orphans and exits. When the nursery is killed, the kernel kills the workers (PR_SET_PDEATHSIG), and the node
+  reads :class:`Gone` and ends what they leave.
 * Descriptors inherited from the node are pointed at /dev/null, not closed: a stale file object of the node can then
   neither write into nor close what has its number.
 * This module imports nothing that unpickles; the forked child imports the worker itself.
@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
+from . import orphans
 from .blackbox import STACK_SIGNAL, BlackBox, arm
 from .pipes import EXIT_PIPE_LOST, Pipe, pair
 
@@ -182,6 +183,7 @@ def _nursery(control_fd: int) -> int:
     gc.freeze()
     atexit._clear()
     os.setsid()
+    orphans.adopt()
     # A batch system signals every process of a job; what stops is the node's to decide.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, STACK_SIGNAL):
         signal.signal(number, signal.SIG_IGN)
@@ -277,7 +279,7 @@ class _Keeper:
             self._tell(_EXITED, worker, 0, f"not started: {error.strerror}")
             pid = -1
         if pid == 0:
-            self._become_worker(nursery)
+            self._become_worker(worker, nursery)
             return _work(*fds)
         for fd in fds:
             os.close(fd)
@@ -287,11 +289,12 @@ class _Keeper:
             self._tell(_BORN, worker, pid)
         return None
 
-    def _become_worker(self, nursery: int) -> None:
+    def _become_worker(self, worker: int, nursery: int) -> None:
         self._libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != nursery:  # it died before the line above
             os._exit(1)
         os.setsid()
+        orphans.mark(worker)
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)
@@ -308,18 +311,20 @@ class _Keeper:
                 return
             if dead is None:
                 return
-            _kill_group(dead.si_pid)  # still a zombie, so the number is still its own
-            _, status = os.waitpid(dead.si_pid, 0)
-            worker = self._workers.pop(dead.si_pid, None)
+            worker = self._workers.get(dead.si_pid)
             if worker is not None:
+                _kill_group(dead.si_pid)  # still a zombie, so the number is still its own
+                orphans.end_orphans(worker, others=self._workers)
+            _, status = os.waitpid(dead.si_pid, 0)
+            if worker is not None:
+                del self._workers[dead.si_pid]
                 del self._pids[worker]
                 self._tell(_EXITED, worker, dead.si_pid, _how(status))
 
     def _kill_all(self) -> None:
         for pid in self._workers:
             _kill_group(pid)
-        for pid in self._workers:
-            os.waitpid(pid, 0)
+        orphans.end_all()
 
     def _tell(self, kind: bytes, worker: int, pid: int, text: str = "") -> None:
         self._outbox.append(_CONTROL.pack(kind, worker, pid) + text.encode()[:256])
