@@ -461,6 +461,16 @@ def test_a_name_that_is_taken(cluster):
         ({"tags": [5]}, TypeError, "a name is a text, not int"),
         ({"tags": [str(n) for n in range(100)]}, ValueError, "64"),
         ({"name": 5}, TypeError, "a name is a text, not int"),
+        ({"retry_on": OSError()}, TypeError, "retry_on is an exception type or a tuple of such, not OSError"),
+        ({"retry_on": [OSError]}, TypeError, "retry_on is an exception type"),
+        ({"retry_on": (OSError, "ValueError")}, TypeError, "not 'ValueError'"),
+        ({"retry_on": int}, TypeError, "not <class 'int'>"),
+        ({"retry_on": ()}, ValueError, "at least one exception type"),
+        ({"backoff": -1}, ValueError, "backoff must be a finite number of seconds of at least 0, not -1"),
+        ({"backoff": float("nan")}, ValueError, "finite"),
+        ({"backoff": float("inf")}, ValueError, "finite"),
+        ({"backoff": "1"}, TypeError, "backoff is a number of seconds, not str"),
+        ({"backoff": True}, TypeError, "not bool"),
         ({"nice": 5}, TypeError, "unexpected keyword argument 'nice'"),
     ],
 )
@@ -470,7 +480,8 @@ def test_options_that_cannot_be(client, arguments, error, says):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"priority": 2**31}, {"priority": -(2**31)}, {"retries": 10**6}, {"name": "x" * 1000}]
+    "arguments",
+    [{"priority": 2**31}, {"priority": -(2**31)}, {"retries": 10**6}, {"name": "x" * 1000}, {"backoff": 2.0**59}],
 )
 def test_options_at_the_border(client, arguments):
     assert client.options(**arguments).submit(abs, -1).result(timeout=10) == 1

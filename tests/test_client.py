@@ -530,6 +530,64 @@ def test_retries_exhausted(client, tmp_path, retries):
     assert (tmp_path / "counter").read_text() == "x" * (retries + 1)
 
 
+class Flaw(Exception):
+    """An error of this module's own."""
+
+
+def fails_as(kind, counter):
+    """A function that always raises this, and counts in a file."""
+    path = str(counter)
+
+    def attempt():
+        with open(path, "a") as file:
+            file.write("x")
+        raise kind("as always")
+
+    return attempt
+
+
+@pytest.mark.parametrize(
+    ("retry_on", "raised", "times"),
+    [
+        (OSError, OSError, 3),
+        (OSError, FileNotFoundError, 3),
+        (OSError, ValueError, 1),
+        ((ValueError, OSError), FileNotFoundError, 3),
+        ((ValueError, TimeoutError), KeyError, 1),
+        (BaseException, SystemExit, 3),
+        (Exception, KeyboardInterrupt, 1),
+        (Flaw, Flaw, 3),
+        (Flaw, OSError, 1),
+    ],
+)
+def test_only_the_named_exceptions_are_retried(client, tmp_path, retry_on, raised, times):
+    view = client.options(retries=2, retry_on=retry_on)
+    with pytest.raises(raised, match="as always") as caught:
+        view.submit(fails_as(raised, tmp_path / "counter")).result(timeout=10)
+    assert (tmp_path / "counter").read_text() == "x" * times
+    assert "zmqsched" not in str(caught.value.__cause__), "no frame of ours"
+
+
+def test_retries_of_named_exceptions_in_maps_and_views(client, tmp_path):
+    view = client.options(retry_on=OSError).options(retries=1)
+    assert sorted(view.map(flaky(tmp_path / "one"), [1, 1])) == [2, 3]
+    assert list(view.map(flaky(tmp_path / "two"), [1, 0], chunksize=2)) == [2, 3]
+    with pytest.raises(OSError, match="attempt 1 fails"):
+        view.options(retry_on=ValueError).submit(flaky(tmp_path / "three"), 1).result(timeout=10)
+    group = zmqsched.WaitGroup(view)
+    assert group.go(flaky(tmp_path / "four"), 1).result(timeout=10) == 2
+
+
+def test_a_retry_waits_for_its_back_off(client, tmp_path):
+    before = unfinished(client)
+    future = client.options(retries=1, backoff=1e6).submit(flaky(tmp_path / "counter"), 1)
+    eventually(lambda: client.status().tasks["delayed"] == 1)
+    assert client.options(retries=1, backoff=0.01).submit(flaky(tmp_path / "other"), 1).result(timeout=10) == 2
+    assert future.cancel()
+    eventually(lambda: unfinished(client) == before)
+    assert (tmp_path / "counter").read_text() == "x"
+
+
 def test_options_are_chained_and_leave_the_client_alone(client, tmp_path):
     view = client.options(retries=1, name="patient").options(priority=5)
     assert view.submit(flaky(tmp_path / "one"), 1).result(timeout=10) == 2
@@ -715,7 +773,7 @@ def test_the_records(client, cluster):
     status = client.status()
     assert (status.name, status.policy) == (cluster.name, "least-loaded")
     assert status.clients >= 1
-    assert status.tasks.keys() == {"waiting", "queued", "assigned"}
+    assert status.tasks.keys() == {"waiting", "queued", "delayed", "assigned"}
     assert [n.id for n in status.nodes] == [node.id]
     assert len(status.workers) == 2
     assert str(cluster.broker_pid) in repr(cluster)

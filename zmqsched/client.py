@@ -26,6 +26,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import zmq
+from msgspec.structs import replace
 
 from . import errors, sockets
 from .config import CONNECT_TIMEOUT_S, ConnectionFile, find_cluster
@@ -35,8 +36,8 @@ from .core.requests import Requests
 from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, ProtocolError, Refused, ZmqschedError
 from .futures import Future
 from .host import where
-from .options import boolean, integer, short_name, task_resources, task_tags
-from .payload import Chunk, FunctionPickler, pack_call, unpack_exception, unpack_value
+from .options import boolean, exception_types, integer, seconds, short_name, task_resources, task_tags
+from .payload import Chunk, FunctionPickler, pack_call, pack_kinds, unpack_exception, unpack_value
 from .protocol import ClientHello, Envelope, Final, Options, Payload, Query, Report, Shape, decode, encode
 from .records import NodeInfo, Status, WorkerInfo, node_infos, status_of, worker_infos
 
@@ -66,6 +67,7 @@ class Tasks(concurrent.futures.Executor):
 
     _client: Client
     _options: Options
+    _retry_on: bytes  # pickled types; empty: any
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Run ``fn(*args, **kwargs)`` on the cluster.
@@ -89,7 +91,7 @@ class Tasks(concurrent.futures.Executor):
         """
         if not callable(fn):
             raise TypeError(f"submit needs a callable, not {type(fn).__name__}; to run f(x) write submit(f, x)")
-        return self._client._submit(fn, args, kwargs, self._options)
+        return self._client._submit(fn, args, kwargs, self._options, self._retry_on)
 
     def map(
         self,
@@ -128,6 +130,8 @@ class Tasks(concurrent.futures.Executor):
         tags: Iterable[str] | None = None,
         name: str | None = None,
         requeue: bool | None = None,
+        retry_on: type[BaseException] | tuple[type[BaseException], ...] | None = None,
+        backoff: float | None = None,
     ) -> TaskOptions:
         """A view of this client that submits with these settings; what is not given stays as it is here.
 
@@ -136,7 +140,12 @@ class Tasks(concurrent.futures.Executor):
         priority
             Higher first; tasks of equal priority run first come, first served.
         retries
-            How often to run again after an exception of the task's own.
+            How often to run again after an exception of the task's own. Deaths of workers are counted apart.
+        retry_on
+            Exception types, as in ``except``: other exceptions are not retried. Default: any.
+        backoff
+            Seconds to wait before the first retry, twice as long before each further one, at most 60; each time
+            shortened at random by up to half.
         resources
             Amounts by name that a node must have free: ``cpu`` (1 unless given), ``gpu``, ``memory`` in bytes, or
             any name that nodes offer.
@@ -158,24 +167,23 @@ class Tasks(concurrent.futures.Executor):
                 name=self._options.name if name is None else short_name(name),
                 group=self._options.group,
                 requeue=self._options.requeue if requeue is None else boolean("requeue", requeue),
+                backoff=self._options.backoff if backoff is None else seconds("backoff", backoff),
             ),
+            self._retry_on if retry_on is None else pack_kinds(exception_types(retry_on)),
         )
 
     def _in_group(self, group: bytes) -> TaskOptions:
         """A view whose tasks count on this WaitGroup: up when accepted, down when answered."""
-        old = self._options
-        return TaskOptions(
-            self._client,
-            Options(old.priority, old.retries, old.resources, old.tags, old.name, group, old.requeue),
-        )
+        return TaskOptions(self._client, replace(self._options, group=group), self._retry_on)
 
 
 class TaskOptions(Tasks):
     """A client with other settings for its tasks; made by :meth:`Client.options`, cheap, not to be shut down."""
 
-    def __init__(self, client: Client, options: Options) -> None:
+    def __init__(self, client: Client, options: Options, retry_on: bytes) -> None:
         self._client = client
         self._options = options
+        self._retry_on = retry_on
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Shuts the client itself down."""
@@ -213,6 +221,7 @@ class Client(Tasks):
         self._local = self._owned or (cluster if hasattr(cluster, "broker_death") else None)
         self._client = self
         self._options = Options()
+        self._retry_on = b""
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
@@ -300,12 +309,14 @@ class Client(Tasks):
 
     # --- submitting ----------------------------------------------------------------------------------------------------
 
-    def _submit(self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options) -> Future[T]:
+    def _submit(
+        self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, retry_on: bytes
+    ) -> Future[T]:
         self._check_usable()
         task = self._prefix + next(self._numbers).to_bytes(8, "big")
         future: Future[T] = Future(task, self._withdraw)
         try:
-            digest, blob = self._functions.pack(fn)
+            digest, blob = self._functions.pack(fn, retry_on if options.retries else b"")
             call = pack_call(args, kwargs)
         except errors.TaskError as error:
             future.set_running_or_notify_cancel()

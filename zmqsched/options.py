@@ -23,6 +23,26 @@ def boolean(name: str, value: bool) -> bool:
     return value
 
 
+def seconds(name: str, value: float) -> float:
+    """A finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is a number of seconds, not {type(value).__name__}")
+    if not 0 <= value < MAX_AMOUNT:
+        raise ValueError(f"{name} must be a finite number of seconds of at least 0, not {value}")
+    return float(value)
+
+
+def exception_types(types: type[BaseException] | tuple[type[BaseException], ...]) -> tuple[type[BaseException], ...]:
+    """One or several, as ``except`` takes them."""
+    given = types if isinstance(types, tuple) else (types,)
+    for kind in given:
+        if not (isinstance(kind, type) and issubclass(kind, BaseException)):
+            raise TypeError(f"retry_on is an exception type or a tuple of such, not {kind!r}")
+    if not given:
+        raise ValueError("retry_on names at least one exception type; for none leave retries at 0")
+    return given
+
+
 def amounts(resources: Mapping[str, float]) -> dict[str, float]:
     """Resources by name: finite numbers of at least 0."""
     if not isinstance(resources, Mapping):

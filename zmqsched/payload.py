@@ -247,6 +247,44 @@ def _unpack_chunk(blob: bytes) -> Chunk:
     return Chunk(pickle.loads(blob))
 
 
+class RetryOn:
+    """A function whose task is retried after these exceptions only. The broker cannot know types: the worker looks."""
+
+    __slots__ = ("fn", "kinds")
+
+    def __init__(self, fn: Callable[..., Any], kinds: tuple[type[BaseException], ...]) -> None:
+        self.fn = fn
+        self.kinds = kinds
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn(*args, **kwargs)
+
+
+def pack_kinds(kinds: tuple[type[BaseException], ...]) -> bytes:
+    """Exception types, for :meth:`FunctionPickler.pack`.
+
+    Raises
+    ------
+    NotSerializable
+    """
+    try:
+        return _dumps(kinds)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise NotSerializable(f"cannot pickle the exception types of retry_on: {_brief(error)}") from error
+
+
+def may_retry(fn: Callable[..., Any] | None, error: BaseException) -> bool:
+    """Whether a task of this function is to be retried after this error, if it has retries left."""
+    # As ``except`` does it, which asks no __instancecheck__: that is the user's and may raise.
+    return not isinstance(fn, RetryOn) or any(kind in fn.kinds for kind in type(error).__mro__)
+
+
+def _unpack_retry_on(blob: bytes, kinds: bytes) -> RetryOn:
+    return RetryOn(pickle.loads(blob), pickle.loads(kinds))
+
+
 class FunctionPickler:
     """Packs callables, remembering those that provably have not changed. Safe to use from several threads."""
 
@@ -254,8 +292,8 @@ class FunctionPickler:
         self._known: dict[int, _Known] = {}
         self._registry: set[str] = set()
 
-    def pack(self, fn: Callable[..., Any]) -> tuple[bytes, bytes]:
-        """The function's digest (16 bytes) and its pickled form.
+    def pack(self, fn: Callable[..., Any], retry_on: bytes = b"") -> tuple[bytes, bytes]:
+        """The function's digest (16 bytes) and its pickled form; with ``retry_on``, packed exception types, as RetryOn.
 
         Raises
         ------
@@ -267,9 +305,9 @@ class FunctionPickler:
             self._known.clear()
             self._registry = set(_REGISTERED)
         known = self._known.get(id(fn))
-        if known is not None and known.fn() is fn and known.unchanged():
-            return known.packed
-        return self._pack_anew(fn)
+        remembered = known is not None and known.fn() is fn and known.unchanged()
+        packed = known.packed if known is not None and remembered else self._pack_anew(fn)
+        return _named(pickle.dumps(_Retried(packed[1], retry_on), 5)) if retry_on else packed
 
     def _pack_anew(self, fn: Callable[..., Any]) -> tuple[bytes, bytes]:
         if type(fn) is Chunk:
@@ -310,6 +348,17 @@ class _Chunked:
 
     def __reduce__(self) -> tuple[Callable[[bytes], Chunk], tuple[bytes]]:
         return _unpack_chunk, (self.blob,)
+
+
+class _Retried:
+    """Pickles into a RetryOn of a function and of types that are already pickled."""
+
+    def __init__(self, blob: bytes, kinds: bytes) -> None:
+        self.blob = blob
+        self.kinds = kinds
+
+    def __reduce__(self) -> tuple[Callable[[bytes, bytes], RetryOn], tuple[bytes, bytes]]:
+        return _unpack_retry_on, (self.blob, self.kinds)
 
 
 def _named(blob: bytes) -> tuple[bytes, bytes]:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
 MAGIC = b"ZQ"
-MAJOR, MINOR = 1, 0
+MAJOR, MINOR = 1, 1
 
 # Limits. A frame costs ZeroMQ about a microsecond and copying 16 KiB about as much: below that, inline wins.
 INLINE_MAX = 16 * 1024
@@ -74,7 +74,8 @@ class Options(_Wire):
     """What a task asks for, apart from its call. Frozen and hashable: tasks that ask alike share one.
 
     ``resources`` are (name, amount) sorted by name; ``memory`` is in bytes. ``group`` is the WaitGroup that the task's end
-    counts down. ``requeue=False`` with ``retries=0`` means at most one execution.
+    counts down. ``requeue=False`` with ``retries=0`` means at most one execution. ``backoff``: seconds before the first
+    retry.
     """
 
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] = 0
@@ -84,6 +85,7 @@ class Options(_Wire):
     name: Name = ""
     group: Annotated[bytes, Meta(max_length=16)] = b""
     requeue: bool = True
+    backoff: Amount = 0.0
 
 
 class Shape(_Wire):
@@ -116,13 +118,14 @@ class Order(_Wire):
 
 
 class Outcome(_Wire):
-    """How an attempt ended, as its worker said it: a value, or an exception."""
+    """How an attempt ended, as its worker said it: a value, or an exception, which ``retry`` allows to be retried."""
 
     task: TaskId
     attempt: Count
     ok: bool
     value: _Inline
     worker: Count
+    retry: bool = True
 
 
 class Death(_Wire):
@@ -412,6 +415,7 @@ class Done(_Wire, tag=61):
     ok: bool
     value: _Inline
     seconds: Amount
+    retry: bool = True
 
 
 # --- beats and facts (PUB) ----------------------------------------------------------------------------------------------
@@ -613,6 +617,8 @@ def _check(body: Message) -> None:
             raise ProtocolError("a task names a shape that the message does not have")
         for shape in shapes:
             _check_amounts(shape.options.resources)
+            if not math.isfinite(shape.options.backoff):
+                raise ProtocolError("a task's seconds must be finite numbers")
     elif kind is NodeHello:
         _check_amounts(cast(NodeHello, body).resources)
 

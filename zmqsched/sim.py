@@ -288,7 +288,8 @@ class SimWorker:
         value = msgspec.msgpack.encode(plan.number)
         self.running = None
         self.next()
-        self.node.post(Said(self.number, Done(run.task, run.attempt, plan.ends == "value", value, plan.seconds)))
+        done = Done(run.task, run.attempt, plan.ends == "value", value, plan.seconds, retry=plan.number % 4 > 0)
+        self.node.post(Said(self.number, done))
 
     def die(self, how: str) -> None:
         if self.alive:
@@ -450,6 +451,7 @@ def simulate(seed: int, *, verbose: bool = False, policy: str | None = None) -> 
     ]
     clients = [SimClient(world, b"client%d" % n, broker) for n in range(random.randint(1, 2))]
     kinds = [Options(priority=random.randint(-1, 1), retries=random.randint(0, 2), group=GROUP) for _ in range(3)]
+    kinds.append(Options(retries=2, backoff=random.choice((0.01, 3.0)), group=GROUP))
     kinds.append(Options(resources=(("cpu", 1.0), ("gpu", 1.0)), group=GROUP))
     kinds.append(Options(resources=(("cpu", 2.0),), group=GROUP))
     world.faults = {fault: random.random() ** 2 * 0.5 for fault in FAULTS if random.random() < 0.5}

@@ -21,7 +21,7 @@ from time import perf_counter
 from typing import Any
 
 from .errors import ProtocolError
-from .payload import pack_exception, pack_value, unpack_call, unpack_function
+from .payload import may_retry, pack_exception, pack_value, unpack_call, unpack_function
 from .pipes import EXIT_PIPE_LOST, Pipe
 from .protocol import Done, Payload, PipeMessage, Run, decode_pipe, encode_pipe
 
@@ -113,6 +113,8 @@ def _attempt(run: Run, functions: _Functions) -> Done:
     """Run one attempt; whatever happens is its answer."""
     pid = os.getpid()
     seconds = 0.0
+    fn = None
+    retry = True
     try:
         functions.accept(run)
         fn = functions.get(run.digest)
@@ -130,8 +132,9 @@ def _attempt(run: Run, functions: _Functions) -> Done:
         ok, value = True, pack_value(result)
     except BaseException as error:  # noqa: BLE001 - whatever a task raises is its answer
         ok, value = False, pack_exception(error)
+        retry = may_retry(fn, error)
     _flush()
-    return Done(run.task, run.attempt, ok, value, seconds)
+    return Done(run.task, run.attempt, ok, value, seconds, retry)
 
 
 def _arguments(call: Payload) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -295,8 +295,8 @@ class Node(Peer):
     def finishes(self, *labels: str, value: bytes = b"value") -> None:
         self.says(Results([self._outcome(label, True, value) for label in labels]))
 
-    def fails(self, *labels: str, error: bytes = b"the user's error") -> None:
-        self.says(Results([self._outcome(label, False, error) for label in labels]))
+    def fails(self, *labels: str, error: bytes = b"the user's error", retry: bool = True) -> None:
+        self.says(Results([self._outcome(label, False, error, retry) for label in labels]))
 
     def starts(self, *labels: str) -> None:
         self.says(Progress(self.credit, started=[self._attempt(label) for label in labels]))
@@ -346,8 +346,8 @@ class Node(Peer):
     def _attempt(self, label: str) -> Attempt:
         return Attempt(task_id(label), self.orders[label].attempt)
 
-    def _outcome(self, label: str, ok: bool, value: bytes) -> Outcome:
-        return Outcome(task_id(label), self.orders.pop(label).attempt, ok, value, 1)
+    def _outcome(self, label: str, ok: bool, value: bytes, retry: bool = True) -> Outcome:
+        return Outcome(task_id(label), self.orders.pop(label).attempt, ok, value, 1, retry)
 
 
 class Broker:

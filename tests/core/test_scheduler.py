@@ -11,6 +11,7 @@ from zmqsched.core.events import BeatArrived, Malformed, Send, Tick, Undelivered
 from zmqsched.core.nodes import NODE_MOVES, NodeState
 from zmqsched.core.nodes import Node as NodeRecord
 from zmqsched.core.policy import POLICIES
+from zmqsched.core.scheduler import MAX_BACKOFF_S
 from zmqsched.core.tasks import MOVES, IllegalMove, Kind, Lane, Task, TaskState
 from zmqsched.errors import ProtocolError
 from zmqsched.protocol import (
@@ -262,6 +263,110 @@ def test_an_error_is_an_answer_unless_retries_are_asked_for():
     node.fails("b", error=b"the third")
     assert client.final("b").value == b"the third"
     assert node.attempts == [("a", 1), ("b", 1), ("b", 2), ("b", 3)]
+
+
+def test_an_error_that_its_worker_says_is_not_to_be_retried_ends_the_task():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a", retries=5)
+    node.fails("a")
+    node.fails("a", error=b"of another type", retry=False)
+    assert client.final("a").value == b"of another type"
+    assert broker.counts["retried"] == 1
+
+
+def delayed(broker: Broker) -> int:
+    return broker.scheduler.open_counts()["DELAYED"]
+
+
+def test_a_retry_waits_for_its_back_off_and_each_further_one_twice_as_long():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a", retries=3, backoff=4.0)
+    for wait_s in (4.0, 8.0, 16.0):
+        node.fails("a")
+        assert delayed(broker) == 1
+        broker.passes(wait_s * 0.5 - 0.1)
+        assert node.holds == []
+        broker.passes(wait_s * 0.5 + 0.2)
+        assert node.holds == ["a"]
+    node.fails("a")
+    assert client.answers == {"a": "error"}
+    assert broker.scheduler.open_counts() == {}
+
+
+def test_a_back_off_is_a_minute_at_most():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a", retries=1_000, backoff=50.0)
+    for _ in range(1_000):
+        node.fails("a")
+        broker.scheduler._delayed.set(task_id("a"), broker.now)
+        broker.turn()
+    node.fails("a")
+    assert client.answers == {"a": "error"}
+    client.submits("b", retries=9, backoff=1e9)
+    node.fails("b")
+    broker.passes(MAX_BACKOFF_S + 0.1)
+    assert node.holds == ["b"]
+
+
+def test_what_failed_together_is_retried_at_different_moments():
+    broker = Broker()
+    client, node = broker.client(), broker.node(slots=20)
+    labels = [f"t{n}" for n in range(20)]
+    client.submits(*labels, retries=1, backoff=10.0)
+    node.fails(*labels)
+    seen = set()
+    for _ in range(50):
+        broker.passes(0.1)
+        seen.add(len(node.holds))
+    assert len(seen) == 1 == seen.pop() + 1
+    for _ in range(50):
+        broker.passes(0.1)
+        seen.add(len(node.holds))
+    assert len(seen) > 8
+    assert sorted(node.holds) == sorted(labels)
+
+
+def test_a_retry_that_is_waited_for_can_be_cancelled():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a", retries=1, backoff=5.0, group="g")
+    node.fails("a")
+    client.cancels("a")
+    assert client.answers == {"a": "cancelled"}
+    broker.passes(6)
+    assert node.attempts == [("a", 1)]
+    assert broker.scheduler.open_counts() == {}
+
+
+def test_a_late_value_ends_the_wait_for_a_retry():
+    broker = Broker()
+    client, slow = broker.client(), broker.node("slow")
+    client.submits("a", retries=1, backoff=5.0)
+    slow.freezes()
+    broker.passes(5)
+    other = broker.node("other")
+    other.fails("a")
+    assert delayed(broker) == 1
+    slow.thaws()
+    slow.says_hello(life=2)
+    slow.says(Results([Outcome(task_id("a"), 1, True, b"late", 1)]))
+    assert client.final("a").value == b"late"
+    broker.passes(6)
+    assert broker.scheduler.open_counts() == {}
+
+
+def test_deaths_are_not_delayed_and_not_counted_as_retries():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a", retries=1, backoff=5.0)
+    node.loses_a_worker(running="a")
+    assert node.holds == ["a"]
+    node.fails("a")
+    assert delayed(broker) == 1
+    assert client.answers == {}
 
 
 def test_deaths_are_not_counted_as_retries_nor_errors_as_deaths():
@@ -1035,7 +1140,7 @@ def test_a_report_tells_who_is_there_and_what_waits():
     assert (here.id, here.state, here.slots, here.assigned, here.tags) == ("n1", "alive", 2, 2, ("ssd",))
     assert (dict(here.resources), dict(here.free)) == ({"cpu": 2.0, "gpu": 1.0}, {"cpu": 0.0, "gpu": 1.0})
     assert (gone.id, gone.state) == ("n2", "lost")
-    assert dict(report.tasks) == {"waiting": 0, "queued": 1, "assigned": 2}
+    assert dict(report.tasks) == {"waiting": 0, "queued": 1, "delayed": 0, "assigned": 2}
     assert dict(report.counts)["accepted"] == 3
 
 

@@ -343,7 +343,7 @@ class Agent:
         self._early_deaths = 0
         took = message.seconds + TASK_OVERHEAD_S
         self._task_s = took if self._task_s is None else self._task_s + 0.1 * (took - self._task_s)
-        self._outcomes.append(Outcome(held.task, held.attempt, message.ok, message.value, number))
+        self._outcomes.append(Outcome(held.task, held.attempt, message.ok, message.value, number, message.retry))
         self._forget(held)
         if not worker.runs:
             self._idle(worker)

@@ -93,12 +93,13 @@ from .nodes import ALIVE, DRAINING, GONE, LOST, SUSPECT, Node
 from .placement import Placement
 from .policy import DEFAULT_POLICY, POLICIES
 from .sessions import Session, Sessions
-from .tasks import ASSIGNED, FINISHED, QUEUED, RUNNING, WAITING, Task
+from .tasks import ASSIGNED, DELAYED, FINISHED, QUEUED, RUNNING, WAITING, Task
 from .timers import Timers
 
 MAX_NODE_FUNCTIONS = 4_096  # digests remembered as sent to a node; past it, functions are sent again
 PARTING_S = 2.0  # how long a shutdown waits for goodbyes
 FORMER_NODES = 32  # lost and departed nodes kept for reports
+MAX_BACKOFF_S = 60.0  # the longest wait before a retry
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Scheduler:
     def __init__(self, settings: Settings, random: Random) -> None:
         self.settings = settings
         self.counts: Counter[str] = Counter()
+        self._random = random
         self._sessions = Sessions(random)
         self._placement = Placement(POLICIES[settings.policy](), random)
         self._functions = FunctionStore()
@@ -133,6 +135,7 @@ class Scheduler:
         self._tasks: dict[bytes, Task] = {}
         self._most_tasks = 0  # since the table of tasks was last made anew
         self._waiting: dict[bytes, dict[bytes, Task]] = {}  # by the digest of the function they wait for
+        self._delayed: Timers[bytes] = Timers()  # when to queue a task again that failed
         self._nodes: dict[str, Node] = {}
         self._by_incarnation: dict[bytes, Node] = {}
         self._former: list[Node] = []
@@ -170,7 +173,7 @@ class Scheduler:
         if self._placement.pending:
             return 0.0
         at = min(self._next_round, self._end_at)
-        for other in (self._sessions.deadline(), self._watch.next()):
+        for other in (self._sessions.deadline(), self._watch.next(), self._delayed.next()):
             if other is not None and other < at:
                 at = other
         return at
@@ -189,7 +192,10 @@ class Scheduler:
             assert not held or self._nodes[task.node].tasks.get(task.id) is task, f"{task} is not at its node"
             waits = task.id in self._waiting.get(task.kind.shape.function, {})
             assert waits == (task.state is WAITING), f"{task}: waits for a function or not"
-            assert task.state is not QUEUED or not task.cancelled, f"{task} is cancelled and queued"
+            assert (task.id in self._delayed) == (task.state is DELAYED), f"{task}: waits for its retry or not"
+            assert task.state not in (QUEUED, DELAYED) or not task.cancelled, f"{task} is cancelled and queued"
+        delayed = sum(task.state is DELAYED for task in self._tasks.values())
+        assert len(self._delayed) == delayed, "a retry of no task is waited for"
         assert all(kind == kinds[shape] for shape, kind in self._placement.open_kinds().items()), "a kind's count is off"
         assert self._functions.held() == Counter(shape.function for shape in kinds), "functions held for nobody"
         for node in self._nodes.values():
@@ -262,7 +268,7 @@ class Scheduler:
     def _from_node(self, node: Node, message: Message, now: float) -> None:
         match message:
             case Results(outcomes):
-                self._results(node, outcomes)
+                self._results(node, outcomes, now)
             case Progress():
                 self._progress(node, message)
             case Workers(workers):
@@ -297,6 +303,9 @@ class Scheduler:
         if (at := self._watch.next()) is not None and at <= now:
             for node_id in self._watch.due(now):
                 self._examine(self._nodes[node_id], now)
+        if (at := self._delayed.next()) is not None and at <= now:
+            for task_id in self._delayed.due(now):
+                self._requeue(self._tasks[task_id])
         if now >= self._next_round:
             self._next_round = now + self.settings.beat_interval_s
             self._expire_clients(now)
@@ -463,7 +472,7 @@ class Scheduler:
                 task.move(QUEUED)
                 self._placement.enqueue(task)
 
-    def _results(self, node: Node, outcomes: list[Outcome]) -> None:
+    def _results(self, node: Node, outcomes: list[Outcome], now: float) -> None:
         for outcome in outcomes:
             task = self._tasks.get(outcome.task)
             current = task is not None and task.node == node.id and task.attempt == outcome.attempt
@@ -476,14 +485,23 @@ class Scheduler:
                     self._call_back(task)
                 self._finish(task, Final(task.id, "ok", outcome.value))
                 node.done += 1
-            elif task.failures < task.kind.options.retries and not task.cancelled:
+            elif outcome.retry and task.failures < task.kind.options.retries and not task.cancelled:
                 task.failures += 1
                 self.counts["retried"] += 1
                 self._let_go(task, node)
-                self._requeue(task)
+                self._retry(task, now)
             else:
                 self._finish(task, Final(task.id, "error", outcome.value))
                 node.done += 1
+
+    def _retry(self, task: Task, now: float) -> None:
+        """Exponential back-off with jitter, so that what failed together does not come back together."""
+        if not task.kind.options.backoff:
+            self._requeue(task)
+            return
+        wait_s = min(MAX_BACKOFF_S, task.kind.options.backoff * 2.0 ** min(task.failures - 1, 60))
+        task.move(DELAYED)
+        self._delayed.set(task.id, now + wait_s * self._random.uniform(0.5, 1.0))
 
     def _progress(self, node: Node, message: Progress) -> None:
         if message.credit != node.credit:
@@ -533,7 +551,7 @@ class Scheduler:
 
     def _drop(self, task: Task, why: str) -> None:
         """Cancel what has not started. An attempt at a node is called back: the node hands it back, or its answer comes."""
-        if task.state in (WAITING, QUEUED):
+        if task.state in (WAITING, QUEUED, DELAYED):
             self._finish(task, Final(task.id, "cancelled", text=why))
         elif not task.cancelled:
             task.cancelled = True
@@ -568,6 +586,8 @@ class Scheduler:
             self._placement.withdraw(task)
         elif task.state is WAITING:
             self._stop_waiting(task)
+        elif task.state is DELAYED:
+            self._delayed.set(task.id, None)
         task.move(FINISHED)
         del self._tasks[task.id]
         kind.open -= 1
@@ -737,7 +757,8 @@ class Scheduler:
     def _task_counts(self) -> list[tuple[str, int]]:
         running = sum(len(node.tasks) for node in self._nodes.values())
         waiting = sum(len(tasks) for tasks in self._waiting.values())
-        return [("waiting", waiting), ("queued", self._placement.queued()), ("assigned", running)]
+        queued = self._placement.queued()
+        return [("waiting", waiting), ("queued", queued), ("delayed", len(self._delayed)), ("assigned", running)]
 
     def _fact(self, kind: str, node: Node, text: str) -> None:
         self._out.append(Publish(Fact(kind, node.id, text)))

@@ -7,11 +7,13 @@ States
     WAITING ──► QUEUED ──► ASSIGNED ──► RUNNING
        │          │ ▲         │  │        │ │
        │          │ └─────────┘──┼────────┘ │      back to the queue: retry, node lost, worker died, handed back
-       ▼          ▼              ▼          ▼
+       │          │ ▲         └── DELAYED ─┘      before a retry with back-off
+       │          │ └──────────────┘ │
+       ▼          ▼              ▼   ▼      ▼
                          FINISHED
 
 * WAITING: its function has not arrived. QUEUED: in its lane. ASSIGNED: one attempt lies at one node. RUNNING: that node
-  said that a worker has it. FINISHED: answered; the record is forgotten.
+  said that a worker has it. DELAYED: it failed and is retried after a while. FINISHED: answered; the record is forgotten.
 * Each step to ASSIGNED is a new attempt, numbered from 1; numbers only grow. An answer names its attempt, so a late one
   is recognised rather than reasoned about.
 * A **lane** holds the queued tasks that ask for the same resources and tags: they fit on the same nodes, so one look at
@@ -37,15 +39,17 @@ class TaskState(IntEnum):
     ASSIGNED = 2
     RUNNING = 3
     FINISHED = 4
+    DELAYED = 5
 
 
-WAITING, QUEUED, ASSIGNED, RUNNING, FINISHED = TaskState
+WAITING, QUEUED, ASSIGNED, RUNNING, FINISHED, DELAYED = TaskState
 
 MOVES: dict[TaskState, frozenset[TaskState]] = {
     WAITING: frozenset({QUEUED, FINISHED}),
     QUEUED: frozenset({ASSIGNED, FINISHED}),
-    ASSIGNED: frozenset({RUNNING, QUEUED, FINISHED}),
-    RUNNING: frozenset({QUEUED, FINISHED}),
+    ASSIGNED: frozenset({RUNNING, QUEUED, DELAYED, FINISHED}),
+    RUNNING: frozenset({QUEUED, DELAYED, FINISHED}),
+    DELAYED: frozenset({QUEUED, FINISHED}),
     FINISHED: frozenset(),
 }
 

@@ -18,6 +18,12 @@ class Timers(Generic[Key]):
         self._heap: list[tuple[float, int, Key]] = []
         self._count = 0  # breaks ties, so that keys are never compared
 
+    def __len__(self) -> int:
+        return len(self._at)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._at
+
     def set(self, key: Key, at: float | None) -> None:
         if at is None:
             self._at.pop(key, None)
