@@ -7,14 +7,17 @@ import os
 import re
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 from conftest import eventually
 from test_nursery import Watched, ask, send
 
-from zmqsched import worker
+from zmqsched import Client, errors, host, worker
 from zmqsched.blackbox import MAX_STACK, STACK_SIGNAL, readable_stack
 from zmqsched.nursery import Exited, Wires
+from zmqsched.payload import Chunk, short_form
 
 
 @pytest.fixture
@@ -136,8 +139,10 @@ def ask_until(nursery: Watched, wires: Wires, so: Callable[[str], bool]) -> None
     """Asks worker 1, which may not have begun yet, until its stack is so."""
 
     def found() -> bool:
+        stack = wires.box.stack()
+        wires.box.clear()
         nursery.dump(1)
-        return so(wires.box.stack())
+        return so(stack)
 
     eventually(found)
 
@@ -201,3 +206,195 @@ def test_the_stack_is_not_for_the_childrens_eyes(spawn):
         return listed.count("memfd")
 
     assert ask(spawn(1).pipe, memfds_of_a_child) == 0
+
+
+# --- memory ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_peak_of_memory_is_told_with_the_death(nursery, spawn):
+    def grows():
+        bytearray(b"x" * (200 << 20))
+        os._exit(0)
+
+    send(spawn(1).pipe, grows)
+    assert 200 << 20 < nursery.next(Exited).peak < 1 << 30
+
+
+@pytest.fixture
+def bare(monkeypatch, tmp_path) -> Path:
+    """A host whose kernel tells nothing but what the test writes there."""
+    monkeypatch.setattr(host, "CGROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(host, "PROC", tmp_path / "proc")
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "vmstat").write_text("nr_free_pages 5\noom_kill 7\n")
+    return tmp_path
+
+
+def counter(bare: Path, cgroup: str, path: str) -> Path:
+    (bare / "proc" / "self" / "cgroup").write_text(cgroup)
+    file = bare / path
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "path", "text"),
+    [
+        ("0::/user.slice/me\n", "cgroup/user.slice/me/memory.events", "low 0\noom 3\noom_kill {}\noom_group_kill 0\n"),
+        ("5:cpu:/a\n4:hugetlb,memory:/b/c\n0::/\n", "cgroup/memory/b/c/memory.oom_control", "under_oom 0\noom_kill {}\n"),
+        ("0::/\n", "proc/vmstat", "nr_free_pages 5\noom_kill {}\n"),
+        ("", "proc/vmstat", "oom_kill {}\n"),
+    ],
+)
+def test_the_kernels_count_of_killings_grows_or_not(bare, cgroup, path, text):
+    file = counter(bare, cgroup, path)
+    file.write_text(text.format(7))
+    kills = host.OomKills()
+    assert not kills.lately()
+    file.write_text(text.format(8))
+    assert kills.lately()
+    kills.look()
+    assert kills.lately(), "within the last two looks"
+    kills.look()
+    assert not kills.lately()
+
+
+def test_a_kernel_that_does_not_count_kills_nobody(bare):
+    (bare / "proc" / "vmstat").unlink()
+    kills = host.OomKills()
+    kills.look()
+    assert not kills.lately()
+
+
+def limited_cgroup(size: int) -> Path | None:
+    """A new cgroup of so much memory; None where this user may not make one."""
+    for parent, limit in (("memory", "memory.limit_in_bytes"), ("", "memory.max")):
+        group = host.CGROUP / parent / f"zmqsched-test-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(size))
+        except OSError:
+            if group.exists():
+                group.rmdir()
+            continue
+        return group
+    return None
+
+
+def test_the_oom_killer_is_named(scripts):
+    group = limited_cgroup(500 << 20)
+    if group is None:
+        pytest.skip("needs a cgroup of its own, which takes root and a memory controller")
+    try:
+        out, _ = scripts.run(
+            """
+            import os, sys
+            open(sys.argv[1], "w").write(str(os.getpid()))
+            from zmqsched import Client, LocalCluster
+
+            def hoards():
+                kept = []
+                while True:
+                    kept.append(bytearray(b"x" * (16 << 20)))
+
+            with LocalCluster(1) as cluster, Client(cluster) as client:
+                print(client.options(requeue=False).submit(hoards).exception(timeout=30))
+            """,
+            str(group / "cgroup.procs"),
+        )
+    finally:
+        eventually(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+    assert "killed by SIGKILL\n    by the kernel's OOM killer (likely)\n" in out
+    assert 100 < int(re.search(r"(\d+) MiB at most", out)[1]) < 500
+
+
+# --- the certificate ---------------------------------------------------------------------------------------------------
+
+
+def certificate(client: Client, task: Callable[..., object], *args: object, **options: object) -> str:
+    with pytest.raises(errors.WorkerDied) as raised:
+        client.options(**options).submit(task, *args).result(timeout=30)
+    return str(raised.value)
+
+
+def test_a_segfault_is_told_with_its_stack(client):
+    text = certificate(client, without_core(segfaults))
+    head, call, *entries = text.split("\n  ")
+    assert head == "without_core.<locals>.quietly failed: 3 workers died running it"
+    assert call == "the call: without_core.<locals>.quietly(...)"
+    assert text.count("\n  worker ") == 3
+    assert text.count(": killed by SIGSEGV\n") == 3
+    assert [re.search(r"attempt (\d) ran for \d", line)[1] for line in entries if "ran for" in line] == ["1", "2", "3"]
+    assert text.count("after the first worker that died") == 2
+    assert text.count(" MiB at most") == 3
+    assert re.search(r"call first:\n.*ctypes/__init__.py.* in string_at\n.* in segfaults\n.* in quietly\n", text)
+    assert text.count("the same Python stack as before") == 2
+    assert "worker.py" not in text
+
+
+def test_a_death_without_another_try_has_its_certificate(client):
+    text = certificate(client, without_core(segfaults), requeue=False)
+    assert text.startswith("without_core.<locals>.quietly failed: its worker died, and requeue=False forbids another try\n")
+    assert text.count("\n  worker ") == 1
+    assert "in string_at" in text
+
+
+def test_an_exit_leaves_no_stack(client):
+    text = certificate(client, os._exit, 3, name="leaver")
+    assert text.startswith("leaver failed: 3 workers died running it\n  the call: _exit(...)\n  worker ")
+    assert text.count(": exit code 3\n") == 3
+    assert "stack" not in text
+
+
+def test_the_memory_was_measured(client, gate):
+    def holds(path):
+        import time
+
+        kept = bytearray(b"x" * (200 << 20))
+        until = time.monotonic() + 20
+        while not os.path.exists(path):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        os._exit(len(kept) and 3)
+
+    go = str(gate._directory / "go")
+    future = client.options(requeue=False).submit(holds, go)
+    eventually(lambda: max(worker.memory for worker in client.workers()) > 200 << 20)
+    Path(go).touch()
+    text = str(future.exception(timeout=20))
+    measured, peak = re.search(r"memory: (\d+) MiB when last measured, (\d+) MiB at most", text).groups()
+    assert 200 < int(measured) <= int(peak) < 600
+
+
+def test_the_innocent_are_neither_charged_nor_failed(client):
+    before = [client.submit(abs, number) for number in range(50)]
+    guilty = client.submit(without_core(segfaults))
+    after = [client.submit(abs, number) for number in range(50, 100)]
+    assert [future.result(timeout=30) for future in before + after] == list(range(100))
+    assert type(guilty.exception(timeout=30)) is errors.WorkerDied
+
+
+class Weird:
+    def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("fn", "name"),
+    [
+        (os.getpid, "getpid"),
+        (Client.map, "Tasks.map"),
+        (partial(partial(segfaults), 1), "segfaults"),
+        (Chunk(segfaults), "segfaults"),
+        (Weird(), "Weird"),
+    ],
+)
+def test_the_short_form_of_a_call(fn, name):
+    assert short_form(fn) == name
+
+
+@pytest.mark.parametrize(("name", "short"), [("x" * 300, "x" * 255), ("\ud800", "?"), (5, "Weird")])
+def test_the_short_form_is_always_a_short_text(name, short):
+    fn = Weird()
+    fn.__qualname__ = name
+    assert short_form(fn) == short

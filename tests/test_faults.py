@@ -104,6 +104,8 @@ def test_a_task_that_kills_its_workers_is_stopped_and_the_innocent_are_not(clien
         guilty.result(timeout=20)
     head, *deaths = str(raised.value).splitlines()
     assert head == "the guilty one failed: 3 workers died running it"
+    assert deaths.pop(0) == f"  the call: {dies.__name__}(...)"
+    deaths = [line for line in deaths if not line.startswith("    ")]
     assert len(deaths) == 3
     for death in deaths:
         assert re.fullmatch(rf"  worker n\d+/\d+ on {re.escape(os.uname().nodename)} \(pid \d+\): {how}", death)

@@ -36,6 +36,7 @@ class BlackBox:
     """The node's side."""
 
     def __init__(self) -> None:
+        self.memory = 0  # bytes of resident set, as the node measured them last
         self._stack = open(os.memfd_create("zmqsched-stack", os.MFD_CLOEXEC), "r+b", buffering=0)  # noqa: SIM115
 
     @property

@@ -37,7 +37,7 @@ from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, ProtocolErr
 from .futures import Future
 from .host import where
 from .options import boolean, exception_types, integer, seconds, short_name, task_resources, task_tags
-from .payload import Chunk, FunctionPickler, pack_call, pack_kinds, unpack_exception, unpack_value
+from .payload import Chunk, FunctionPickler, pack_call, pack_kinds, short_form, unpack_exception, unpack_value
 from .protocol import ClientHello, Envelope, Final, Options, Payload, Query, Report, Shape, decode, encode
 from .records import NodeInfo, Status, WorkerInfo, node_infos, status_of, worker_infos
 
@@ -325,7 +325,7 @@ class Client(Tasks):
         with self._lock:
             self._check_usable()
             self._futures[task] = future
-            self._inbox.append(Submission(task, Shape(digest, options), call, blob))
+            self._inbox.append(Submission(task, Shape(digest, options, short_form(fn)), call, blob))
         self._nudge()
         return future
 

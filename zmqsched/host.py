@@ -11,12 +11,14 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .protocol import Host
 
 CGROUP = Path("/sys/fs/cgroup")
+PROC = Path("/proc")
 LIBRARIES = ("zmqsched", "pyzmq", "cloudpickle", "msgspec", "numpy")
 
 
@@ -38,6 +40,45 @@ def usable_memory() -> int:
         if text.isdigit():
             total = min(total, int(text))
     return total
+
+
+class OomKills:
+    """How many processes the kernel has killed for want of memory: in this process's cgroup, where that is counted, else on
+    the whole host. It counts after the fact, and names nobody: a worker killed while the count grew is the likely victim.
+    """
+
+    def __init__(self) -> None:
+        self._read = _oom_counter()
+        self._before = self._now = self._read()
+
+    def look(self) -> None:
+        """Once a second or so: what counts as lately begins at the look before."""
+        self._before, self._now = self._now, self._read()
+
+    def lately(self) -> bool:
+        """The count has grown since the look before the last."""
+        return self._read() > self._before
+
+
+def _oom_counter() -> Callable[[], int]:
+    """v2 ``memory.events``, v1 ``memory.oom_control``, ``/proc/vmstat``: the first that has a line ``oom_kill``."""
+    sources = [PROC / "vmstat"]
+    for line in _read(PROC / "self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            sources.insert(0, CGROUP / path.lstrip("/") / "memory.events")
+        elif "memory" in controllers.split(","):
+            sources.insert(0, CGROUP / "memory" / path.lstrip("/") / "memory.oom_control")
+    counted = [source for source in sources if _oom_kills(source) is not None]
+    return lambda: (counted and _oom_kills(counted[0])) or 0
+
+
+def _oom_kills(source: Path) -> int | None:
+    for line in _read(source).splitlines():
+        name, _, number = line.partition(" ")
+        if name == "oom_kill" and number.isdigit():
+            return int(number)
+    return None
 
 
 def gpus() -> list[str]:

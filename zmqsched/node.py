@@ -18,8 +18,21 @@ from .core import events
 from .core.agent import Agent
 from .core.events import AgentAction, AgentEvent, Reached, Said, Tick
 from .errors import BrokerUnreachable, ProtocolError, Refused, StartError
-from .nursery import Born, Exited, Gone, Nursery, Wires
-from .protocol import Beat, Done, Envelope, GroupAdd, NodeHello, Run, WorkerState, decode, decode_pipe, encode, encode_pipe
+from .nursery import KILLED, Born, Exited, Gone, Nursery, Wires
+from .protocol import (
+    Beat,
+    Done,
+    Envelope,
+    GroupAdd,
+    NodeHello,
+    Remains,
+    Run,
+    WorkerState,
+    decode,
+    decode_pipe,
+    encode,
+    encode_pipe,
+)  # fmt: skip
 from .shell import Starter, StopSignals, log, tune_garbage_collection
 
 if TYPE_CHECKING:
@@ -68,6 +81,7 @@ class Node:
         self._readable: dict[int, int] = {}  # worker by descriptor
         self._unsent: dict[int, list[Run]] = {}  # what could not be put into a dying worker's pipe
         self._measured: dict[int, psutil.Process] = {}
+        self._oom_kills = host.OomKills()
         self._why = ""
 
     def run(self, starter: Starter, *, until_eof: bool) -> None:
@@ -210,20 +224,23 @@ class Node:
             match event:
                 case Born(worker, pid):
                     self._step(events.Born(worker, pid))
-                case Exited(worker, pid, how):
-                    self._buried(worker, pid, how)
+                case Exited():
+                    self._buried(event)
                 case Gone():
                     raise StartError("this node's nursery process died: no worker can be started any more")
 
-    def _buried(self, worker: int, pid: int, how: str) -> None:
+    def _buried(self, exited: Exited) -> None:
+        worker, pid, how = exited.worker, exited.pid, exited.how
         self._read_worker(worker, limit=1_000_000)  # what it said before it died
         untaken = self._untaken(worker) + self._unsent.pop(worker, [])
         wires = self._wires.pop(worker)
         del self._readable[wires.pipe.fileno()]
         self._waiter.remove(wires.pipe.fileno())
         self._measured.pop(pid, None)
+        oom = how == KILLED and self._oom_kills.lately()
+        remains = Remains(wires.box.stack(), "", wires.box.memory, exited.peak, oom)
         wires.close()
-        self._step(events.Exited(worker, pid, how, untaken))
+        self._step(events.Exited(worker, pid, how, untaken, remains))
 
     # --- the broker ------------------------------------------------------------------------------------------------
 
@@ -246,6 +263,7 @@ class Node:
     def _send_beat(self, beat: Beat) -> None:
         import psutil
 
+        self._oom_kills.look()
         measured = Beat(
             beat.incarnation,
             beat.number,
@@ -270,6 +288,7 @@ class Node:
             cpu, memory = process.cpu_percent(), process.memory_info().rss
         except psutil.Error:  # it died this very moment
             return state
+        self._wires[state.worker].box.memory = memory
         return WorkerState(state.worker, state.pid, state.state, state.done, cpu, memory)
 
     def _close(self) -> None:

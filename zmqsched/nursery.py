@@ -39,15 +39,16 @@ from . import orphans
 from .blackbox import STACK_SIGNAL, BlackBox, arm
 from .pipes import EXIT_PIPE_LOST, Pipe, pair
 
-# Control datagrams, both ways: kind, worker, pid, then text. A spawn carries what the worker is to have: its end of the
-# pipe, and its side of the black box.
-_CONTROL = struct.Struct("=cQQ")
+# Control datagrams, both ways: kind, worker, pid, peak memory, then text. A spawn carries what the worker is to have: its
+# end of the pipe, and its side of the black box.
+_CONTROL = struct.Struct("=cQQQ")
 _SPAWN, _KILL, _DUMP = b"S", b"K", b"D"
 _BORN, _EXITED = b"B", b"X"
 _CONTROL_MAX = 1024
 _RIGHTS = 2
 _ANCILLARY = socket.CMSG_SPACE(4 * _RIGHTS)
 
+KILLED = f"killed by {signal.SIGKILL.name}"
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 # How long close() waits for the killed workers before it kills the nursery as well. A process in an uninterruptible
 # wait (a hanging network file system) dies when the kernel lets it.
@@ -64,11 +65,15 @@ class Born:
 
 @dataclass(frozen=True, slots=True)
 class Exited:
-    """A worker is dead and reaped; ``how`` is a phrase. A pid of 0: it could not be forked."""
+    """A worker is dead and reaped; ``how`` is a phrase. A pid of 0: it could not be forked.
+
+    ``peak``: the most memory it had resident, in bytes; 0 if that is unknown.
+    """
 
     worker: int
     pid: int
     how: str
+    peak: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +141,9 @@ class Nursery:
             if not data:
                 events.append(Gone())
                 return events
-            kind, worker, pid = _CONTROL.unpack_from(data)
+            kind, worker, pid, peak = _CONTROL.unpack_from(data)
             how = data[_CONTROL.size :].decode(errors="replace")
-            events.append(Born(worker, pid) if kind == _BORN else Exited(worker, pid, how))
+            events.append(Born(worker, pid) if kind == _BORN else Exited(worker, pid, how, peak))
 
     def close(self) -> None:
         """Kill all workers and wait for them and the nursery, at most ``CLOSE_TIMEOUT_S`` seconds."""
@@ -159,7 +164,7 @@ class Nursery:
     def _send(self, kind: bytes, worker: int, fds: Sequence[int] = ()) -> None:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))] if fds else []
         try:
-            self._control.sendmsg([_CONTROL.pack(kind, worker, 0)], rights)
+            self._control.sendmsg([_CONTROL.pack(kind, worker, 0, 0)], rights)
         except (BrokenPipeError, ConnectionResetError):  # read() reports it as Gone
             return
 
@@ -254,7 +259,7 @@ class _Keeper:
         if not data:
             self._kill_all()
             return 0
-        kind, worker, _ = _CONTROL.unpack_from(data)
+        kind, worker, _, _ = _CONTROL.unpack_from(data)
         if kind == _KILL:
             if worker in self._pids:
                 _kill_group(self._pids[worker])
@@ -315,19 +320,19 @@ class _Keeper:
             if worker is not None:
                 _kill_group(dead.si_pid)  # still a zombie, so the number is still its own
                 orphans.end_orphans(worker, others=self._workers)
-            _, status = os.waitpid(dead.si_pid, 0)
+            _, status, used = os.wait4(dead.si_pid, 0)
             if worker is not None:
                 del self._workers[dead.si_pid]
                 del self._pids[worker]
-                self._tell(_EXITED, worker, dead.si_pid, _how(status))
+                self._tell(_EXITED, worker, dead.si_pid, _how(status), used.ru_maxrss * 1024)
 
     def _kill_all(self) -> None:
         for pid in self._workers:
             _kill_group(pid)
         orphans.end_all()
 
-    def _tell(self, kind: bytes, worker: int, pid: int, text: str = "") -> None:
-        self._outbox.append(_CONTROL.pack(kind, worker, pid) + text.encode()[:256])
+    def _tell(self, kind: bytes, worker: int, pid: int, text: str = "", peak: int = 0) -> None:
+        self._outbox.append(_CONTROL.pack(kind, worker, pid, peak) + text.encode()[:256])
 
     def _report(self) -> None:
         try:

@@ -285,6 +285,15 @@ def _unpack_retry_on(blob: bytes, kinds: bytes) -> RetryOn:
     return RetryOn(pickle.loads(blob), pickle.loads(kinds))
 
 
+def short_form(fn: Callable[..., Any]) -> str:
+    """A function's name for messages, at most 255 characters."""
+    name = getattr(fn, "__qualname__", None)
+    if not isinstance(name, str):
+        inner = fn.fn if type(fn) is Chunk else fn.func if isinstance(fn, functools.partial) else None
+        name = type(fn).__qualname__ if inner is None else short_form(inner)
+    return name[:255] if name.isascii() else name.encode(errors="replace").decode()[:255]
+
+
 class FunctionPickler:
     """Packs callables, remembering those that provably have not changed. Safe to use from several threads."""
 

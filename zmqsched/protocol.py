@@ -56,6 +56,7 @@ Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Name = Annotated[str, Meta(max_length=255)]
 Text = Annotated[str, Meta(max_length=64 * 1024)]
+Excerpt = Annotated[str, Meta(max_length=8 * 1024)]
 Amount = Annotated[float, Meta(ge=0, le=2**60)]
 if TYPE_CHECKING:
     _Inline = Payload
@@ -89,10 +90,12 @@ class Options(_Wire):
 
 
 class Shape(_Wire):
-    """What many tasks have in common: the function, by digest, and the options."""
+    """What many tasks have in common: the function, by digest, and the options. ``label``: the function's name, for messages
+    about these tasks."""
 
     function: Digest
     options: Options = Options()
+    label: Name = ""
 
 
 class Function(_Wire):
@@ -128,14 +131,28 @@ class Outcome(_Wire):
     retry: bool = True
 
 
+class Remains(_Wire):
+    """What a dead worker left. ``stack``: of its Python calls, the latest first; ``stderr``: the end of what it wrote there.
+    ``memory``, ``peak``: bytes of resident set when last measured and at most, 0 if unknown; ``oom``: the kernel has killed
+    for want of memory at that time, and this worker was killed."""
+
+    stack: Excerpt = ""
+    stderr: Excerpt = ""
+    memory: Count = 0
+    peak: Count = 0
+    oom: bool = False
+
+
 class Death(_Wire):
-    """A worker died. ``task`` is the attempt it was running, if any; ``how`` is one readable phrase."""
+    """A worker died. ``task`` is the attempt it was running, if any, since ``ran_s``; ``how`` is one readable phrase."""
 
     worker: Count
     pid: Count
     how: Text
     task: Annotated[bytes, Meta(max_length=16)] = b""
     attempt: Count = 0
+    ran_s: Amount = 0.0
+    remains: Remains = Remains()
 
 
 Verdict = Literal["ok", "error", "cancelled", "WorkerDied", "Unschedulable"]

@@ -411,7 +411,7 @@ class SimClient(Peer):
         self.answers[task] = verdict
         plan = self.plans[task]
         expected = {"value": "ok", "error": "error", "death": "WorkerDied"}[plan.ends]
-        if verdict == "WorkerDied" and plan.ends != "death" and text.count("SIGKILL") == text.count("\n"):
+        if verdict == "WorkerDied" and plan.ends != "death" and text.count("SIGKILL") == text.count("\n  worker "):
             return  # an innocent that was hit by the simulated killer as often as the cap allows
         if verdict != expected and not (verdict == "cancelled" and task in self.cancelled):
             raise SimulationFailed(f"task {plan} ended as {verdict!r}: {text}")

@@ -188,8 +188,8 @@ class Agent:
             case Born(worker, pid):
                 self._workers[worker].pid = pid
                 self._workers_changed = True
-            case Exited(worker, pid, how, untaken):
-                self._exited(self._workers[worker], pid, how, untaken, now)
+            case Exited(worker):
+                self._exited(self._workers[worker], event, now)
             case Leave(drain, reason):
                 self._leave(drain=drain, reason=reason)
         out, self._out = self._out, []
@@ -348,12 +348,14 @@ class Agent:
         if not worker.runs:
             self._idle(worker)
 
-    def _exited(self, worker: Worker, pid: int, how: str, untaken: list[Run], now: float) -> None:
+    def _exited(self, worker: Worker, exited: Exited, now: float) -> None:
+        _, pid, how, untaken, remains = exited
         self._taken_back(worker, untaken, now)
         if worker.runs:
             running = worker.runs.popitem(last=False)[1]
             assert not worker.runs, "a worker took more than one run"
-            self._deaths.append(Death(worker.id, pid, how, running.task, running.attempt))
+            ran_s = max(0.0, now - worker.since)
+            self._deaths.append(Death(worker.id, pid, how, running.task, running.attempt, ran_s, remains))
             self._forget(running)
             self._idle(worker)
         else:
@@ -552,10 +554,14 @@ class Agent:
                 self._uplink.send(Results(batch))
             self._outcomes = []
         credit = self._wanted_credit(now)
-        if credit != self._credit or self._started or self._returned or self._deaths:
+        if credit != self._credit or self._started or self._returned:
             self._credit = credit
-            self._uplink.send(Progress(credit, self._started, self._returned, self._deaths))
-            self._started, self._returned, self._deaths = [], [], []
+            self._uplink.send(Progress(credit, self._started, self._returned))
+            self._started, self._returned = [], []
+        if self._deaths:
+            for deaths in batches(self._deaths, _death_bytes):
+                self._uplink.send(Progress(credit, deaths=deaths))
+            self._deaths = []
         if self._workers_changed:
             self._workers_changed = False
             self._uplink.send(Workers(self._worker_states()))
@@ -615,6 +621,10 @@ class Agent:
 
 def _outcome_bytes(outcome: Outcome) -> int:
     return payload_bytes(outcome.value) + 60
+
+
+def _death_bytes(death: Death) -> int:
+    return 4 * (len(death.how) + len(death.remains.stack) + len(death.remains.stderr)) + 100  # 4: what a character may take
 
 
 def _is_plain(demand: tuple[tuple[str, float], ...]) -> bool:

@@ -22,6 +22,7 @@ from ..protocol import (
     No,
     Payload,
     Query,
+    Remains,
     Report,
     Run,
     Shape,
@@ -110,12 +111,14 @@ class Born(NamedTuple):
 
 
 class Exited(NamedTuple):
-    """A worker died. ``untaken``: the runs that lay in its pipe, taken back; ``how`` is a readable phrase."""
+    """A worker died. ``untaken``: the runs that lay in its pipe, taken back; ``how`` is a readable phrase; ``remains``:
+    whatever else is known."""
 
     worker: int
     pid: int
     how: str
     untaken: list[Run]
+    remains: Remains = Remains()
 
 
 class Said(NamedTuple):

@@ -72,6 +72,7 @@ from ..protocol import (
     batches,
     payload_bytes,
 )  # fmt: skip
+from .certificate import certificate, entry
 from .events import (
     Arrived,
     BeatArrived,
@@ -270,7 +271,7 @@ class Scheduler:
             case Results(outcomes):
                 self._results(node, outcomes, now)
             case Progress():
-                self._progress(node, message)
+                self._progress(node, message, now)
             case Workers(workers):
                 node.workers = workers
             case NeedFunctions(digests):
@@ -503,7 +504,7 @@ class Scheduler:
         task.move(DELAYED)
         self._delayed.set(task.id, now + wait_s * self._random.uniform(0.5, 1.0))
 
-    def _progress(self, node: Node, message: Progress) -> None:
+    def _progress(self, node: Node, message: Progress, now: float) -> None:
         if message.credit != node.credit:
             node.credit = message.credit
             node.version += 1
@@ -519,16 +520,19 @@ class Scheduler:
                 self._let_go(task, node)
                 self._requeue(task)
         for death in message.deaths:
-            self._death(node, death)
+            self._death(node, death, now)
 
-    def _death(self, node: Node, death: Death) -> None:
+    def _death(self, node: Node, death: Death, now: float) -> None:
         self.counts["worker deaths"] += 1
         self._fact("worker died", node, f"worker {death.worker} pid {death.pid}: {death.how}")
         task = self._current(node, Attempt(death.task, death.attempt)) if death.task else None
         if task is None:
             return
         self._let_go(task, node)
-        task.deaths += (f"worker {node.id}/{death.worker} on {node.where.host} (pid {death.pid}): {death.how}",)
+        after_first_s = None if task.died_at is None else now - task.died_at
+        task.died_at = now if task.died_at is None else task.died_at
+        where = f"{node.id}/{death.worker} on {node.where.host}"
+        task.deaths += (entry(death, where, after_first_s, task.deaths),)
         if not task.kind.options.requeue:
             self._fail(task, "its worker died, and requeue=False forbids another try")
         elif len(task.deaths) >= self.settings.max_deaths:
@@ -574,8 +578,9 @@ class Scheduler:
             self._finish(task, Final(task.id, "cancelled", text="cancelled before it started"))
 
     def _fail(self, task: Task, why: str) -> None:
-        name = task.kind.options.name or f"task {task.id.hex()[-8:]}"
-        self._finish(task, Final(task.id, "WorkerDied", text="\n  ".join([f"{name} failed: {why}", *task.deaths])))
+        label = task.kind.shape.label
+        name = task.kind.options.name or label or f"task {task.id.hex()[-8:]}"
+        self._finish(task, Final(task.id, "WorkerDied", text=certificate(f"{name} failed: {why}", label, task.deaths)))
 
     def _finish(self, task: Task, final: Final) -> None:
         kind = task.kind

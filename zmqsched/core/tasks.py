@@ -60,9 +60,12 @@ class IllegalMove(AssertionError):
 
 class Task:
     """One unfinished task. ``node`` is the node that holds the current attempt, by id; ``failures`` counts the user's
-    errors that were retried, ``deaths`` says how each worker died that was running this task."""
+    errors that were retried, ``deaths`` says how each worker died that was running this task, ``died_at`` when the first
+    did."""
 
-    __slots__ = ("attempt", "call", "cancelled", "client", "deaths", "failures", "id", "kind", "node", "seq", "state")
+    __slots__ = (
+        "attempt", "call", "cancelled", "client", "deaths", "died_at", "failures", "id", "kind", "node", "seq", "state",
+    )  # fmt: skip
 
     def __init__(self, task_id: bytes, client: int, kind: Kind, call: Payload, seq: int) -> None:
         self.id = task_id
@@ -75,6 +78,7 @@ class Task:
         self.node = ""
         self.failures = 0
         self.deaths: tuple[str, ...] = ()
+        self.died_at: float | None = None
         self.cancelled = False
 
     def move(self, state: TaskState) -> None:
