@@ -34,6 +34,7 @@ from zmqsched.protocol import (
     Order,
     Outcome,
     Ping,
+    Record,
     Results,
     Run,
     Shape,
@@ -43,8 +44,10 @@ from zmqsched.protocol import (
     batches,
     decode,
     decode_pipe,
+    decode_record,
     encode,
     encode_pipe,
+    encode_record,
     payload_bytes,
 )  # fmt: skip
 
@@ -55,6 +58,7 @@ MEGABYTE = 1 << 20
 
 MESSAGES = get_args(protocol.Message)
 PIPE_MESSAGES = get_args(protocol.PipeMessage)
+RECORDS = get_args(protocol.RecordMessage)
 
 
 # --- any message, from its struct -------------------------------------------------------------------------------------
@@ -207,13 +211,26 @@ def test_every_message_of_a_pipe_comes_out_as_it_went_in(kind):
     round_trip()
 
 
+@pytest.mark.parametrize("kind", RECORDS, ids=lambda kind: kind.__name__)
+def test_every_record_of_a_journal_comes_out_as_it_went_in(kind):
+    @few
+    @given(messages(kind))
+    def round_trip(message):
+        frames = [bytes(frame) for frame in encode_record(Record(b"owner", message))]
+        record = decode_record(frames)
+        assert (record.owner, joined(record.body)) == (b"owner", joined(message))
+        assert frames[1:] == bulk_of(message)
+
+    round_trip()
+
+
 def test_every_struct_on_the_wire_is_one_of_the_messages_or_part_of_one():
     tagged = {
         kind
         for kind in vars(protocol).values()
         if isinstance(kind, type) and issubclass(kind, protocol._Wire) and kind.__struct_config__.tag is not None
     }
-    assert tagged == {*MESSAGES, *PIPE_MESSAGES}
+    assert tagged == {*MESSAGES, *PIPE_MESSAGES, *RECORDS}
     tags = [kind.__struct_config__.tag for kind in tagged]
     assert len(tags) == len(set(tags))
 
@@ -255,26 +272,26 @@ GOLDEN = {
 BYTES = {
     "submit": [
         (
-            "5a5101019407010294149193c41066756e6374696f6e2d646967657374219803029292a3637075cb3ff0000000000000"
+            "5a5101019407010294149193c41066756e6374696f6e2d646967657374219903029292a3637075cb3ff0000000000000"
             "92a3677075cb3fe000000000000091a3737364a5747261696ec41067676767676767676767676767676767c2cb000000"
-            "0000000000a09193c4107369787465656e20627974652069642e00c40463616c6c9192c41066756e6374696f6e2d6469"
-            "6765737421c404636f6465"
+            "0000000000a0a09193c4107369787465656e20627974652069642e00c40463616c6c9192c41066756e6374696f6e2d64"
+            "696765737421c404636f6465"
         ),
     ],
     "submit, bulk": [
         (
-            "5a5101019407010294149193c41066756e6374696f6e2d646967657374219800009192a3637075cb3ff0000000000000"
-            "90a0c400c3cb0000000000000000a09193c4107369787465656e20627974652069642e000290"
+            "5a5101019407010294149193c41066756e6374696f6e2d646967657374219900009192a3637075cb3ff0000000000000"
+            "90a0c400c3cb0000000000000000a0a09193c4107369787465656e20627974652069642e000290"
         ),
         "73747265616d",
         "627566666572",
     ],
     "dispatch": [
         (
-            "5a5101019401cd012cce0001117094289193c41066756e6374696f6e2d646967657374219803029292a3637075cb3ff0"
+            "5a5101019401cd012cce0001117094289193c41066756e6374696f6e2d646967657374219903029292a3637075cb3ff0"
             "00000000000092a3677075cb3fe000000000000091a3737364a5747261696ec410676767676767676767676767676767"
-            "67c2cb0000000000000000a09294c4107369787465656e20627974652069642e0100c40463616c6c94c4107369787465"
-            "656e20627974652069642e0200c40090"
+            "67c2cb0000000000000000a0a09294c4107369787465656e20627974652069642e0100c40463616c6c94c41073697874"
+            "65656e20627974652069642e0200c40090"
         ),
     ],
     "results": [
@@ -285,7 +302,7 @@ BYTES = {
         "657272",
     ],
     "welcome": [
-        "5a51010194cf001000000000000000009603cf00100000000000000109a26e31cb3ff0000000000000",
+        "5a51010194cf001000000000000000009703cf00100000000000000109a26e31cb3ff0000000000000c2",
     ],
     "ping": [
         "5a5101019405000393060802",

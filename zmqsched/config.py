@@ -43,6 +43,8 @@ SUSPECT_AFTER_BEATS = 3
 PING_GRACE_S = 0.5
 # A client that is silent for so long is gone (a notebook's kernel restarts faster), and its open tasks with it.
 CLIENT_LEASE_S = 60.0
+# Results of a job are kept for this long after the last of its tasks was answered.
+KEEP_RESULTS_S = 24 * 3600.0
 # For the probe of all of a broker's addresses together: a user waits this long to read "nobody answers".
 CONNECT_TIMEOUT_S = 5.0
 # How long a client keeps trying to reach a broker that was there before its futures fail with ClusterLost.

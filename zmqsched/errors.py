@@ -10,10 +10,13 @@
     │   ├── ResultDecodeError               the result arrived but cannot be unpickled here
     │   ├── RemoteError                     the task's own exception, as text: it could not be rebuilt here
     │   ├── WorkerDied                      the task was running each time a worker died
-    │   └── Unschedulable                   no node can ever hold what the task asks for
+    │   ├── Unschedulable                   no node can ever hold what the task asks for
+    │   └── NotAccepted                     the broker cannot write its journal now
     ├── ClusterError                    the cluster cannot be found, reached or joined
     │   ├── ClusterNotFound (LookupError)
     │   ├── ClusterExists
+    │   ├── JobNotFound (LookupError)
+    │   ├── JournalError                    the journal is damaged, in use, or of another cluster
     │   ├── ConnectionFileError (ValueError)
     │   ├── BrokerUnreachable (ConnectionError)
     │   ├── Refused                         the broker said no, and why
@@ -67,6 +70,10 @@ class Unschedulable(TaskError):
     """No node of the cluster can ever hold what the task asks for."""
 
 
+class NotAccepted(TaskError):
+    """The broker takes no new tasks: it could not keep them, for its journal cannot be written now (the disk is full)."""
+
+
 class ClusterError(ZmqschedError):
     """The cluster cannot be found, reached or joined."""
 
@@ -77,6 +84,14 @@ class ClusterNotFound(ClusterError, LookupError):
 
 class ClusterExists(ClusterError):
     """A cluster of that name is running already."""
+
+
+class JobNotFound(ClusterError, LookupError):
+    """The cluster knows no job of that name: never submitted, or its results were dropped after their time."""
+
+
+class JournalError(ClusterError):
+    """The broker cannot use its journal, and says why; nothing was changed."""
 
 
 class ConnectionFileError(ClusterError, ValueError):

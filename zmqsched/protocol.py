@@ -76,7 +76,8 @@ class Options(_Wire):
 
     ``resources`` are (name, amount) sorted by name; ``memory`` is in bytes. ``group`` is the WaitGroup that the task's end
     counts down. ``requeue=False`` with ``retries=0`` means at most one execution. ``backoff``: seconds before the first
-    retry.
+    retry. ``job``: the task is answered to the job of that name, which any client may follow, and not to the client that
+    submitted it.
     """
 
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] = 0
@@ -87,6 +88,7 @@ class Options(_Wire):
     group: Annotated[bytes, Meta(max_length=16)] = b""
     requeue: bool = True
     backoff: Amount = 0.0
+    job: Name = ""
 
 
 class Shape(_Wire):
@@ -155,7 +157,7 @@ class Death(_Wire):
     remains: Remains = Remains()
 
 
-Verdict = Literal["ok", "error", "cancelled", "WorkerDied", "Unschedulable"]
+Verdict = Literal["ok", "error", "cancelled", "WorkerDied", "Unschedulable", "NotAccepted", "ClusterLost"]
 
 
 class Final(_Wire):
@@ -207,7 +209,8 @@ class ClientHello(_Wire, tag=1):
 
 
 class NodeHello(_Wire, tag=2):
-    """``credit`` is how many unfinished tasks the node takes at once, the slots' own included."""
+    """``credit`` is how many unfinished tasks the node takes at once, the slots' own included. ``holding``: what it runs for
+    a session that is over."""
 
     incarnation: Token
     life: Count
@@ -216,16 +219,19 @@ class NodeHello(_Wire, tag=2):
     credit: Annotated[int, Meta(ge=0, le=100_000)]
     resources: Annotated[tuple[tuple[Name, Amount], ...], Meta(max_length=64)]
     tags: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+    holding: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)] = []
 
 
 class Welcome(_Wire, tag=3):
-    """The broker's yes. ``session`` goes into every later envelope; ``epoch`` is new with each life of a broker."""
+    """The broker's yes. ``session`` goes into every later envelope; ``epoch`` is new with each life of a broker.
+    ``remembered``: the broker knows what this client has submitted before."""
 
     session: Count
     life: Count
     epoch: Count
     name: Name
     beat_interval_s: Annotated[float, Meta(gt=0, le=3600)]
+    remembered: bool = False
 
 
 class No(_Wire, tag=4):
@@ -247,10 +253,12 @@ class Ping(_Wire, tag=6):
 
 
 class Pong(_Wire, tag=7):
-    """The ping's numbers, returned."""
+    """The ping's numbers, returned. ``received``: the highest sequence number that has arrived in order, acknowledged or
+    not yet."""
 
     high: Count
     number: Count
+    received: Count = 0
 
 
 class Ack(_Wire, tag=8):
@@ -293,9 +301,11 @@ class Running(_Wire, tag=25):
 
 
 class GroupAdd(_Wire, tag=26):
-    """Add to WaitGroup counters; ``done()`` is a delta of -1."""
+    """Add to WaitGroup counters; ``done()`` is a delta of -1. ``number``: a process numbers its additions from 1, through
+    all its sessions, so that one offered again is recognised."""
 
     deltas: Annotated[list[tuple[Token, Annotated[int, Meta(ge=-(2**31), le=2**31)]]], Meta(max_length=MAX_ITEMS)]
+    number: Count = 0
 
 
 class GroupWait(_Wire, tag=27):
@@ -360,6 +370,22 @@ class Drain(_Wire, tag=34):
     node: Name
 
 
+class Follow(_Wire, tag=36):
+    """Answer this job's tasks to this client as well."""
+
+    request: Count
+    job: Name
+
+
+class JobTasks(_Wire, tag=37):
+    """Tasks of a job, in the order they were submitted; ``more`` of them follow. An unknown job has none."""
+
+    request: Count
+    job: Name
+    tasks: Annotated[list[TaskId], Meta(max_length=MAX_ITEMS)]
+    more: bool = False
+
+
 # --- broker and node -----------------------------------------------------------------------------------------------
 
 
@@ -406,6 +432,12 @@ class Workers(_Wire, tag=45):
 
 class Draining(_Wire, tag=46):
     """The node was told to leave (SIGTERM) and takes nothing new."""
+
+
+class Adopt(_Wire, tag=47):
+    """These attempts, begun for a session that is over, count again: their answers decide."""
+
+    attempts: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)]
 
 
 # --- node and worker (pipes) -----------------------------------------------------------------------------------------
@@ -457,13 +489,42 @@ class Fact(_Wire, tag=71):
     counts: Annotated[list[tuple[Name, Count]], Meta(max_length=64)] = []
 
 
+# --- what only a journal holds (journal.py), besides Submit, Functions, Finals and GroupAdd --------------------------------
+
+
+class Charged(_Wire, tag=80):
+    """What has become of an unfinished task so far. ``attempt``: of one that may be started only once, written before."""
+
+    task: TaskId
+    attempt: Count
+    failures: Count
+    deaths: Annotated[tuple[Text, ...], Meta(max_length=1_000)]
+
+
+class Forgotten(_Wire, tag=81):
+    """Nobody will ask for these tasks any more."""
+
+    tasks: Annotated[list[TaskId], Meta(max_length=MAX_ITEMS)]
+
+
+class Left(_Wire, tag=82):
+    """The owner is gone, and with it what it owned."""
+
+
+class Present(_Wire, tag=83):
+    """The nodes that are there, by incarnation."""
+
+    nodes: Annotated[list[Token], Meta(max_length=MAX_ITEMS)]
+
+
 Message: TypeAlias = (
     ClientHello | NodeHello | Welcome | No | SayHello | Ping | Pong | Ack | Goodbye
     | Submit | Functions | NeedFunctions | Cancel | Finals | Running | GroupAdd | GroupWait | GroupForget | GroupDone
-    | Query | Report | Notice | Shutdown | Drain
-    | Dispatch | Revoke | Stop | Results | Progress | Workers | Draining
+    | Query | Report | Notice | Shutdown | Drain | Follow | JobTasks
+    | Dispatch | Revoke | Stop | Results | Progress | Workers | Draining | Adopt
     | Beat | Fact
 )  # fmt: skip
+RecordMessage: TypeAlias = Submit | Functions | Finals | GroupAdd | Charged | Forgotten | Left | Present
 PipeMessage: TypeAlias = Run | Done | GroupAdd
 
 
@@ -474,11 +535,19 @@ class Envelope(Struct, array_like=True, frozen=True, gc=False):
     body: Message
 
 
+class Record(Struct, array_like=True, frozen=True, gc=False):
+    """What a journal keeps: a fact about the tasks of ``owner``, if of anybody's."""
+
+    owner: bytes
+    body: RecordMessage
+
+
 # --- bytes ---------------------------------------------------------------------------------------------------------------
 
 _encoder = msgspec.msgpack.Encoder()
 _envelopes = msgspec.msgpack.Decoder(Envelope)
 _pipe_messages = msgspec.msgpack.Decoder(PipeMessage)
+_records = msgspec.msgpack.Decoder(Record)
 _PREFIX = MAGIC + bytes((MAJOR, MINOR))
 
 # Which messages carry payloads: (field of the message or "" for itself, field of the item).
@@ -542,6 +611,22 @@ def decode_pipe(frames: Sequence[Buffer]) -> PipeMessage:
     message: PipeMessage = _decoded(_pipe_messages, frames[0])
     _fill_bulk(message, frames)
     return message
+
+
+def encode_record(record: Record) -> list[Buffer]:
+    bulk: list[Buffer] = []
+    if type(record.body) in _CARRIES:
+        record = Record(record.owner, _without_bulk(record.body, bulk))
+    return [_encoder.encode(record), *bulk]
+
+
+def decode_record(frames: Sequence[Buffer]) -> Record:
+    if not frames:
+        raise ProtocolError("a record has at least one frame")
+    record: Record = _decoded(_records, frames[0])
+    _check(record.body)
+    _fill_bulk(record.body, frames)
+    return record
 
 
 def payload_bytes(payload: Payload) -> int:
@@ -624,7 +709,7 @@ def _fill_bulk(message: Any, frames: Sequence[Buffer]) -> None:
         raise ProtocolError(f"{len(frames) - taken} bulk frames that the header does not name")
 
 
-def _check(body: Message) -> None:
+def _check(body: Message | RecordMessage) -> None:
     """What msgspec cannot state: indices within the message, and NaN, which passes every comparison it makes."""
     kind = type(body)
     if kind is Submit or kind is Dispatch:

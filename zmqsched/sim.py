@@ -468,8 +468,9 @@ def simulate(seed: int, *, verbose: bool = False, policy: str | None = None) -> 
     if not world.run_until(LIMIT_S, lambda: all(client.done for client in clients) and world.now > QUIET_AFTER_S):
         missing = {c.name: [p for t, p in c.plans.items() if t not in c.answers] for c in clients}
         raise SimulationFailed(f"not finished after {LIMIT_S} s: {missing}, {broker.core.counts}")
-    if left := dict(broker.core.open_counts()):
-        raise SimulationFailed(f"all is answered and the scheduler still holds {left}")
+    world.run_until(world.now + 5.0, lambda: not broker.core.unacknowledged())
+    if (left := dict(broker.core.open_counts())) or broker.core.unacknowledged():
+        raise SimulationFailed(f"all is answered and the scheduler still holds {left or 'answers'}")
     return world
 
 

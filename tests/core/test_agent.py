@@ -527,7 +527,7 @@ def test_tasks_count_on_groups_through_their_node():
     place = Workplace()
     place.broker_orders("a")
     place.says(1, GroupAdd([(token("g"), -1)]))
-    assert place.all(GroupAdd) == [GroupAdd([(token("g"), -1)])]
+    assert place.all(GroupAdd) == [GroupAdd([(token("g"), -1)], 1)]
 
 
 def test_an_answer_to_what_was_never_given_is_ignored():

@@ -193,7 +193,7 @@ def test_what_counts_on_groups_and_was_not_delivered_is_said_again():
     desk.cut = False
     desk.broker_forgets()
     desk.broker_welcomes()
-    assert desk.all(GroupAdd) == [GroupAdd([(token("g"), 3)])]
+    assert desk.all(GroupAdd) == [GroupAdd([(token("g"), 3)], 1)]
 
 
 def test_silence_is_warned_of_once_and_a_word_ends_it():

@@ -21,8 +21,8 @@ How tasks get to the node
   which hides the way to the broker and back. Nothing is prefetched until there is an estimate. When running tasks
   take longer than estimated, the node takes less, and hands back what it holds beyond that: unstarted, unblamed.
 * Work starts only with a lease (``uplink.py``): a node that was frozen or cut off must not begin what has meanwhile been
-  given to another. Without one it waits; if the broker has given it up, what is unstarted is dropped, what runs is
-  finished and offered as it is.
+  given to another. Without one it waits; if the broker has given it up, or is another one, what is unstarted is dropped.
+  What runs is an *orphan*: named in the next hello, and adopted, or else finished and offered as it is.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from typing import Literal
 
 from ..config import BEAT_INTERVAL_S, SUSPECT_AFTER_BEATS
 from ..protocol import (
+    Adopt,
     Attempt,
     Beat,
     Death,
@@ -159,6 +160,7 @@ class Agent:
         self._started: list[Attempt] = []
         self._returned: list[Attempt] = []
         self._deaths: list[Death] = []
+        self._additions = 0  # to WaitGroups, by tasks
         self._workers_changed = False
         self._beat_interval_s = BEAT_INTERVAL_S
         self._beats = 0
@@ -258,6 +260,8 @@ class Agent:
             case Revoke(attempts):
                 for attempt in attempts:
                     self._revoke(attempt)
+            case Adopt(attempts):
+                self._adopted(attempts)
             case Welcome():
                 self._welcomed(message)
             case SayHello():
@@ -296,6 +300,16 @@ class Agent:
                 self._take_back(worker)
         self._started.clear()
         self._returned.clear()
+        running = [next(iter(worker.runs.values())) for worker in self._workers.values() if worker.runs]
+        self._uplink.hold([Attempt(held.task, held.attempt) for held in running])
+
+    def _adopted(self, attempts: list[Attempt]) -> None:
+        for attempt in attempts:
+            held = self._held.get(attempt.task)
+            if held is not None and held.orphan and held.attempt == attempt.attempt:
+                held.orphan = False
+                held.reported = True
+                self._orphans -= 1
 
     def _ordered(self, order: Order, shape: Shape) -> None:
         held = self._held.get(order.task)
@@ -331,7 +345,8 @@ class Agent:
 
     def _said(self, number: int, message: Done | GroupAdd, now: float) -> None:
         if isinstance(message, GroupAdd):
-            self._uplink.send(message)
+            self._additions += 1
+            self._uplink.send(GroupAdd(message.deltas, self._additions))
             return
         worker = self._workers[number]
         held = worker.runs.pop(message.task, None)

@@ -15,13 +15,16 @@ from ..protocol import (
     Envelope,
     Fact,
     Final,
+    Follow,
     GroupAdd,
     GroupDone,
     GroupForget,
     GroupWait,
+    JobTasks,
     No,
     Payload,
     Query,
+    Record,
     Remains,
     Report,
     Run,
@@ -92,8 +95,29 @@ class Quit(NamedTuple):
     reason: str
 
 
-SchedulerEvent = Arrived | BeatArrived | Malformed | Undelivered | Leave | Tick
-SchedulerAction = Send | Publish | Log | Shrunk | Quit
+class Write(NamedTuple):
+    """Put these records into the journal, in one commit, after all before it; ``anew``: instead of all before it."""
+
+    number: int
+    records: list[Record]
+    anew: bool
+
+
+class Written(NamedTuple):
+    """All commits up to this number are on disk. ``size`` is the journal's, in bytes."""
+
+    number: int
+    size: int
+
+
+class Troubled(NamedTuple):
+    """The journal cannot be written now; the shell keeps trying."""
+
+    reason: str
+
+
+SchedulerEvent = Arrived | BeatArrived | Malformed | Undelivered | Written | Troubled | Leave | Tick
+SchedulerAction = Send | Publish | Write | Log | Shrunk | Quit
 
 
 # --- the node's agent --------------------------------------------------------------------------------------------
@@ -177,7 +201,7 @@ class Withdraw(NamedTuple):
 class Tell(NamedTuple):
     """A message for the broker that has no answer, or one that is asked for by its ``request`` number."""
 
-    message: GroupAdd | GroupWait | GroupForget | Query | Shutdown | Drain
+    message: GroupAdd | GroupWait | GroupForget | Query | Follow | Shutdown | Drain
 
 
 class Began(NamedTuple):
@@ -195,7 +219,7 @@ class NowRunning(NamedTuple):
 
 
 class Replied(NamedTuple):
-    message: GroupDone | Report
+    message: GroupDone | Report | JobTasks
 
 
 class Warned(NamedTuple):

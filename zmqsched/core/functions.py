@@ -23,6 +23,9 @@ class FunctionStore:
         self._blobs.move_to_end(digest)
         return self._blobs[digest]
 
+    def items(self) -> list[tuple[bytes, Payload]]:
+        return list(self._blobs.items())
+
     def add(self, digest: bytes, blob: Payload) -> None:
         if digest not in self._blobs:
             self._blobs[digest] = blob

@@ -55,6 +55,9 @@ class Groups:
         self._waiters.setdefault(group, []).append(waiter)
         return []
 
+    def counts(self) -> dict[bytes, int]:
+        return dict(self._counts)
+
     def forget(self, owner: Hashable, request: int | None = None) -> None:
         """The waiter gave up, or (without a request) its owner is gone."""
         for group, waiters in list(self._waiters.items()):

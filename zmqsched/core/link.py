@@ -11,7 +11,9 @@ Rules
 * **Nothing is sent again on a timer: only on evidence.** A timer cannot tell a slow link, where the message is still
   under way, from a lost one, and would fill the slow link with copies. So after a silence the sender asks:
   ``Ping(high)``, the highest number sent so far. It travels behind the messages, so the ``Pong(high)`` that comes back
-  proves that each of them arrived or is lost, and its envelope's ``ack`` says which. Those missing are sent again.
+  proves that each of them arrived or is lost, and its ``received`` says which. Those missing are sent again.
+* A *cautious* end acknowledges only what its owner has ``secured``: a broker with a journal keeps its word across its own
+  death. It says in its pongs how much it has received, so nothing is sent again meanwhile.
 * At most ``WINDOW`` messages are on the way; the rest wait here. That keeps ZeroMQ's high-water mark (1,000) out of
   reach, so that a refused send is a rare event instead of a way of life.
 
@@ -22,7 +24,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from ..protocol import Ack, Envelope, Message, Ping, Pong
+from ..protocol import Ack, Envelope, Finals, Message, Ping, Pong
 
 WINDOW = 200
 ACK_DELAY_S = 0.05  # an answer usually carries the acknowledgement sooner, for nothing
@@ -34,16 +36,22 @@ class Link:
 
     ``confirmed_at``: the other end knew this session at some moment after this one (of our clock): a ping sent then was
     answered. A message alone does not say so: it may have lain in a buffer while we slept.
+
+    ``delivered`` collects the answers (:class:`~zmqsched.protocol.Finals`) that the other end has acknowledged, for the
+    owner to take.
     """
 
     __slots__ = (
-        "_ack_at", "_acked", "_backlog", "_control", "_next", "_ping_at", "_ping_number", "_pings", "_resend", "_unacked",
-        "confirmed_at", "received", "session",
+        "_ack_at", "_acked", "_backlog", "_cautious", "_control", "_next", "_ping_at", "_ping_number", "_pings",
+        "_resend_after", "_secured", "_unacked", "confirmed_at", "delivered", "received", "session",
     )  # fmt: skip
 
-    def __init__(self, session: int) -> None:
+    def __init__(self, session: int, *, cautious: bool = False) -> None:
         self.session = session
         self.received = 0
+        self.delivered: list[Finals] = []
+        self._cautious = cautious
+        self._secured = 0  # the highest number that may be acknowledged
         self._acked = 0  # the highest number that was acknowledged to the other end
         self._next = 1
         self._unacked: deque[tuple[int, Message]] = deque()
@@ -51,7 +59,7 @@ class Link:
         self._control: list[Message] = []
         self._ack_at: float | None = None
         self._ping_at: float | None = None
-        self._resend = False
+        self._resend_after: int | None = None  # what is unacknowledged beyond this number is to be sent again
         self._pings: deque[tuple[int, float]] = deque(maxlen=8)
         self._ping_number = 0
         self.confirmed_at = float("-inf")
@@ -70,7 +78,7 @@ class Link:
         self._acknowledged(envelope.ack, now)
         body = envelope.body
         if type(body) is Ping:
-            self._control.append(Pong(body.high, body.number))
+            self._control.append(Pong(body.high, body.number, self.received))
             return None
         if type(body) is Pong:
             self._compare(body)
@@ -82,11 +90,17 @@ class Link:
                 self._ack_at = now
             return None
         self.received += 1
-        if self.received - self._acked >= WINDOW // 4:
+        if not self._cautious:
+            self.secure(self.received, now)
+        return body
+
+    def secure(self, number: int, now: float) -> None:
+        """What was received up to this number may be acknowledged."""
+        self._secured = number
+        if number - self._acked >= WINDOW // 4:
             self._ack_at = now  # before the other end has to stop
         elif self._ack_at is None:
             self._ack_at = now + ACK_DELAY_S
-        return body
 
     def flush(self, now: float) -> list[Envelope]:
         """Everything that should go out now, in order."""
@@ -94,7 +108,7 @@ class Link:
         while self._backlog and len(self._unacked) < WINDOW:
             body = self._backlog.popleft()
             self._unacked.append((self._next, body))
-            out.append(Envelope(self.session, self._next, self.received, body))
+            out.append(Envelope(self.session, self._next, self._secured, body))
             self._next += 1
         if out:
             self._ping_at = now + PING_AFTER_S
@@ -102,18 +116,18 @@ class Link:
             self._ping_at = now + PING_AFTER_S
             self.ping(now)
         if self._control:
-            out.extend(Envelope(self.session, 0, self.received, body) for body in self._control)
+            out.extend(Envelope(self.session, 0, self._secured, body) for body in self._control)
             self._control.clear()
         if not out and self._ack_at is not None and now >= self._ack_at:
-            out.append(Envelope(self.session, 0, self.received, Ack()))
+            out.append(Envelope(self.session, 0, self._secured, Ack()))
         if out:
             self._ack_at = None
-            self._acked = self.received
+            self._acked = self._secured
         return out
 
     def reconnected(self) -> None:
         """The transport is known to be a new one: what was not acknowledged went down with the old."""
-        self._resend = bool(self._unacked)
+        self._resend_after = 0 if self._unacked else None
 
     def unfinished(self) -> list[Message]:
         """What the other end has not acknowledged, oldest first; for the next session when this one is over."""
@@ -121,7 +135,7 @@ class Link:
 
     def deadline(self) -> float | None:
         """When ``flush`` has something to do; 0.0 for at once."""
-        if self._resend or self._control or (self._backlog and len(self._unacked) < WINDOW):
+        if self._resend_after is not None or self._control or (self._backlog and len(self._unacked) < WINDOW):
             return 0.0
         if self._ack_at is None:
             return self._ping_at
@@ -134,23 +148,25 @@ class Link:
         assert bool(numbers) == (self._ping_at is not None), "a message on the way without a timer, or the reverse"
 
     def _lost(self) -> list[Envelope]:
-        if not self._resend:
+        if self._resend_after is None:
             return []
-        self._resend = False
-        return [Envelope(self.session, seq, self.received, body) for seq, body in self._unacked]
+        after, self._resend_after = self._resend_after, None
+        return [Envelope(self.session, seq, self._secured, body) for seq, body in self._unacked if seq > after]
 
     def _acknowledged(self, ack: int, now: float) -> None:
         if ack >= self._next:
             return  # an acknowledgement of what was never sent: ignored
         progress = False
         while self._unacked and self._unacked[0][0] <= ack:
-            self._unacked.popleft()
+            body = self._unacked.popleft()[1]
+            if type(body) is Finals:
+                self.delivered.append(body)
             progress = True
         if progress:
             self._ping_at = now + PING_AFTER_S if self._unacked else None
 
     def _compare(self, pong: Pong) -> None:
         """Whatever the peer will ever get of the numbers up to ``high`` it has: what it lacks is lost."""
-        if self._unacked and self._unacked[0][0] <= pong.high:
-            self._resend = True  # all of them: the peer ignores numbers behind a gap
+        if self._unacked and self._unacked[0][0] <= pong.high and pong.received < pong.high:
+            self._resend_after = pong.received  # also what was sent since: the peer ignores numbers behind a gap
         self.confirmed_at = max([self.confirmed_at, *(at for number, at in self._pings if number == pong.number)])

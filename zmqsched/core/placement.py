@@ -148,6 +148,16 @@ class Placement:
                 heapq.heappop(heap)
         return pairs
 
+    def adopt(self, task: Task, node: Node, attempt: int) -> None:
+        """The node runs this queued task already."""
+        self.withdraw(task)
+        task.move(ASSIGNED)
+        task.attempt = attempt
+        task.node = node.id
+        self._turn += 1
+        node.take(task, self._turn)
+        self.changed(node)
+
     def reserve(self, now: float) -> None:
         """Keep a node free for each lane that was passed over for long; to be called now and then."""
         for node in list(self._reserved.values()):

@@ -16,12 +16,14 @@ from ..protocol import (
     Envelope,
     Final,
     Finals,
+    Follow,
     Function,
     Functions,
     Goodbye,
     GroupAdd,
     GroupDone,
     GroupWait,
+    JobTasks,
     Message,
     NeedFunctions,
     No,
@@ -69,7 +71,10 @@ class Requests:
         self._fresh: list[tuple[bytes, Shape, Payload]] = []  # asked for, not yet submitted
         self._functions = FunctionStore()
         self._sent: set[bytes] = set()
-        self._asked: dict[int, GroupWait | Query] = {}  # requests without a reply
+        self._asked: dict[int, GroupWait | Query | Follow] = {}  # requests without a reply
+        self._jobs: dict[str, set[bytes]] = {}  # unanswered tasks, not ours, of the jobs we follow
+        self._listed: dict[str, list[bytes]] = {}  # of a job's tasks, those named so far
+        self._additions = 0  # to WaitGroups
         self._lost_after_s = lost_after_s
         self._heard_at: float | None = None
         self._ticked_at: float | None = None
@@ -89,10 +94,10 @@ class Requests:
             case Withdraw(tasks):
                 self._withdraw(tasks)
             case Tell(message):
-                if isinstance(message, GroupWait | Query):
+                if isinstance(message, GroupWait | Query | Follow):
                     self._asked[message.request] = message
                 self._submit()  # what was asked for before is to arrive before
-                self._uplink.send(message)
+                self._uplink.send(self._numbered(message) if isinstance(message, GroupAdd) else message)
             case Leave(_, reason):
                 self._uplink.send(Goodbye(reason))
         out, self._out = self._out, []
@@ -121,9 +126,13 @@ class Requests:
             self._functions.add(digest, blob)
         self._fresh.extend(tasks)
 
+    def _numbered(self, addition: GroupAdd) -> GroupAdd:
+        self._additions += 1
+        return GroupAdd(addition.deltas, self._additions)
+
     def _withdraw(self, tasks: list[bytes]) -> None:
         self._submit()
-        wanted = [task for task in tasks if task in self._open]
+        wanted = [task for task in tasks if self._awaits(task)]
         if wanted:
             self._uplink.send(Cancel(wanted))
 
@@ -140,10 +149,12 @@ class Requests:
             case Finals(finals):
                 self._finals(finals)
             case Running(tasks):
-                self._out.append(NowRunning([task for task in tasks if task in self._open]))
+                self._out.append(NowRunning([task for task in tasks if self._awaits(task)]))
             case GroupDone() | Report():
                 if self._asked.pop(message.request, None) is not None:
                     self._out.append(Replied(message))
+            case JobTasks():
+                self._job_listed(message)
             case NeedFunctions(digests):
                 known = [Function(digest, self._functions[digest]) for digest in digests if digest in self._functions]
                 self._uplink.send(Functions(known))
@@ -165,7 +176,8 @@ class Requests:
     def _welcomed(self, welcome: Welcome) -> None:
         self._out.append(Began(welcome))
         self._sent.clear()
-        self._give_up_what_may_have_run()
+        if not welcome.remembered:
+            self._give_up_what_may_have_run()
         self._fresh = list(self._open.values())
         self._submit()
         for body in self._uplink.undelivered:
@@ -174,9 +186,26 @@ class Requests:
         self._uplink.undelivered.clear()
         for question in self._asked.values():
             self._uplink.send(question)
+        for job, tasks in self._jobs.items():
+            if tasks:
+                self._uplink.send(Follow(0, job))
+
+    def _job_listed(self, message: JobTasks) -> None:
+        """What a job has; or (request 0) what it still has at the next broker, or in the next session."""
+        listed = self._listed.setdefault(message.job, [])
+        listed.extend(message.tasks)
+        if message.more:
+            return
+        del self._listed[message.job]
+        followed = self._jobs.setdefault(message.job, set())
+        why = f"the broker that kept the job {message.job!r} is gone, and the one that is there now does not know it"
+        self._finals([Final(task, "ClusterLost", text=why) for task in followed.difference(listed)])
+        if self._asked.pop(message.request, None) is not None:
+            followed.update(task for task in listed if task not in self._open)
+            self._out.append(Replied(JobTasks(message.request, message.job, listed)))
 
     def _give_up_what_may_have_run(self) -> None:
-        """A new session: the broker, or its memory of us, is another. What was submitted to the old one may have run."""
+        """The broker, or its memory of us, is another. What was submitted to the old one may have run."""
         fresh = {entry[0] for entry in self._fresh}
         once = [task for task, shape, _ in self._open.values() if not shape.options.requeue and task not in fresh]
         why = "the broker that had the task is gone, or gave this client up; requeue=False forbids another try"
@@ -190,10 +219,18 @@ class Requests:
             if entry is not None:
                 released[entry[1].function] += 1
                 news.append(final)
+            elif self._awaits(final.task):
+                news.append(final)
+                for tasks in self._jobs.values():
+                    tasks.discard(final.task)
         for digest, times in released.items():
             self._functions.release(digest, times)
         if news:
             self._out.append(Finished(news))
+
+    def _awaits(self, task: bytes) -> bool:
+        """It is ours, or of a job that we follow, and unanswered."""
+        return task in self._open or any(task in tasks for tasks in self._jobs.values())
 
     def _tick(self, now: float) -> None:
         if self._ended:

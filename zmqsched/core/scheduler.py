@@ -17,21 +17,31 @@ Answers
 An outcome that names the current attempt of its task decides it. One that does not is a *zombie*: from a node that was
 given up and its task placed anew. A zombie's value is as good as any and is accepted if the task is still open (first
 result wins); a zombie's error is not, for the newer attempt may succeed. Both are counted.
+
+After a crash
+-------------
+With a journal (``ledger.py``) nothing is acknowledged and no answer given before it is on disk, and ``restore`` plays the
+journal again. A node that joins says what it still runs; what of that is open and not placed elsewhere is *adopted*: that
+attempt counts. So a broker that follows a crashed one places nothing before the nodes it knew are back, or
+``settle_s`` have passed. A task with ``requeue=False`` that may have been started waits longer for its node, then fails.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 
-from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, PING_GRACE_S, SUSPECT_AFTER_BEATS
+from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, KEEP_RESULTS_S, PING_GRACE_S, SUSPECT_AFTER_BEATS
 from ..protocol import (
+    MAX_ITEMS,
+    Adopt,
     Attempt,
     Beat,
     Cancel,
+    Charged,
     ClientHello,
     Death,
     Dispatch,
@@ -41,6 +51,8 @@ from ..protocol import (
     Fact,
     Final,
     Finals,
+    Follow,
+    Forgotten,
     Function,
     Functions,
     Goodbye,
@@ -48,6 +60,8 @@ from ..protocol import (
     GroupDone,
     GroupForget,
     GroupWait,
+    JobTasks,
+    Left,
     Message,
     NeedFunctions,
     No,
@@ -56,8 +70,11 @@ from ..protocol import (
     Notice,
     Order,
     Outcome,
+    Present,
     Progress,
     Query,
+    Record,
+    RecordMessage,
     Report,
     Results,
     Revoke,
@@ -67,6 +84,7 @@ from ..protocol import (
     Shutdown,
     Stop,
     Submit,
+    TaskSpec,
     Welcome,
     Workers,
     batches,
@@ -86,21 +104,26 @@ from .events import (
     Send,
     Shrunk,
     Tick,
+    Troubled,
     Undelivered,
+    Written,
 )  # fmt: skip
 from .functions import FunctionStore
 from .groups import Answer, Groups, Waiter
+from .ledger import Answered, Consequence, Counted, Ledger, Placed, final_bytes
 from .nodes import ALIVE, DRAINING, GONE, LOST, SUSPECT, Node
+from .owners import Owner, Owners
 from .placement import Placement
 from .policy import DEFAULT_POLICY, POLICIES
 from .sessions import Session, Sessions
-from .tasks import ASSIGNED, DELAYED, FINISHED, QUEUED, RUNNING, WAITING, Task
+from .tasks import ASSIGNED, DELAYED, FINISHED, QUEUED, RUNNING, WAITING, Kind, Task
 from .timers import Timers
 
 MAX_NODE_FUNCTIONS = 4_096  # digests remembered as sent to a node; past it, functions are sent again
 PARTING_S = 2.0  # how long a shutdown waits for goodbyes
 FORMER_NODES = 32  # lost and departed nodes kept for reports
 MAX_BACKOFF_S = 60.0  # the longest wait before a retry
+MAX_COUNTED = 10_000  # processes whose last addition to a WaitGroup is remembered
 
 
 @dataclass(frozen=True)
@@ -108,7 +131,8 @@ class Settings:
     """``python`` is the "major.minor" that clients and nodes must share: functions by value are bytecode.
 
     A task that no node can ever hold fails after ``unservable_after_s``; a node lost less than ``await_lost_s`` ago counts
-    as one that may be back.
+    as one that may be back. ``journal``: the shell keeps one. ``settle_s``: how long a broker that follows a crashed one
+    waits for nodes before it places anything.
     """
 
     name: str = "cluster"
@@ -122,6 +146,9 @@ class Settings:
     unservable_after_s: float = 3.0
     await_lost_s: float = 60.0
     max_deaths: int = 3
+    journal: bool = False
+    keep_results_s: float = KEEP_RESULTS_S
+    settle_s: float = 0.0
 
 
 class Scheduler:
@@ -129,7 +156,9 @@ class Scheduler:
         self.settings = settings
         self.counts: Counter[str] = Counter()
         self._random = random
-        self._sessions = Sessions(random)
+        self._ledger = Ledger() if settings.journal else None
+        self._sessions = Sessions(random, cautious=settings.journal)
+        self._owners = Owners()
         self._placement = Placement(POLICIES[settings.policy](), random)
         self._functions = FunctionStore()
         self._groups = Groups()
@@ -140,6 +169,11 @@ class Scheduler:
         self._nodes: dict[str, Node] = {}
         self._by_incarnation: dict[bytes, Node] = {}
         self._former: list[Node] = []
+        self._offers: dict[bytes, tuple[str, int]] = {}  # attempts that nodes run and nobody wants so far, by task
+        self._expected: set[bytes] | None = None  # incarnations of the nodes that the crashed broker had, if known
+        self._settled_at = 0.0 if not settings.settle_s else math.inf
+        self._limbo: dict[bytes, Task] = {}  # may have been started, before a crash, and must not be again
+        self._counted: OrderedDict[bytes, int] = OrderedDict()  # the last addition to a WaitGroup, by incarnation
         self._watch: Timers[str] = Timers()  # when to look at a node again, by id
         self._node_numbers = 0
         self._seq = 0
@@ -147,11 +181,13 @@ class Scheduler:
         self._next_round = 0.0
         self._end_at = math.inf
         self._end_why = ""
+        self._now = 0.0
         self._out: list[SchedulerAction] = []
 
     # --- the contract ----------------------------------------------------------------------------------------------
 
     def handle(self, event: SchedulerEvent, now: float) -> list[SchedulerAction]:
+        self._now = now
         match event:
             case Arrived(peer, user, envelope):
                 self._arrived(peer, user, envelope, now)
@@ -165,15 +201,20 @@ class Scheduler:
                     self._out.append(Send(peer, Envelope(0, 0, 0, answer)))
             case Undelivered(_, reason):
                 self.counts[f"send refused: {reason}"] += 1
+            case Written(number, size):
+                assert self._ledger is not None, "a journal nobody asked for"
+                self._release(*self._ledger.written(number, size), now)
+            case Troubled(reason):
+                self._troubled(reason)
             case Leave(_, reason):
                 self._shut_down(reason, now)
         out, self._out = self._out, []
         return out
 
     def next_deadline(self) -> float:
-        if self._placement.pending:
-            return 0.0
         at = min(self._next_round, self._end_at)
+        if self._placement.pending:
+            at = min(at, self._settled_at)
         for other in (self._sessions.deadline(), self._watch.next(), self._delayed.next()):
             if other is not None and other < at:
                 at = other
@@ -192,11 +233,16 @@ class Scheduler:
             assert held == bool(task.node), f"{task}: state and node disagree"
             assert not held or self._nodes[task.node].tasks.get(task.id) is task, f"{task} is not at its node"
             waits = task.id in self._waiting.get(task.kind.shape.function, {})
-            assert waits == (task.state is WAITING), f"{task}: waits for a function or not"
+            assert (waits or task.id in self._limbo) == (task.state is WAITING), f"{task}: waits for a function or not"
             assert (task.id in self._delayed) == (task.state is DELAYED), f"{task}: waits for its retry or not"
             assert task.state not in (QUEUED, DELAYED) or not task.cancelled, f"{task} is cancelled and queued"
         delayed = sum(task.state is DELAYED for task in self._tasks.values())
         assert len(self._delayed) == delayed, "a retry of no task is waited for"
+        open_ = Counter(id(task.owner) for task in self._tasks.values())
+        for owner in self._owners:
+            assert owner.open == open_[id(owner)], f"{owner.id!r}: the count of its open tasks is off"
+            assert not owner.answers.keys() & self._tasks.keys(), "a task is answered and open"
+            assert self._ledger is not None or not owner.unwritten, "an answer waits for a journal that is not there"
         assert all(kind == kinds[shape] for shape, kind in self._placement.open_kinds().items()), "a kind's count is off"
         assert self._functions.held() == Counter(shape.function for shape in kinds), "functions held for nobody"
         for node in self._nodes.values():
@@ -215,6 +261,10 @@ class Scheduler:
         counts["at nodes"] = sum(node.assigned for node in self._nodes.values())
         return +counts
 
+    def unacknowledged(self) -> int:
+        """Answers that clients have not acknowledged."""
+        return sum(len(owner.answers) + len(owner.unwritten) for owner in self._owners if not owner.job)
+
     # --- events ----------------------------------------------------------------------------------------------------
 
     def _arrived(self, peer: bytes, user: str, envelope: Envelope, now: float) -> None:
@@ -228,6 +278,10 @@ class Scheduler:
                 self._out.append(Send(peer, Envelope(envelope.session, 0, 0, SayHello())))
             return
         message = self._sessions.receive(session, peer, envelope, now)
+        if session.link.delivered:
+            self._delivered(session)
+        if self._ledger is not None:
+            self._ledger.received(session.token, session.link.received)
         if session.node:
             self._heard(self._nodes[session.node], now)
         if message is not None:
@@ -235,8 +289,7 @@ class Scheduler:
 
     def _message(self, session: Session, message: Message, now: float) -> None:
         if isinstance(message, GroupAdd):  # from anybody: tasks count too
-            for group, delta in message.deltas:
-                self._answer(self._groups.add(group, delta))
+            self._add_to_groups(session.incarnation, message)
         elif session.node:
             self._from_node(self._nodes[session.node], message, now)
         else:
@@ -257,6 +310,8 @@ class Scheduler:
                 self._groups.forget(session.token, request)
             case Query(request):
                 self._sessions.send(session, self._report(request, now))
+            case Follow(request, job):
+                self._follow(session, request, job)
             case Drain(node_id):
                 self._drain(session, node_id)
             case Shutdown():
@@ -265,6 +320,19 @@ class Scheduler:
                 self._client_gone(session, "left")
             case _:
                 self._misplaced(session, message)
+
+    def _add_to_groups(self, incarnation: bytes, message: GroupAdd) -> None:
+        if message.number and message.number <= self._counted.get(incarnation, 0):
+            self.counts["additions offered again"] += 1
+            return
+        if message.number:
+            self._counted[incarnation] = message.number
+            self._counted.move_to_end(incarnation)
+            if len(self._counted) > MAX_COUNTED:
+                self._counted.popitem(last=False)
+        self._record(incarnation, message)
+        for group, delta in message.deltas:
+            self._answer(self._groups.add(group, delta))
 
     def _from_node(self, node: Node, message: Message, now: float) -> None:
         match message:
@@ -307,14 +375,21 @@ class Scheduler:
         if (at := self._delayed.next()) is not None and at <= now:
             for task_id in self._delayed.due(now):
                 self._requeue(self._tasks[task_id])
-        if now >= self._next_round:
+        begins_round = now >= self._next_round
+        if begins_round:
             self._next_round = now + self.settings.beat_interval_s
             self._expire_clients(now)
+            self._expire_limbo(now)
             self._fail_hopeless(now)
             self._placement.reserve(now)
             self._publish_counts()
             self._shrink()
-        self._dispatch()
+        if now >= self._settled_at:
+            self._dispatch()
+        elif self._settled_at == math.inf:  # the first moment of this broker
+            self._settled_at = now + self.settings.settle_s
+        if self._ledger is not None:
+            self._commit(self._ledger, now, hurry=begins_round)
         self._flush(now)
         if self._end_at < math.inf and (now >= self._end_at or self._sessions.empty):
             self._out.append(Quit(self._end_why))
@@ -332,18 +407,24 @@ class Scheduler:
             self.counts["stale hellos"] += 1
             return
         if session is not None and hello.life > session.life:
-            self._end_session(session, "began anew")
+            if session.node:
+                self._node_ends(self._nodes[session.node], left=False, why="began anew")
+            else:
+                self._close_session(session, now)
             session = None
         if session is None:
             session = self._sessions.open(hello, peer, user, now)
             if isinstance(hello, NodeHello):
                 self._node_joins(session, hello, now)
+            else:
+                self._client_joins(session, now)
         session.heard_at = now
         if session.peer != peer:
             session.peer = peer
             session.link.reconnected()
         name = session.node or self.settings.name
-        welcome = Welcome(session.token, session.life, self.settings.epoch, name, self.settings.beat_interval_s)
+        settings = self.settings
+        welcome = Welcome(session.token, session.life, settings.epoch, name, settings.beat_interval_s, session.remembered)
         self._out.append(Send(peer, Envelope(session.token, 0, 0, welcome)))
 
     def _objection(self, hello: ClientHello | NodeHello) -> No | None:
@@ -357,20 +438,56 @@ class Scheduler:
             f"which another minor version cannot run. Start the {what} with Python {self.settings.python}.",
         )
 
-    def _end_session(self, session: Session, why: str) -> None:
-        if session.node:
-            self._node_ends(self._nodes[session.node], left=False, why=why)
-        else:
-            self._client_gone(session, why)
+    def _client_joins(self, session: Session, now: float) -> None:
+        """It is told what it has missed; what it submits again is known."""
+        session.remembered = self._owners.find_client(session.incarnation) is not None
+        owner = self._owners.client(session.incarnation, now)
+        self._let_follow(session, owner)
+        session.finals.extend(owner.answers.values())
+        self._sessions.touch(session)
 
-    def _client_gone(self, session: Session, why: str) -> None:
+    def _follow(self, session: Session, request: int, job: str) -> None:
+        owner = self._owners.find_job(job)
+        tasks: list[bytes] = []
+        if owner is not None:
+            mine = [task.id for task in self._tasks.values() if task.owner is owner]
+            tasks = sorted([*mine, *owner.answers, *owner.unwritten])  # a client numbers its tasks in order
+        starts = range(0, len(tasks), MAX_ITEMS)
+        for start in starts or [0]:
+            part = tasks[start : start + MAX_ITEMS]
+            self._sessions.send(session, JobTasks(request, job, part, more=start + MAX_ITEMS < len(tasks)))
+        if owner is not None:
+            if session not in owner.sessions:
+                self._let_follow(session, owner)
+            session.finals.extend(owner.answers.values())
+
+    def _let_follow(self, session: Session, owner: Owner) -> None:
+        owner.sessions.append(session)
+        session.follows.append(owner)
+
+    def _close_session(self, session: Session, now: float) -> None:
         self._sessions.close(session)
         self._groups.forget(session.token)
-        mine = [task for task in self._tasks.values() if task.client == session.token]
+        for owner in session.follows:
+            owner.sessions.remove(session)
+            if not owner.job:
+                owner.quiet_since = now
+
+    def _client_gone(self, session: Session, why: str) -> None:
+        """For good: nobody will ask for its tasks. Those of jobs go on."""
+        owner = session.follows[0]
+        self._close_session(session, self._now)
+        dropped = self._owner_gone(owner)
+        who = f"client {session.where.host} pid {session.where.pid}"
+        self._out.append(Log("info", f"{who} {why}: {dropped} tasks dropped"))
+
+    def _owner_gone(self, owner: Owner) -> int:
+        self._owners.forget(owner)
+        self._record(owner.id, Left())
+        mine = [task for task in self._tasks.values() if task.owner is owner]
         for task in mine:
             self._drop(task, "its client is gone")
-        who = f"client {session.where.host} pid {session.where.pid}"
-        self._out.append(Log("info", f"{who} {why}: {len(mine)} tasks dropped"))
+        return len(mine)
 
     def _node_joins(self, session: Session, hello: NodeHello, now: float) -> None:
         self._node_numbers += 1
@@ -382,6 +499,32 @@ class Scheduler:
         self._watch.set(node.id, now + self.settings.suspect_after_s)
         text = f"{hello.where.host} pid {hello.where.pid}, {hello.slots} slots"
         self._fact("joined", node, text)
+        for attempt in hello.holding:
+            self._offers[attempt.task] = (node.id, attempt.attempt)
+            if (task := self._tasks.get(attempt.task)) is not None:
+                self._adopt(task)
+        self._record(b"", Present(list(self._by_incarnation)))
+        if self._expected is not None:
+            self._expected.discard(node.incarnation)
+            if not self._expected:
+                self._settled_at = min(self._settled_at, now)
+
+    def _adopt(self, task: Task) -> None:
+        """A node runs this task already, for a session that is over: that attempt counts again, unless there is another."""
+        node_id, attempt = self._offers.pop(task.id)
+        node = self._nodes[node_id]
+        free = task.state is QUEUED or task.id in self._limbo
+        room = node.open and node.fits(task.kind.options.resources)
+        if task.cancelled or not free or not room or attempt < task.attempt:
+            return
+        if self._limbo.pop(task.id, None) is not None:
+            task.move(QUEUED)
+            self._placement.enqueue(task)
+        self._placement.adopt(task, node, attempt)
+        task.move(RUNNING)
+        self.counts["adopted"] += 1
+        self._sessions.send(self._session_of(node), Adopt([Attempt(task.id, attempt)]))
+        self._tell_running(task)
 
     def _node_ends(self, node: Node, *, left: bool, why: str) -> None:
         """The node is gone or given up: it holds nothing any more, what it held is queued again."""
@@ -392,6 +535,8 @@ class Scheduler:
         self._placement.leave(node)
         self._sessions.close(self._session_of(node))
         self._former = [*self._former, node][-FORMER_NODES:]
+        self._offers = {task: offer for task, offer in self._offers.items() if offer[0] != node.id}
+        self._record(b"", Present(list(self._by_incarnation)))
         requeued = 0
         for task in reversed(list(node.tasks.values())):  # to the front of the queue, the first of them last
             self._let_go(task, node)
@@ -429,28 +574,25 @@ class Scheduler:
     # --- tasks -----------------------------------------------------------------------------------------------------
 
     def _submit(self, session: Session, message: Submit) -> None:
+        if self._ledger is not None and self._ledger.trouble:
+            self._refuse(session, message.tasks, self._ledger.trouble)
+            return
         self._learn(message.functions)
         kinds = [self._placement.kind(shape) for shape in message.shapes]
+        owners = [self._owner(session, kind) for kind in kinds]
         missing = {shape.function for shape in message.shapes if shape.function not in self._functions}
         before = self._seq
         tasks = self._tasks
+        new = []
         for spec in message.tasks:
-            if (known := tasks.get(spec.task)) is not None:
-                self._submitted_again(known, session)
+            owner = owners[spec.shape]
+            if spec.task in tasks or owner.has_answered(spec.task):
+                self._submitted_again(spec.task, owner, session)
                 continue
-            kind = kinds[spec.shape]
-            self._seq += 1
-            task = tasks[spec.task] = Task(spec.task, session.token, kind, spec.call, self._seq)
-            if not kind.open:
-                self._functions.hold(kind.shape.function)
-            kind.open += 1
-            if kind.options.group:
-                self._answer(self._groups.add(kind.options.group, 1))
-            if kind.shape.function in missing:
-                self._waiting.setdefault(kind.shape.function, {})[task.id] = task
-            else:
-                task.move(QUEUED)
-                self._placement.enqueue(task)
+            new.append(spec)
+            task = self._accept(spec, kinds[spec.shape], owner, waits=message.shapes[spec.shape].function in missing)
+            if spec.task in self._offers:
+                self._adopt(task)
         self.counts["accepted"] += self._seq - before
         self._most_tasks = max(self._most_tasks, len(self._tasks))
         for kind in kinds:
@@ -458,17 +600,62 @@ class Scheduler:
                 self._placement.retire(kind)
         if missing:
             self._sessions.send(session, NeedFunctions(sorted(missing)))
+        if new:
+            self._record(session.follows[0].id, Submit(message.shapes, new))
 
-    def _submitted_again(self, task: Task, session: Session) -> None:
-        """A copy; or the client was given up while an attempt ran, is back, and wants the task after all."""
+    def _owner(self, session: Session, kind: Kind) -> Owner:
+        if not kind.options.job:
+            return session.follows[0]
+        owner = self._owners.job(kind.options.job, self._now)
+        if session not in owner.sessions:  # of what was answered before it hears when it asks
+            self._let_follow(session, owner)
+        return owner
+
+    def _accept(self, spec: TaskSpec, kind: Kind, owner: Owner, *, waits: bool) -> Task:
+        self._seq += 1
+        task = self._tasks[spec.task] = Task(spec.task, owner, kind, spec.call, self._seq)
+        owner.open += 1
+        if not kind.open:
+            self._functions.hold(kind.shape.function)
+        kind.open += 1
+        if kind.options.group:
+            self._answer(self._groups.add(kind.options.group, 1))
+        if waits:
+            self._waiting.setdefault(kind.shape.function, {})[task.id] = task
+        else:
+            task.move(QUEUED)
+            self._placement.enqueue(task)
+        return task
+
+    def _submitted_again(self, task_id: bytes, owner: Owner, session: Session) -> None:
+        """A copy; or the client was given up while an attempt ran, is back, and wants the task after all; or a job's task
+        was answered and this client has not heard of it."""
         self.counts["submitted again"] += 1
-        if self._sessions.get(task.client) is None:
-            task.client = session.token
+        task = self._tasks.get(task_id)
+        if task is None:
+            if owner.job and task_id in owner.answers:
+                session.finals.append(owner.answers[task_id])
+                self._sessions.touch(session)
+        elif not self._owners.knows(task.owner):
+            task.owner = owner
+            owner.open += 1
             task.cancelled = False
+            self._record(owner.id, Submit([task.kind.shape], [TaskSpec(task_id, 0, task.call)]))
+
+    def _refuse(self, session: Session, specs: list[TaskSpec], trouble: str) -> None:
+        """What cannot be kept is not taken. What was taken before is known, and answered as ever."""
+        mine = session.follows[0]
+        fresh = [spec.task for spec in specs if spec.task not in self._tasks and not mine.has_answered(spec.task)]
+        self.counts["not accepted: no journal"] += len(fresh)
+        text = f"the broker cannot keep new tasks: {trouble}. Submit again when it can; what was accepted is not lost"
+        session.finals.extend(Final(task, "NotAccepted", text=text) for task in fresh)
+        self._sessions.touch(session)
 
     def _learn(self, functions: list[Function]) -> None:
         for function in functions:
-            self._functions.add(function.digest, function.blob)
+            if function.digest not in self._functions:
+                self._functions.add(function.digest, function.blob)
+                self._record(b"", Functions([function]))
             for task in self._waiting.pop(function.digest, {}).values():
                 task.move(QUEUED)
                 self._placement.enqueue(task)
@@ -477,6 +664,8 @@ class Scheduler:
         for outcome in outcomes:
             task = self._tasks.get(outcome.task)
             current = task is not None and task.node == node.id and task.attempt == outcome.attempt
+            self._offers.pop(outcome.task, None)
+            current = current or outcome.task in self._limbo
             if not current:
                 self.counts["zombie results"] += 1
             if task is None or not (current or outcome.ok):
@@ -488,6 +677,7 @@ class Scheduler:
                 node.done += 1
             elif outcome.retry and task.failures < task.kind.options.retries and not task.cancelled:
                 task.failures += 1
+                self._record(b"", Charged(task.id, 0, task.failures, task.deaths))
                 self.counts["retried"] += 1
                 self._let_go(task, node)
                 self._retry(task, now)
@@ -533,6 +723,7 @@ class Scheduler:
         task.died_at = now if task.died_at is None else task.died_at
         where = f"{node.id}/{death.worker} on {node.where.host}"
         task.deaths += (entry(death, where, after_first_s, task.deaths),)
+        self._record(b"", Charged(task.id, 0, task.failures, task.deaths))
         if not task.kind.options.requeue:
             self._fail(task, "its worker died, and requeue=False forbids another try")
         elif len(task.deaths) >= self.settings.max_deaths:
@@ -550,7 +741,7 @@ class Scheduler:
 
     def _cancel(self, session: Session, task_id: bytes) -> None:
         task = self._tasks.get(task_id)
-        if task is not None and task.client == session.token:
+        if task is not None and session in task.owner.sessions:
             self._drop(task, "cancelled")
 
     def _drop(self, task: Task, why: str) -> None:
@@ -583,6 +774,21 @@ class Scheduler:
         self._finish(task, Final(task.id, "WorkerDied", text=certificate(f"{name} failed: {why}", label, task.deaths)))
 
     def _finish(self, task: Task, final: Final) -> None:
+        self._close(task)
+        self.counts[final.verdict] += 1
+        owner = task.owner
+        if not self._owners.knows(owner):
+            pass
+        elif self._ledger is not None:
+            owner.unwritten[final.task] = final
+            self._ledger.answer(owner.id, final)
+        else:
+            self._tell(owner, final)
+        if task.kind.options.group:
+            self._answer(self._groups.add(task.kind.options.group, -1))
+
+    def _close(self, task: Task) -> None:
+        """The record of the task is over."""
         kind = task.kind
         if task.node:
             node = self._nodes[task.node]
@@ -599,33 +805,206 @@ class Scheduler:
         if not kind.open:
             self._functions.release(kind.shape.function)
             self._placement.retire(kind)
-        self.counts[final.verdict] += 1
-        session = self._sessions.get(task.client)
-        if session is not None:
+        task.owner.open -= 1
+        if not task.owner.open:
+            task.owner.quiet_since = self._now
+
+    def _tell(self, owner: Owner, final: Final) -> None:
+        """The answer is as safe as it will be; it is kept until it is acknowledged."""
+        owner.answers[final.task] = final
+        for session in owner.sessions:
             session.finals.append(final)
             self._sessions.touch(session)
-        if kind.options.group:
-            self._answer(self._groups.add(kind.options.group, -1))
+
+    def _delivered(self, session: Session) -> None:
+        """Answers were acknowledged. Those of a job are kept for others."""
+        answers = session.follows[0].answers
+        for message in session.link.delivered:
+            for final in message.finals:
+                if answers.pop(final.task, None) is not None and self._ledger is not None:
+                    self._ledger.forget(final.task)
+        session.link.delivered.clear()
 
     def _stop_waiting(self, task: Task) -> None:
+        if self._limbo.pop(task.id, None) is not None:
+            return
         waiting = self._waiting[task.kind.shape.function]
         del waiting[task.id]
         if not waiting:
             del self._waiting[task.kind.shape.function]
 
     def _tell_running(self, task: Task) -> None:
-        session = self._sessions.get(task.client)
-        if session is not None:
+        for session in task.owner.sessions:
             session.running.append(task.id)
             self._sessions.touch(session)
 
     def _answer(self, answers: list[Answer]) -> None:
         for waiter, error in answers:
-            session = self._sessions.get(waiter.owner) if isinstance(waiter.owner, int) else None
-            if session is not None:
-                # The finals that brought the counter to zero must not arrive behind the news that it is zero.
-                self._post(session)
-                self._sessions.send(session, GroupDone(waiter.request, error))
+            if self._ledger is not None:
+                self._ledger.then(Counted(waiter, error))
+            else:
+                self._end_wait(waiter, error)
+
+    def _end_wait(self, waiter: Waiter, error: str) -> None:
+        session = self._sessions.get(waiter.owner) if isinstance(waiter.owner, int) else None
+        if session is not None:
+            # The finals that brought the counter to zero must not arrive behind the news that it is zero.
+            self._post(session)
+            self._sessions.send(session, GroupDone(waiter.request, error))
+
+    # --- the journal -----------------------------------------------------------------------------------------------
+
+    def _record(self, owner: bytes, body: RecordMessage) -> None:
+        if self._ledger is not None:
+            self._ledger.record(owner, body)
+
+    def _commit(self, ledger: Ledger, now: float, *, hurry: bool) -> None:
+        """End the turn: what follows from it waits for the journal."""
+        if (write := ledger.commit(hurry=hurry)) is not None:
+            self._out.append(write)
+        if ledger.has_outgrown(idle=self.keeps_nothing):
+            self._out.append(ledger.replace(self._snapshot()))
+        self._release(*ledger.due(), now)
+
+    def _release(self, received: dict[int, int], consequences: list[Consequence], now: float) -> None:
+        for token, number in received.items():
+            if (session := self._sessions.get(token)) is not None:
+                session.link.secure(number, now)
+                self._sessions.touch(session)
+        for consequence in consequences:
+            match consequence:
+                case Answered(owner_id, final):
+                    owner = self._owners.get(owner_id)
+                    if owner is not None and owner.unwritten.pop(final.task, None) is not None:
+                        self._tell(owner, final)
+                case Counted(waiter, error):
+                    self._end_wait(waiter, error)
+                case Placed(node_id, message):
+                    self._send_once(node_id, message)
+
+    def _send_once(self, node_id: str, message: Dispatch) -> None:
+        """That these tasks are started is on disk: now they may be, if they still are to be."""
+        orders = []
+        for order in message.orders:
+            task = self._tasks.get(order.task)
+            if task is None or task.node != node_id or task.attempt != order.attempt:
+                continue
+            if task.cancelled:
+                self._let_go(task, self._nodes[node_id])
+                self._requeue(task)
+            else:
+                orders.append(order)
+        if orders:
+            session = self._session_of(self._nodes[node_id])
+            self._sessions.send(session, Dispatch(message.shapes, orders, message.functions))
+
+    def _troubled(self, reason: str) -> None:
+        assert self._ledger is not None, "a journal nobody asked for"
+        if not self._ledger.trouble:
+            self._out.append(Log("error", reason))
+            for session in self._sessions:
+                if not session.node:
+                    self._sessions.send(session, Notice(f"{reason}. Nothing is lost; answers wait until it can be written"))
+        self._ledger.trouble = reason
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """No task is open and no answer kept: a journal of this state is empty."""
+        return not self._tasks and not any(owner.answers or owner.unwritten for owner in self._owners)
+
+    def _snapshot(self) -> list[Record]:
+        """Records that ``restore`` makes the present state of."""
+        records = [Record(b"", Functions([Function(digest, blob)])) for digest, blob in self._functions.items()]
+        for batch in batches(list(self._tasks.values()), _task_bytes):
+            records += _submissions(batch)
+        for task in self._tasks.values():
+            once = not task.kind.options.requeue and (task.node or task.id in self._limbo)
+            if task.failures or task.deaths or once:
+                records.append(Record(b"", Charged(task.id, task.attempt if once else 0, task.failures, task.deaths)))
+        for owner in self._owners:
+            answers = [*owner.answers.values(), *owner.unwritten.values()]
+            records += [Record(owner.id, Finals(some)) for some in batches(answers, final_bytes)]
+        by_hand = Counter(self._groups.counts())
+        by_hand.subtract(Counter(task.kind.options.group for task in self._tasks.values() if task.kind.options.group))
+        records.append(Record(b"", GroupAdd([(group, count) for group, count in by_hand.items() if count])))
+        records += [Record(incarnation, GroupAdd([], number)) for incarnation, number in self._counted.items()]
+        records.append(Record(b"", Present(list(self._by_incarnation))))
+        return records
+
+    def restore(self, records: Iterable[Record], size: int, now: float) -> None:
+        """Play a journal of this many bytes; before the first event.
+
+        What it cannot know is learned from the peers: nodes say what they run, clients ask again for what they wait for.
+        """
+        ledger, self._ledger = self._ledger, None  # what is played is written already
+        assert ledger is not None, "a journal nobody asked for"
+        self._now = now
+        once: set[bytes] = set()
+        for record in records:
+            self._replay(record.owner, record.body, once)
+        for task_id in once & self._tasks.keys():
+            task = self._tasks[task_id]
+            if task.state is QUEUED:
+                self._placement.withdraw(task)
+                task.state = WAITING
+                self._limbo[task_id] = task
+        self._expected = self._expected or set()
+        if not self._expected:
+            self._settled_at = min(self._settled_at, now)
+        ledger.opened(size)
+        self._ledger = ledger
+        self._out.append(Log("info", f"journal: {len(self._tasks)} unfinished tasks, {len(self._expected)} nodes expected"))
+
+    def _replay(self, owner_id: bytes, body: RecordMessage, once: set[bytes]) -> None:
+        match body:
+            case Functions(functions):
+                self._learn(functions)
+            case Submit():
+                self._resubmit(owner_id, body)
+            case Finals(finals):
+                owner = self._owners.written(owner_id, self._now)
+                for final in finals:
+                    self._forget_task(final.task)
+                    owner.answers[final.task] = final
+            case Forgotten(tasks):
+                for task_id in tasks:
+                    self._forget_task(task_id)
+                for owner in self._owners:
+                    for task_id in tasks:
+                        owner.answers.pop(task_id, None)
+            case Left():
+                if (gone := self._owners.get(owner_id)) is not None:
+                    self._owners.forget(gone)
+                    for task in [task for task in self._tasks.values() if task.owner is gone]:
+                        self._forget_task(task.id)
+            case GroupAdd():
+                self._add_to_groups(owner_id, body)
+            case Charged(task_id, attempt, failures, deaths):
+                if (charged := self._tasks.get(task_id)) is not None:
+                    charged.attempt, charged.failures, charged.deaths = attempt, failures, deaths
+                    (once.add if attempt else once.discard)(task_id)
+            case Present(nodes):
+                self._expected = set(nodes)
+
+    def _resubmit(self, owner_id: bytes, message: Submit) -> None:
+        kinds = [self._placement.kind(shape) for shape in message.shapes]
+        for spec in message.tasks:
+            kind = kinds[spec.shape]
+            job = kind.options.job
+            owner = self._owners.job(job, self._now) if job else self._owners.written(owner_id, self._now)
+            if spec.task not in self._tasks and not owner.has_answered(spec.task):
+                self._accept(spec, kind, owner, waits=kind.shape.function not in self._functions)
+        for kind in kinds:
+            if not kind.open:
+                self._placement.retire(kind)
+        self._most_tasks = max(self._most_tasks, len(self._tasks))
+
+    def _forget_task(self, task_id: bytes) -> None:
+        task = self._tasks.get(task_id)
+        if task is not None:
+            self._close(task)
+            if task.kind.options.group:
+                self._answer(self._groups.add(task.kind.options.group, -1))
 
     # --- acting ----------------------------------------------------------------------------------------------------
 
@@ -637,8 +1016,18 @@ class Scheduler:
             orders.setdefault(node.id, []).append(task)
         for node_id, tasks in orders.items():
             node = self._nodes[node_id]
-            for batch in batches(tasks, _task_bytes):
+            at_once = tasks if self._ledger is None else self._dispatch_once(self._ledger, node, tasks)
+            for batch in batches(at_once, _task_bytes):
                 self._sessions.send(self._session_of(node), self._dispatch_message(node, batch))
+
+    def _dispatch_once(self, ledger: Ledger, node: Node, tasks: list[Task]) -> list[Task]:
+        """What may be started only once is, when that is on disk. Returns the others."""
+        once = [task for task in tasks if not task.kind.options.requeue]
+        for task in once:
+            ledger.record(b"", Charged(task.id, task.attempt, task.failures, task.deaths))
+        for batch in batches(once, _task_bytes):
+            ledger.then(Placed(node.id, self._dispatch_message(node, batch)))
+        return [task for task in tasks if task.kind.options.requeue]
 
     def _dispatch_message(self, node: Node, tasks: list[Task]) -> Dispatch:
         index: dict[Shape, int] = {}
@@ -663,7 +1052,7 @@ class Scheduler:
             self._sessions.send(session, Running(session.running))
             session.running = []
         if session.finals:
-            for batch in batches(session.finals, _final_bytes):
+            for batch in batches(session.finals, final_bytes):
                 self._sessions.send(session, Finals(batch))
             session.finals = []
 
@@ -713,6 +1102,7 @@ class Scheduler:
                     node.pinged_at = now
             self._watch.shift(gap)
             self._sessions.forgive(gap)
+            self._owners.forgive(gap)
             self.counts["own absences"] += 1
             self._out.append(Log("warning", f"this broker did not run for {gap:.1f} s; deadlines are moved by as much"))
 
@@ -720,6 +1110,16 @@ class Scheduler:
         for session in list(self._sessions):
             if not session.node and now - session.heard_at > self.settings.client_lease_s:
                 self._client_gone(session, f"was silent for {now - session.heard_at:.0f} s")
+        for owner in self._owners.silent_clients(self.settings.client_lease_s, now):
+            self._owner_gone(owner)
+        for owner in self._owners.old_jobs(self.settings.keep_results_s, now):
+            self._owners.forget(owner)
+            self._record(owner.id, Left())
+
+    def _expire_limbo(self, now: float) -> None:
+        if self._limbo and now >= self._settled_at + self.settings.await_lost_s:
+            for task in list(self._limbo.values()):
+                self._fail(task, "the broker died while the task may have been running, and its node did not come back")
 
     def _fail_hopeless(self, now: float) -> None:
         if not self._nodes:
@@ -792,8 +1192,13 @@ def _task_bytes(task: Task) -> int:
     return payload_bytes(task.call) + 64
 
 
-def _final_bytes(final: Final) -> int:
-    return payload_bytes(final.value) + len(final.text) + 40
+def _submissions(tasks: list[Task]) -> list[Record]:
+    """These tasks as they were submitted, by owner."""
+    by_owner: dict[bytes, tuple[dict[Shape, int], list[TaskSpec]]] = {}
+    for task in tasks:
+        index, specs = by_owner.setdefault(task.owner.id, ({}, []))
+        specs.append(TaskSpec(task.id, index.setdefault(task.kind.shape, len(index)), task.call))
+    return [Record(owner, Submit(list(index), specs)) for owner, (index, specs) in by_owner.items()]
 
 
 def _node_report(node: Node, now: float) -> NodeReport:

@@ -14,34 +14,47 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from random import Random
+from typing import TYPE_CHECKING
 
 from ..protocol import ClientHello, Envelope, Final, Host, Message, NodeHello
 from .link import Link
 from .timers import Timers
 
+if TYPE_CHECKING:
+    from .owners import Owner
+
 
 class Session:
-    """``finals`` and ``running`` collect what the next flush tells a client, so that many go as one message."""
+    """``finals`` and ``running`` collect what the next flush tells a client, so that many go as one message. ``follows``:
+    its own tasks' owner, and those of the jobs it asked for; ``remembered``: its tasks were known when it came."""
 
-    __slots__ = ("finals", "heard_at", "incarnation", "life", "link", "node", "peer", "running", "token", "user", "where")
+    __slots__ = (
+        "finals", "follows", "heard_at", "incarnation", "life", "link", "node", "peer", "remembered", "running", "token",
+        "user", "where",
+    )  # fmt: skip
 
-    def __init__(self, token: int, hello: ClientHello | NodeHello, peer: bytes, user: str, now: float) -> None:
+    def __init__(
+        self, token: int, hello: ClientHello | NodeHello, peer: bytes, user: str, now: float, *, cautious: bool
+    ) -> None:
         self.token = token
         self.incarnation = hello.incarnation
         self.life = hello.life
         self.where: Host = hello.where
         self.peer = peer
         self.user = user
-        self.link = Link(token)
+        self.link = Link(token, cautious=cautious)
         self.heard_at = now
         self.node = ""  # the node's id, if this is a node
+        self.follows: list[Owner] = []
+        self.remembered = False
         self.finals: list[Final] = []
         self.running: list[bytes] = []
 
 
 class Sessions:
-    def __init__(self, random: Random) -> None:
+    def __init__(self, random: Random, *, cautious: bool = False) -> None:
         self._random = random
+        self._cautious = cautious  # see Link
         self._by_token: dict[int, Session] = {}
         self._by_incarnation: dict[bytes, Session] = {}
         self._dirty: dict[int, Session] = {}
@@ -61,7 +74,7 @@ class Sessions:
         return self._by_incarnation.get(incarnation)
 
     def open(self, hello: ClientHello | NodeHello, peer: bytes, user: str, now: float) -> Session:
-        session = Session(self._random.getrandbits(52) + 1, hello, peer, user, now)
+        session = Session(self._random.getrandbits(52) + 1, hello, peer, user, now, cautious=self._cautious)
         self._by_token[session.token] = session
         self._by_incarnation[session.incarnation] = session
         return session

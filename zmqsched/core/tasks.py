@@ -31,6 +31,7 @@ from .priorities import PriorityQueue
 
 if TYPE_CHECKING:
     from .nodes import Pool
+    from .owners import Owner
 
 
 class TaskState(IntEnum):
@@ -64,12 +65,12 @@ class Task:
     did."""
 
     __slots__ = (
-        "attempt", "call", "cancelled", "client", "deaths", "died_at", "failures", "id", "kind", "node", "seq", "state",
+        "attempt", "call", "cancelled", "deaths", "died_at", "failures", "id", "kind", "node", "owner", "seq", "state",
     )  # fmt: skip
 
-    def __init__(self, task_id: bytes, client: int, kind: Kind, call: Payload, seq: int) -> None:
+    def __init__(self, task_id: bytes, owner: Owner, kind: Kind, call: Payload, seq: int) -> None:
         self.id = task_id
-        self.client = client
+        self.owner = owner
         self.kind = kind
         self.call = call
         self.seq = seq

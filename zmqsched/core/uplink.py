@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from msgspec.structs import replace
 
-from ..protocol import ClientHello, Envelope, Message, No, NodeHello, SayHello, Welcome
+from ..protocol import Attempt, ClientHello, Envelope, Message, No, NodeHello, SayHello, Welcome
 from .link import Link
 
 HELLO_EVERY_S = 1.0
@@ -32,6 +32,11 @@ class Uplink:
 
     def has_lease(self, now: float) -> bool:
         return self.link is not None and now < self.link.confirmed_at + self._lease_s
+
+    def hold(self, attempts: list[Attempt]) -> None:
+        """Name these in the next hello: they were begun for the session that is over."""
+        assert isinstance(self.hello, NodeHello), "a client runs nothing"
+        self.hello = replace(self.hello, holding=attempts)
 
     def send(self, body: Message) -> None:
         """Queue a message for this session; without one, for the owner to offer again at the next welcome."""
