@@ -1,8 +1,8 @@
 """Any of our processes are killed outright, in any order; whoever started the cluster is the last of them at the latest.
 Within ten seconds none of our processes runs, and none that a task has started, whatever it did to be on its own.
 
-Node and nursery watch each other. Where both are to die, the second dies only when the first was seen to be dead: killed within
-the same few milliseconds, nobody is left who knows what their tasks have started.
+Node and nursery watch each other. Where both are to die, the second dies only when the first was seen to be dead: killed
+within the same few milliseconds, nobody is left who knows what their tasks have started.
 
 ``LONG=1`` tries all orders of two and of three; without it, some.
 """

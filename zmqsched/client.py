@@ -32,6 +32,7 @@ from . import errors, sockets
 from .config import CONNECT_TIMEOUT_S, ConnectionFile, find_cluster
 from .core import events
 from .core.events import ClientAction, ClientEvent
+from .core.load import call_bytes
 from .core.requests import Requests
 from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, ProtocolError, Refused, ZmqschedError
 from .futures import Future
@@ -49,6 +50,9 @@ T = TypeVar("T")
 QUERY_TIMEOUT_S = 10.0
 CLOSE_TIMEOUT_S = 2.0
 MAX_MESSAGES_PER_TURN = 100
+# What may wait here for a broker that is full, slow or away, before submit() waits too. A task counts half a KiB besides its
+# payload (core/load.py), so this is also some 130,000 small tasks.
+MAX_WAITING_BYTES = 64 * 1024 * 1024
 
 _open_clients: weakref.WeakSet[Client] = weakref.WeakSet()
 
@@ -71,6 +75,9 @@ class Tasks(concurrent.futures.Executor):
 
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Run ``fn(*args, **kwargs)`` on the cluster.
+
+        Waits while 64 MiB of tasks are on their way, because the broker is full, slow or away; in a future's callback it
+        never does.
 
         Every keyword is ``fn``'s; a task's own settings are given by :meth:`options`.
 
@@ -225,6 +232,9 @@ class Client(Tasks):
         self._pid = os.getpid()
         self._lock = threading.Lock()
         self._idle = threading.Condition(self._lock)
+        self._room = threading.Condition(self._lock)
+        self._blocked = 0  # how many threads wait for room
+        self._asked = 0  # bytes of all that was ever submitted
         self._closed = False
         self._broken: ZmqschedError | None = None
         self._functions = FunctionPickler()
@@ -276,6 +286,7 @@ class Client(Tasks):
             self._check_may_wait()
         with self._lock:
             self._closed = True
+            self._room.notify_all()
             futures = list(self._futures.values())
         if cancel_futures:
             for future in futures:
@@ -314,7 +325,7 @@ class Client(Tasks):
     ) -> Future[T]:
         self._check_usable()
         task = self._prefix + next(self._numbers).to_bytes(8, "big")
-        future: Future[T] = Future(task, self._withdraw)
+        future: Future[T] = Future(task, self._withdraw, self._check_may_wait)
         try:
             digest, blob = self._functions.pack(fn, retry_on if options.retries else b"")
             call = pack_call(args, kwargs)
@@ -324,10 +335,27 @@ class Client(Tasks):
             return future
         with self._lock:
             self._check_usable()
+            if self._waiting >= MAX_WAITING_BYTES and threading.current_thread() is not self._thread:
+                self._wait_for_room()
+            self._asked += call_bytes(call)
             self._futures[task] = future
             self._inbox.append(Submission(task, Shape(digest, options, short_form(fn)), call, blob))
         self._nudge()
         return future
+
+    @property
+    def _waiting(self) -> int:
+        """Bytes of tasks that are not submitted yet, in the inbox or in the core."""
+        return self._asked - self._core.taken + self._core.waiting
+
+    def _wait_for_room(self) -> None:
+        self._blocked += 1  # before looking again: the I/O thread makes room before it looks for who waits
+        try:
+            while self._waiting >= MAX_WAITING_BYTES:
+                self._room.wait()
+                self._check_usable()
+        finally:
+            self._blocked -= 1
 
     def _check_usable(self) -> None:
         if os.getpid() != self._pid:
@@ -417,6 +445,7 @@ class Client(Tasks):
     def _close(self) -> None:
         with self._lock:
             self._closed = True
+            self._room.notify_all()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._post(events.Leave(False, "client closed"))
             self._thread.join(CLOSE_TIMEOUT_S)
@@ -457,6 +486,9 @@ class Client(Tasks):
                 continue
             self._perform(self._core.handle(events.Reached(envelope), now))
         self._perform(self._core.handle(events.Tick(), now))
+        if self._blocked and self._waiting < MAX_WAITING_BYTES:
+            with self._lock:
+                self._room.notify_all()
         return stay and self._broken is None
 
     def _take_inbox(self, now: float) -> bool:
@@ -547,6 +579,7 @@ class Client(Tasks):
         """Nothing more will come: everything open fails with the reason."""
         with self._lock:
             self._broken = error
+            self._room.notify_all()
             futures, self._futures = self._futures, {}
             requests, self._requests = self._requests, {}
         if not self._began.done():

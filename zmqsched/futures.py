@@ -18,10 +18,23 @@ class Future(concurrent.futures.Future[T]):
     dropped.
     """
 
-    def __init__(self, task: bytes, withdraw: Callable[[bytes], None]) -> None:
+    def __init__(self, task: bytes, withdraw: Callable[[bytes], None], check_may_wait: Callable[[], None]) -> None:
         super().__init__()
         self._task = task
         self._withdraw = withdraw
+        self._check_may_wait = check_may_wait
+
+    def result(self, timeout: float | None = None) -> T:
+        """As the standard's; RuntimeError where waiting would be for ever: in a callback of the same client's futures."""
+        if not self.done():
+            self._check_may_wait()
+        return super().result(timeout)
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        """As :meth:`result`."""
+        if not self.done():
+            self._check_may_wait()
+        return super().exception(timeout)
 
     def cancel(self) -> bool:
         if self.cancelled():

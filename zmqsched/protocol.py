@@ -386,6 +386,12 @@ class JobTasks(_Wire, tag=37):
     more: bool = False
 
 
+class Hold(_Wire, tag=38):
+    """The broker holds as much as it may: keep new tasks back; or (``on=False``) go on. A session begins without."""
+
+    on: bool
+
+
 # --- broker and node -----------------------------------------------------------------------------------------------
 
 
@@ -520,7 +526,7 @@ class Present(_Wire, tag=83):
 Message: TypeAlias = (
     ClientHello | NodeHello | Welcome | No | SayHello | Ping | Pong | Ack | Goodbye
     | Submit | Functions | NeedFunctions | Cancel | Finals | Running | GroupAdd | GroupWait | GroupForget | GroupDone
-    | Query | Report | Notice | Shutdown | Drain | Follow | JobTasks
+    | Query | Report | Notice | Shutdown | Drain | Follow | JobTasks | Hold
     | Dispatch | Revoke | Stop | Results | Progress | Workers | Draining | Adopt
     | Beat | Fact
 )  # fmt: skip

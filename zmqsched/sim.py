@@ -209,7 +209,8 @@ class Process:
 class SimBroker(Process):
     def __init__(self, world: World, policy: str) -> None:
         super().__init__(world, b"broker")
-        self.core = Scheduler(Settings(policy=policy), Random(world.random.random()))
+        cap = world.random.choice((2_000, 10_000, 1 << 30))  # 3 tasks, 15, no limit
+        self.core = Scheduler(Settings(policy=policy, max_queued_bytes=cap), Random(world.random.random()))
 
     def step(self, event: object, now: float) -> None:
         for action in self.core.handle(event, now):  # type: ignore[arg-type]

@@ -131,10 +131,11 @@ def test_withdrawing_what_is_open():
 
 def test_withdrawing_before_there_is_a_session():
     desk = Desk(joins=False)
-    desk.asks("a")
+    desk.asks("a", "b")
     desk.withdraws("a")
+    assert desk.answered == ["a"]
     desk.broker_welcomes()
-    assert [type(message) for message in desk.told] == [Submit, Cancel]
+    assert desk.submitted == ["b"]
 
 
 def test_a_withdrawal_that_the_old_session_did_not_deliver_is_said_again():

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from ..protocol import Ack, Envelope, Finals, Message, Ping, Pong
+from ..protocol import Ack, Envelope, Finals, Message, Ping, Pong, Submit
 
 WINDOW = 200
 ACK_DELAY_S = 0.05  # an answer usually carries the acknowledgement sooner, for nothing
@@ -37,8 +37,8 @@ class Link:
     ``confirmed_at``: the other end knew this session at some moment after this one (of our clock): a ping sent then was
     answered. A message alone does not say so: it may have lain in a buffer while we slept.
 
-    ``delivered`` collects the answers (:class:`~zmqsched.protocol.Finals`) that the other end has acknowledged, for the
-    owner to take.
+    ``delivered`` collects what carries payloads (:class:`~zmqsched.protocol.Finals`, :class:`~zmqsched.protocol.Submit`) and
+    was acknowledged by the other end, for the owner to take.
     """
 
     __slots__ = (
@@ -49,7 +49,7 @@ class Link:
     def __init__(self, session: int, *, cautious: bool = False) -> None:
         self.session = session
         self.received = 0
-        self.delivered: list[Finals] = []
+        self.delivered: list[Finals | Submit] = []
         self._cautious = cautious
         self._secured = 0  # the highest number that may be acknowledged
         self._acked = 0  # the highest number that was acknowledged to the other end
@@ -159,7 +159,7 @@ class Link:
         progress = False
         while self._unacked and self._unacked[0][0] <= ack:
             body = self._unacked.popleft()[1]
-            if type(body) is Finals:
+            if type(body) is Finals or type(body) is Submit:
                 self.delivered.append(body)
             progress = True
         if progress:

@@ -3,14 +3,21 @@
 Contract as the scheduler's. Every task asked for is kept, call and all, until its answer has come; whenever a session
 begins, all of them are submitted to it. Task ids are made here, so that the broker recognises what it has already. An
 answer is handed out once: later ones of the same task find nothing here and are dropped.
+
+Tasks are *fresh* until they are handed to the link: while there is no session, while the broker says ``Hold``, and while
+``WINDOW_BYTES`` of them are on their way. ``waiting`` says how much that is, for the owner to stop asking. What must not
+overtake the tasks asked for before it (all about WaitGroups) waits behind them.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
+from itertools import islice
+from typing import TypeAlias
 
 from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, CLUSTER_LOST_AFTER_S
 from ..protocol import (
+    BATCH_ITEMS,
     Cancel,
     ClientHello,
     Envelope,
@@ -22,7 +29,9 @@ from ..protocol import (
     Goodbye,
     GroupAdd,
     GroupDone,
+    GroupForget,
     GroupWait,
+    Hold,
     JobTasks,
     Message,
     NeedFunctions,
@@ -58,17 +67,26 @@ from .events import (
     Withdraw,
 )  # fmt: skip
 from .functions import FunctionStore
+from .load import call_bytes
 from .uplink import Uplink
 
 MAX_SENT_FUNCTIONS = 4_096  # digests remembered as sent; past it, functions are sent again
 WARN_AFTER_S = 5.0
+_Ordered: TypeAlias = GroupAdd | GroupWait | GroupForget | Cancel | Query | Follow
+WINDOW_BYTES = 32 * 1024 * 1024  # what a client sends before it hears that it arrived, and whether the broker takes more
 
 
 class Requests:
     def __init__(self, hello: ClientHello, lost_after_s: float = CLUSTER_LOST_AFTER_S) -> None:
         self._uplink = Uplink(hello, BEAT_INTERVAL_S, CLIENT_LEASE_S)
         self._open: dict[bytes, tuple[bytes, Shape, Payload]] = {}
-        self._fresh: list[tuple[bytes, Shape, Payload]] = []  # asked for, not yet submitted
+        self._fresh: dict[bytes, tuple[bytes, Shape, Payload]] = {}  # asked for, not yet submitted
+        self._behind: list[_Ordered] = []  # to go out after the fresh ones
+        self._on_the_way: deque[int] = deque()  # bytes of each submission that is not acknowledged
+        self._window = WINDOW_BYTES  # what may still be sent of them
+        self._held = False
+        self.waiting = 0  # bytes of the fresh ones
+        self.taken = 0  # bytes of all that was ever asked for
         self._functions = FunctionStore()
         self._sent: set[bytes] = set()
         self._asked: dict[int, GroupWait | Query | Follow] = {}  # requests without a reply
@@ -96,20 +114,28 @@ class Requests:
             case Tell(message):
                 if isinstance(message, GroupWait | Query | Follow):
                     self._asked[message.request] = message
-                self._submit()  # what was asked for before is to arrive before
-                self._uplink.send(self._numbered(message) if isinstance(message, GroupAdd) else message)
+                elif isinstance(message, GroupForget):
+                    self._asked.pop(message.request, None)
+                self._submit()
+                if isinstance(message, GroupAdd | GroupWait | GroupForget | Follow):
+                    self._send_behind(self._numbered(message) if isinstance(message, GroupAdd) else message)
+                else:
+                    self._uplink.send(message)
             case Leave(_, reason):
                 self._uplink.send(Goodbye(reason))
         out, self._out = self._out, []
         return out
 
     def next_deadline(self) -> float:
-        if self._fresh and self._uplink.link is not None:
+        if self._fresh and self._may_submit:
             return 0.0
         return min(self._uplink.deadline(), self._warn_at())
 
     def sanity_check(self) -> None:
-        assert {entry[0] for entry in self._fresh} <= self._open.keys(), "a task to submit is not open"
+        assert self._fresh.keys() <= self._open.keys(), "a task to submit is not open"
+        assert self.waiting == sum(call_bytes(call) for _, _, call in self._fresh.values()), "bytes that wait are off"
+        assert self._window + sum(self._on_the_way) == WINDOW_BYTES, "bytes on the way are off"
+        assert self._fresh or not self._behind, "what waits behind tasks waits behind none"
         if self._uplink.link is not None:
             self._uplink.link.sanity_check()
 
@@ -119,25 +145,34 @@ class Requests:
 
     def _ask(self, tasks: list[tuple[bytes, Shape, Payload]], functions: dict[bytes, Payload]) -> None:
         for entry in tasks:
-            self._open[entry[0]] = entry
+            self._open[entry[0]] = self._fresh[entry[0]] = entry
+            size = call_bytes(entry[2])
+            self.waiting += size
+            self.taken += size
         for digest, times in Counter([shape.function for _, shape, _ in tasks]).items():
             self._functions.hold(digest, times)
         for digest, blob in functions.items():
             self._functions.add(digest, blob)
-        self._fresh.extend(tasks)
 
     def _numbered(self, addition: GroupAdd) -> GroupAdd:
         self._additions += 1
         return GroupAdd(addition.deltas, self._additions)
 
     def _withdraw(self, tasks: list[bytes]) -> None:
+        """What is fresh need not be submitted first. An earlier session may have submitted it, so the broker is told too."""
         self._submit()
         wanted = [task for task in tasks if self._awaits(task)]
+        why = "cancelled before it was submitted"
+        self._finals([Final(task, "cancelled", text=why) for task in wanted if task in self._fresh])
         if wanted:
             self._uplink.send(Cancel(wanted))
 
     def _reached(self, envelope: Envelope, now: float) -> None:
         message = self._uplink.receive(envelope, now)
+        if (link := self._uplink.link) is not None:
+            for _ in link.delivered:
+                self._window += self._on_the_way.popleft()
+            link.delivered.clear()
         if self._uplink.heard_at == now:
             self._heard_at = now
             self._warned = False
@@ -158,6 +193,8 @@ class Requests:
             case NeedFunctions(digests):
                 known = [Function(digest, self._functions[digest]) for digest in digests if digest in self._functions]
                 self._uplink.send(Functions(known))
+            case Hold(on):
+                self._held = on
             case Welcome():
                 self._welcomed(message)
             case Notice(text):
@@ -176,19 +213,19 @@ class Requests:
     def _welcomed(self, welcome: Welcome) -> None:
         self._out.append(Began(welcome))
         self._sent.clear()
+        again = [body for body in [*self._uplink.undelivered, *self._behind] if isinstance(body, GroupAdd | Cancel)]
+        self._uplink.undelivered.clear()
+        self._behind.clear()
         if not welcome.remembered:
             self._give_up_what_may_have_run()
-        self._fresh = list(self._open.values())
+        self._held = False
+        self._on_the_way.clear()
+        self._window = WINDOW_BYTES
+        self._fresh = dict(self._open)
+        self.waiting = sum(call_bytes(call) for _, _, call in self._fresh.values())
         self._submit()
-        for body in self._uplink.undelivered:
-            if isinstance(body, GroupAdd | Cancel):
-                self._uplink.send(body)
-        self._uplink.undelivered.clear()
-        for question in self._asked.values():
-            self._uplink.send(question)
-        for job, tasks in self._jobs.items():
-            if tasks:
-                self._uplink.send(Follow(0, job))
+        for body in [*again, *self._asked.values(), *(Follow(0, job) for job, tasks in self._jobs.items() if tasks)]:
+            self._send_behind(body)
 
     def _job_listed(self, message: JobTasks) -> None:
         """What a job has; or (request 0) what it still has at the next broker, or in the next session."""
@@ -206,8 +243,7 @@ class Requests:
 
     def _give_up_what_may_have_run(self) -> None:
         """The broker, or its memory of us, is another. What was submitted to the old one may have run."""
-        fresh = {entry[0] for entry in self._fresh}
-        once = [task for task, shape, _ in self._open.values() if not shape.options.requeue and task not in fresh]
+        once = [task for task, shape, _ in self._open.values() if not shape.options.requeue and task not in self._fresh]
         why = "the broker that had the task is gone, or gave this client up; requeue=False forbids another try"
         self._finals([Final(task, "WorkerDied", text=why) for task in once])
 
@@ -217,6 +253,8 @@ class Requests:
         for final in finals:
             entry = self._open.pop(final.task, None)
             if entry is not None:
+                if self._fresh.pop(final.task, None) is not None:
+                    self.waiting -= call_bytes(entry[2])
                 released[entry[1].function] += 1
                 news.append(final)
             elif self._awaits(final.task):
@@ -227,6 +265,7 @@ class Requests:
             self._functions.release(digest, times)
         if news:
             self._out.append(Finished(news))
+        self._send_what_waits()
 
     def _awaits(self, task: bytes) -> bool:
         """It is ours, or of a job that we follow, and unanswered."""
@@ -239,13 +278,34 @@ class Requests:
         self._submit()
         self._out.extend(ToBroker(envelope) for envelope in self._uplink.flush(now))
 
+    @property
+    def _may_submit(self) -> bool:
+        return self._uplink.link is not None and not self._held and self._window > 0
+
     def _submit(self) -> None:
-        if not self._fresh or self._uplink.link is None:
-            return
-        tasks = [entry for entry in self._fresh if entry[0] in self._open]
-        self._fresh = []
-        for batch in batches(tasks, _entry_bytes):
+        while self._fresh and self._may_submit:
+            batch = next(batches(list(islice(self._fresh.values(), BATCH_ITEMS)), _entry_bytes))
+            for entry in batch:
+                del self._fresh[entry[0]]
+            size = sum(call_bytes(call) for _, _, call in batch)
+            self.waiting -= size
+            self._window -= size
+            self._on_the_way.append(size)
             self._uplink.send(self._submission(batch))
+        self._send_what_waits()
+
+    def _send_what_waits(self) -> None:
+        if self._behind and not self._fresh:
+            for message in self._behind:
+                self._uplink.send(message)
+            self._behind.clear()
+
+    def _send_behind(self, message: _Ordered) -> None:
+        """What was asked for before this is to arrive before it."""
+        if self._fresh or self._behind:
+            self._behind.append(message)
+        else:
+            self._uplink.send(message)
 
     def _submission(self, tasks: list[tuple[bytes, Shape, Payload]]) -> Submit:
         index: dict[Shape, int] = {}

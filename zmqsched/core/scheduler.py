@@ -28,6 +28,7 @@ attempt counts. So a broker that follows a crashed one places nothing before the
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
@@ -60,6 +61,7 @@ from ..protocol import (
     GroupDone,
     GroupForget,
     GroupWait,
+    Hold,
     JobTasks,
     Left,
     Message,
@@ -108,9 +110,10 @@ from .events import (
     Undelivered,
     Written,
 )  # fmt: skip
-from .functions import FunctionStore
+from .functions import CAP_BYTES, FunctionStore
 from .groups import Answer, Groups, Waiter
 from .ledger import Answered, Consequence, Counted, Ledger, Placed, final_bytes
+from .load import FUNCTIONS_SHARE, Load, answer_bytes, call_bytes
 from .nodes import ALIVE, DRAINING, GONE, LOST, SUSPECT, Node
 from .owners import Owner, Owners
 from .placement import Placement
@@ -132,7 +135,8 @@ class Settings:
 
     A task that no node can ever hold fails after ``unservable_after_s``; a node lost less than ``await_lost_s`` ago counts
     as one that may be back. ``journal``: the shell keeps one. ``settle_s``: how long a broker that follows a crashed one
-    waits for nodes before it places anything.
+    waits for nodes before it places anything. Above ``max_queued_bytes`` of payloads clients are asked to hold back
+    (``load.py``).
     """
 
     name: str = "cluster"
@@ -149,6 +153,7 @@ class Settings:
     journal: bool = False
     keep_results_s: float = KEEP_RESULTS_S
     settle_s: float = 0.0
+    max_queued_bytes: int = 1 << 30
 
 
 class Scheduler:
@@ -160,7 +165,8 @@ class Scheduler:
         self._sessions = Sessions(random, cautious=settings.journal)
         self._owners = Owners()
         self._placement = Placement(POLICIES[settings.policy](), random)
-        self._functions = FunctionStore()
+        self._functions = FunctionStore(min(CAP_BYTES, settings.max_queued_bytes // FUNCTIONS_SHARE))
+        self._load = Load(settings.max_queued_bytes)
         self._groups = Groups()
         self._tasks: dict[bytes, Task] = {}
         self._most_tasks = 0  # since the table of tasks was last made anew
@@ -213,7 +219,7 @@ class Scheduler:
 
     def next_deadline(self) -> float:
         at = min(self._next_round, self._end_at)
-        if self._placement.pending:
+        if self._placement.pending and not self._load.unread:
             at = min(at, self._settled_at)
         for other in (self._sessions.deadline(), self._watch.next(), self._delayed.next()):
             if other is not None and other < at:
@@ -225,6 +231,7 @@ class Scheduler:
         self._sessions.sanity_check()
         self._placement.sanity_check()
         self._groups.sanity_check()
+        self._check_load()
         kinds: Counter[Shape] = Counter()
         for task in self._tasks.values():
             kinds[task.kind.shape] += 1
@@ -253,12 +260,22 @@ class Scheduler:
         if not self._placement.pending:
             self._placement.check_nothing_waits()
 
+    def _check_load(self) -> None:
+        assert self._load.tasks == sum(call_bytes(task.call) for task in self._tasks.values()), "bytes of tasks are off"
+        assert self._load.answers == self._kept_for_clients(), "bytes of answers are off"
+
+    def _kept_for_clients(self) -> int:
+        """Bytes of the answers that clients have not acknowledged."""
+        clients = [owner for owner in self._owners if not owner.job]
+        return sum(answer_bytes(final) for each in clients for final in (*each.answers.values(), *each.unwritten.values()))
+
     def open_counts(self) -> Counter[str]:
         """What is held at this moment, by sort; empty when all is answered."""
         counts = Counter(task.state.name for task in self._tasks.values())
         counts["groups"] = len(self._groups)
         counts["kinds"] = sum(1 for number in self._placement.open_kinds().values() if number)
         counts["at nodes"] = sum(node.assigned for node in self._nodes.values())
+        counts["bytes of tasks"] = self._load.tasks
         return +counts
 
     def unacknowledged(self) -> int:
@@ -388,6 +405,7 @@ class Scheduler:
             self._dispatch()
         elif self._settled_at == math.inf:  # the first moment of this broker
             self._settled_at = now + self.settings.settle_s
+        self._push_back()
         if self._ledger is not None:
             self._commit(self._ledger, now, hurry=begins_round)
         self._flush(now)
@@ -445,6 +463,8 @@ class Scheduler:
         self._let_follow(session, owner)
         session.finals.extend(owner.answers.values())
         self._sessions.touch(session)
+        if self._load.full:
+            self._sessions.send(session, Hold(True))
 
     def _follow(self, session: Session, request: int, job: str) -> None:
         owner = self._owners.find_job(job)
@@ -483,6 +503,7 @@ class Scheduler:
 
     def _owner_gone(self, owner: Owner) -> int:
         self._owners.forget(owner)
+        self._load.answers -= sum(map(answer_bytes, (*owner.answers.values(), *owner.unwritten.values())))
         self._record(owner.id, Left())
         mine = [task for task in self._tasks.values() if task.owner is owner]
         for task in mine:
@@ -614,6 +635,7 @@ class Scheduler:
     def _accept(self, spec: TaskSpec, kind: Kind, owner: Owner, *, waits: bool) -> Task:
         self._seq += 1
         task = self._tasks[spec.task] = Task(spec.task, owner, kind, spec.call, self._seq)
+        self._load.tasks += call_bytes(spec.call)
         owner.open += 1
         if not kind.open:
             self._functions.hold(kind.shape.function)
@@ -776,14 +798,8 @@ class Scheduler:
     def _finish(self, task: Task, final: Final) -> None:
         self._close(task)
         self.counts[final.verdict] += 1
-        owner = task.owner
-        if not self._owners.knows(owner):
-            pass
-        elif self._ledger is not None:
-            owner.unwritten[final.task] = final
-            self._ledger.answer(owner.id, final)
-        else:
-            self._tell(owner, final)
+        if self._owners.knows(task.owner):
+            self._keep(task.owner, final)
         if task.kind.options.group:
             self._answer(self._groups.add(task.kind.options.group, -1))
 
@@ -801,6 +817,7 @@ class Scheduler:
             self._delayed.set(task.id, None)
         task.move(FINISHED)
         del self._tasks[task.id]
+        self._load.tasks -= call_bytes(task.call)
         kind.open -= 1
         if not kind.open:
             self._functions.release(kind.shape.function)
@@ -808,6 +825,15 @@ class Scheduler:
         task.owner.open -= 1
         if not task.owner.open:
             task.owner.quiet_since = self._now
+
+    def _keep(self, owner: Owner, final: Final) -> None:
+        if not owner.job:
+            self._load.answers += answer_bytes(final)
+        if self._ledger is not None:
+            owner.unwritten[final.task] = final
+            self._ledger.answer(owner.id, final)
+        else:
+            self._tell(owner, final)
 
     def _tell(self, owner: Owner, final: Final) -> None:
         """The answer is as safe as it will be; it is kept until it is acknowledged."""
@@ -819,9 +845,11 @@ class Scheduler:
     def _delivered(self, session: Session) -> None:
         """Answers were acknowledged. Those of a job are kept for others."""
         answers = session.follows[0].answers
-        for message in session.link.delivered:
-            for final in message.finals:
-                if answers.pop(final.task, None) is not None and self._ledger is not None:
+        messages = [message for message in session.link.delivered if isinstance(message, Finals)]
+        for final in itertools.chain.from_iterable(message.finals for message in messages):
+            if answers.pop(final.task, None) is not None:
+                self._load.answers -= answer_bytes(final)
+                if self._ledger is not None:
                     self._ledger.forget(final.task)
         session.link.delivered.clear()
 
@@ -951,6 +979,7 @@ class Scheduler:
         self._expected = self._expected or set()
         if not self._expected:
             self._settled_at = min(self._settled_at, now)
+        self._load.answers = self._kept_for_clients()
         ledger.opened(size)
         self._ledger = ledger
         self._out.append(Log("info", f"journal: {len(self._tasks)} unfinished tasks, {len(self._expected)} nodes expected"))
@@ -1009,7 +1038,7 @@ class Scheduler:
     # --- acting ----------------------------------------------------------------------------------------------------
 
     def _dispatch(self) -> None:
-        if not self._placement.pending:
+        if not self._placement.pending or self._load.unread:
             return
         orders: dict[str, list[Task]] = {}
         for task, node in self._placement.place():
@@ -1046,6 +1075,13 @@ class Scheduler:
                 self._post(session)
             for envelope in self._sessions.flush(session, now):
                 self._out.append(Send(session.peer, envelope))
+
+    def _push_back(self) -> None:
+        if self._load.turns(self._functions.bytes):
+            self.counts["clients held back"] += self._load.full
+            for session in self._sessions:
+                if not session.node:
+                    self._sessions.send(session, Hold(self._load.full))
 
     def _post(self, session: Session) -> None:
         if session.running:

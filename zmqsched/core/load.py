@@ -1,0 +1,56 @@
+"""What the broker holds of others' bytes, and when it asks clients to hold back.
+
+Rules
+-----
+* What counts: the call of each unfinished task, the functions kept, and the answers that their client has not acknowledged;
+  not those kept for a job, which may wait for a day. A task and an answer count for ``RECORD_BYTES`` besides, so that very
+  many small ones have a limit too.
+* Over the cap clients are told to hold back, below ``EASE`` of it to go on. Nothing is dropped: what they had sent before
+  they heard is taken. Beyond the cap that is at most what a client has on its way (``requests.WINDOW_BYTES`` and one
+  message), times the clients.
+* Answers over the cap, of clients that do not read theirs, stop the placing of tasks: what was accepted could otherwise grow
+  without end by being done. A client that is silent for its lease takes its answers with it, so that ends.
+* Kept functions that nobody needs are at most a quarter of the cap, so when all is done nobody is held.
+"""
+
+from __future__ import annotations
+
+from ..protocol import Final, Payload, payload_bytes
+
+RECORD_BYTES = 512  # about what the records of a task take in memory, apart from its payload
+EASE = 0.8
+FUNCTIONS_SHARE = 4  # what is kept of functions that nobody needs: one part in so many
+
+
+def call_bytes(call: Payload) -> int:
+    """What a task counts for."""
+    return payload_bytes(call) + RECORD_BYTES
+
+
+def answer_bytes(final: Final) -> int:
+    """What an answer counts for."""
+    return payload_bytes(final.value) + len(final.text) + RECORD_BYTES
+
+
+class Load:
+    """``tasks`` and ``answers`` are in bytes and counted by the owner; ``full`` says whether clients are to hold back."""
+
+    __slots__ = ("answers", "cap", "full", "tasks")
+
+    def __init__(self, cap_bytes: int) -> None:
+        self.cap = cap_bytes
+        self.tasks = 0
+        self.answers = 0
+        self.full = False
+
+    def turns(self, functions_bytes: int) -> bool:
+        """Look again: whether ``full`` has changed."""
+        held = self.tasks + self.answers + functions_bytes
+        before = self.full
+        self.full = held > self.cap * (EASE if before else 1.0)
+        return self.full != before
+
+    @property
+    def unread(self) -> bool:
+        """Answers alone are over the cap."""
+        return self.answers > self.cap
