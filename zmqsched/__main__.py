@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from .config import ConnectionFile
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .errors import ZmqschedError
-from .options import resource_argument
+from .options import resource_argument, size_argument
 from .shell import BROKER_ENVIRONMENT, LEVELS, Starter, set_up_logging
 
 if TYPE_CHECKING:
@@ -46,6 +46,12 @@ def _broker(arguments: list[str]) -> int:
         help="listen on TCP, encrypted, instead of Unix sockets; without an address on loopback",
     )
     parser.add_argument("--policy", choices=sorted(POLICIES), default=DEFAULT_POLICY, help="who gets a task (%(default)s)")
+    parser.add_argument(
+        "--max-queued",
+        metavar="SIZE",
+        type=_size,
+        help="hold as much of tasks and results (500M, 2G), then ask clients to wait (a quarter of the memory)",
+    )
     options = parser.parse_args(arguments)
     _return_memory_by_page(arguments)
     set_up_logging(options.log_level)
@@ -55,7 +61,7 @@ def _broker(arguments: list[str]) -> int:
         from .broker import Broker
 
         listen = None if options.listen is None else sockets.listen_address(options.listen)
-        broker = Broker(options.name, options.policy, listen)
+        broker = Broker(options.name, options.policy, listen, options.max_queued)
     except ValueError as error:
         return starter.failed(error if isinstance(error, ZmqschedError) else ZmqschedError(str(error)))
     except ZmqschedError as error:
@@ -118,6 +124,13 @@ def _parser(name: str, what: str) -> argparse.ArgumentParser:
 def _resource(text: str) -> tuple[str, float]:
     try:
         return resource_argument(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _size(text: str) -> int:
+    try:
+        return size_argument(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -17,7 +17,7 @@ from time import monotonic
 
 import zmq
 
-from . import sockets
+from . import host, sockets
 from .config import CONNECTION_FILE, Addresses, ClusterLock, ConnectionFile, ipc_address, this_host
 from .core.events import (
     Arrived,
@@ -48,10 +48,11 @@ ROLES = ("work", "beats", "status")
 class Broker:
     """A bound broker. ``run`` serves until told to stop; everything it made is gone when it returns."""
 
-    def __init__(self, name: str, policy: str, listen: str | None = None) -> None:
+    def __init__(self, name: str, policy: str, listen: str | None = None, max_queued: int | None = None) -> None:
         """Take the name, bind the sockets and write the connection file.
 
         ``listen`` is a ``tcp://`` address (``sockets.listen_address``); None is Unix sockets in the cluster's directory.
+        ``max_queued``: bytes held before clients are asked to hold back; by default what the host has room for.
         """
         self.lock = ClusterLock.acquire(name)
         self._ctx = sockets.context()
@@ -76,7 +77,13 @@ class Broker:
             raise
         self.file = self._write_file(name, Addresses(work, self._monitor.addresses, status))
         epoch = secrets.randbits(48)
-        settings = Settings(name=name, epoch=epoch, python=".".join(platform.python_version_tuple()[:2]), policy=policy)
+        settings = Settings(
+            name=name,
+            epoch=epoch,
+            python=".".join(platform.python_version_tuple()[:2]),
+            policy=policy,
+            max_queued_bytes=host.room_for_tasks() if max_queued is None else max_queued,
+        )
         self._core = Scheduler(settings, Random(secrets.randbits(64)))
 
     @property

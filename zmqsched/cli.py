@@ -40,7 +40,7 @@ from .config import (
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .errors import ClusterNotFound, StartError, ZmqschedError
 from .host import usable_cpus
-from .options import resource_argument
+from .options import resource_argument, size_argument
 from .shell import Starter, StopSignals
 from .version import __version__
 
@@ -105,6 +105,7 @@ class _Wanted:
     resources: dict[str, float]
     tags: tuple[str, ...]
     listen: str | None
+    max_queued: int | None
 
 
 def _count(ctx: click.Context, parameter: click.Parameter, number: int | None) -> int | None:
@@ -132,6 +133,13 @@ def _resources(ctx: click.Context, parameter: click.Parameter, texts: tuple[str,
         raise click.BadParameter(str(error), ctx, parameter) from None
 
 
+def _size(ctx: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    try:
+        return None if text is None else size_argument(text)
+    except ValueError as error:
+        raise click.BadParameter(str(error), ctx, parameter) from None
+
+
 @zmqsched.command()
 @click.option(
     "-n", "--workers", type=int, callback=_count, metavar="N",
@@ -155,6 +163,10 @@ def _resources(ctx: click.Context, parameter: click.Parameter, texts: tuple[str,
     "--listen", is_flag=False, flag_value="", metavar="[ADDRESS[:PORT]]", callback=_listen,
     help="Use TCP, encrypted, so that other hosts can join; without an address on loopback.",
 )  # fmt: skip
+@click.option(
+    "--max-queued", metavar="SIZE", callback=_size,
+    help="What the broker holds of tasks and results (500M, 2G) before clients wait.  [default: a quarter of the memory]",
+)  # fmt: skip
 @click.option("--detach", is_flag=True, help="Return when it is ready; it runs on in the background.")
 @click.option("--ready-fd", type=int, hidden=True)
 def up(workers: int | None, nodes: int, detach: bool, ready_fd: int | None, **settings: Any) -> int:
@@ -176,7 +188,7 @@ def _stay_up(wanted: _Wanted, starter: Starter) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     with LocalCluster(
         wanted.workers, name=wanted.name, n_nodes=wanted.nodes, policy=wanted.policy, resources=wanted.resources,
-        tags=wanted.tags, listen=wanted.listen,
+        tags=wanted.tags, listen=wanted.listen, max_queued=wanted.max_queued,
     ) as cluster:  # fmt: skip
         stop = StopSignals(until_eof=False)  # from here on nothing is interrupted, the clean-up least of all
         signal.signal(signal.SIGCHLD, _nothing)
@@ -282,6 +294,8 @@ def _arguments(wanted: _Wanted) -> list[str]:
     arguments += [f"--tag={tag}" for tag in wanted.tags]
     if wanted.listen is not None:  # bare, it would take a word that follows for its address
         arguments.append(f"--listen={wanted.listen}" if wanted.listen else "--listen")
+    if wanted.max_queued is not None:
+        arguments.append(f"--max-queued={wanted.max_queued}")
     return [*arguments, f"--name={wanted.name}"]
 
 

@@ -33,6 +33,7 @@ from .sockets import listen_address
 
 START_TIMEOUT_S = 20.0
 MAX_WORKERS = 10_000
+MAX_QUEUED = 1 << 60
 STOP_TIMEOUT_S = 3.0
 
 _numbers = itertools.count(1)
@@ -57,6 +58,9 @@ class LocalCluster:
     listen
         ``ADDRESS[:PORT]``: TCP, encrypted, instead of Unix sockets, so that nodes and clients on other hosts can join with
         the connection file; "" is loopback.
+    max_queued
+        Bytes of tasks and results that the broker holds before ``submit`` waits; by default a quarter of the memory, at
+        least 256 MiB.
 
     Raises
     ------
@@ -78,10 +82,13 @@ class LocalCluster:
         resources: Mapping[str, float] | None = None,
         tags: Iterable[str] = (),
         listen: str | None = None,
+        max_queued: int | None = None,
     ) -> None:
         n_workers = usable_cpus() if n_workers is None else n_workers
         integer("n_workers", n_workers, 1, MAX_WORKERS)
         integer("n_nodes", n_nodes, 1, MAX_WORKERS)
+        if max_queued is not None:
+            integer("max_queued", max_queued, 1, MAX_QUEUED)
         if n_nodes > n_workers:
             raise ValueError(f"{n_nodes} nodes need at least as many workers, not {n_workers}")
         if listen is not None:
@@ -95,6 +102,7 @@ class LocalCluster:
         offers = [f"--resource={key}={amount}" for key, amount in amounts(resources or {}).items()]
         offers += [f"--tag={tag}" for tag in task_tags(tags)]
         broker = ["broker", "--name", self.name, "--policy", policy, *(["--listen", listen] if listen is not None else [])]
+        broker += [f"--max-queued={max_queued}"] if max_queued is not None else []
         starting: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
         try:
             check_free(self.name)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 from .protocol import Host
 
+ROOM_SHARE = 4  # of the usable memory, one part in so many: nodes, workers and clients may be here too
+LEAST_ROOM = 256 * 1024 * 1024
 CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
 LIBRARIES = ("zmqsched", "pyzmq", "cloudpickle", "msgspec", "numpy")
@@ -40,6 +42,11 @@ def usable_memory() -> int:
         if text.isdigit():
             total = min(total, int(text))
     return total
+
+
+def room_for_tasks() -> int:
+    """Bytes of others' tasks that a broker here may hold unless it is told otherwise."""
+    return max(LEAST_ROOM, usable_memory() // ROOM_SHARE)
 
 
 class OomKills:

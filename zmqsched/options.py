@@ -79,6 +79,18 @@ def resource_argument(text: str) -> tuple[str, float]:
     return name, number
 
 
+def size_argument(text: str) -> int:
+    """Bytes of a command line: a number, with K, M, G or T (of 1024) behind it or without. Raises ValueError."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].isalpha() else (text, "")
+    try:
+        size = float(number) * 1024 ** " KMGT".index(unit or " ")
+    except ValueError:
+        size = 0.0
+    if not 1 <= size < MAX_AMOUNT:
+        raise ValueError(f"{text!r} is not a size: write it as 500M or 2G")
+    return int(size)
+
+
 def task_tags(tags: Iterable[str]) -> tuple[str, ...]:
     if isinstance(tags, str):
         raise TypeError(f"tags is a list of names; write tags=[{tags!r}]")
