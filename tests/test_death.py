@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import os
 import re
+import resource
+import select
 import signal
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import eventually
 from test_nursery import Watched, ask, send
 
-from zmqsched import Client, errors, host, worker
-from zmqsched.blackbox import MAX_STACK, STACK_SIGNAL, readable_stack
+from zmqsched import Client, LocalCluster, errors, host, worker
+from zmqsched.blackbox import MAX_STACK, MAX_STDERR, STACK_SIGNAL, readable_stack
 from zmqsched.nursery import Exited, Wires
 from zmqsched.payload import Chunk, short_form
+from zmqsched.shell import RELAY_MAX, Relay
 
 
 @pytest.fixture
@@ -206,6 +212,277 @@ def test_the_stack_is_not_for_the_childrens_eyes(spawn):
         return listed.count("memfd")
 
     assert ask(spawn(1).pipe, memfds_of_a_child) == 0
+
+
+# --- standard error ----------------------------------------------------------------------------------------------------
+
+
+def drained(wires: Wires) -> bytes:
+    """All that was written, to the end of the pipe."""
+    written = b""
+    while (data := wires.box.read()) is not None:
+        written += data
+        if not data:
+            assert select.select([wires.box], [], [], 20)[0], "it does not end"
+    return written
+
+
+def test_what_a_dead_worker_said_last_is_kept(nursery, spawn):
+    def speaks():
+        os.write(2, b"loading\n")
+        os.write(2, b"failed")
+        os._exit(1)
+
+    wires = spawn(1)
+    send(wires.pipe, speaks)
+    assert drained(wires) == b"loading\nfailed"
+    assert wires.box.stderr() == "loading\nfailed"
+
+
+def test_of_much_only_the_end_is_kept(nursery, spawn):
+    def floods():
+        os.write(2, b"x" * 10_000_000)
+        os.write(2, b"\nthe end")
+        os._exit(1)
+
+    wires = spawn(1)
+    send(wires.pipe, floods)
+    assert len(drained(wires)) == 10_000_008
+    told = wires.box.stderr()
+    assert told == "[...] " + "x" * (MAX_STDERR - 8) + "\nthe end"
+
+
+def test_what_is_told_is_readable(nursery, spawn):
+    wires = spawn(1)
+    send(wires.pipe, lambda: os.write(2, b"\x1b[31mred\x1b[0m\t10 %\r20 %\r\nb\xff\x00d\x07\n") and os._exit(1))
+    drained(wires)
+    assert wires.box.stderr() == "red\t10 %\n20 %\nb\ufffdd\n"
+
+
+def test_nothing_said_is_nothing_read(nursery, spawn):
+    wires = spawn(1)
+    ask(wires.pipe, os.getpid)
+    assert (wires.box.read(), wires.box.stderr()) == (b"", "")
+
+
+def test_the_end_of_standard_error_is_in_the_certificate(client):
+    def aborts():
+        import resource
+        import sys
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        sys.stderr.write("the tensor has shape (3,)\n")
+        os.write(2, b"assertion failed: n > 0\n")
+        os.abort()
+
+    text = certificate(client, aborts)
+    assert text.count(": killed by SIGABRT\n") == 3
+    assert text.count("the end of its stderr:\n      the tensor has shape (3,)\n      assertion failed: n > 0\n") == 3
+    assert "in aborts" in text
+
+
+def test_a_fatal_error_of_the_interpreter_is_told(client):
+    def fails():
+        import ctypes
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        ctypes.pythonapi.Py_FatalError(b"the objects are lost")
+
+    assert "Fatal Python error: the objects are lost" in certificate(client, fails)
+
+
+def test_what_a_task_says_comes_out_of_its_node(scripts):
+    out, err = scripts.run(
+        """
+        import os, sys
+        from zmqsched import Client, LocalCluster
+
+        def says(number):
+            print("on stdout", number)
+            print("on stderr", number, file=sys.stderr)
+
+        def dies():
+            print("last words", file=sys.stderr)
+            os._exit(1)
+
+        with LocalCluster(2) as cluster, Client(cluster) as client:
+            list(client.map(says, range(100)))
+            client.options(requeue=False).submit(dies).exception(timeout=20)
+        """,
+        PYTHONUNBUFFERED="1",
+    )
+    assert sorted(out.splitlines()) == sorted(f"on stdout {number}" for number in range(100))
+    assert sorted(err.splitlines()) == sorted([f"on stderr {number}" for number in range(100)] + ["last words"])
+
+
+def test_a_flood_that_nobody_reads_stops_nobody_and_is_counted(scripts):
+    """The cluster's standard error is a pipe that is read only when all is over."""
+    process = scripts.start(
+        """
+        import os, psutil
+        from zmqsched import Client, LocalCluster
+
+        def floods():
+            for _ in range(256):
+                os.write(2, b"x" * (1 << 20))
+            return "flooded"
+
+        with LocalCluster(2) as cluster, Client(cluster) as client:
+            (node,) = client.nodes()
+            before = psutil.Process(node.pid).memory_info().rss
+            flood = client.submit(floods)
+            assert list(client.map(abs, range(1000))) == list(range(1000))
+            assert flood.result(timeout=60) == "flooded"
+            print((psutil.Process(node.pid).memory_info().rss - before) >> 20, flush=True)
+        """
+    )
+    assert int(process.stdout.readline()) < 20
+    _, err = process.communicate(timeout=40)
+    assert process.returncode == 0, err[-2000:]
+    dropped = sum(map(int, re.findall(r"zmqsched: (\d+) bytes dropped here", err)))
+    assert dropped + err.count("x") == 256 << 20
+
+
+def test_a_node_says_no_more_than_its_reader_takes():
+    read, write = os.pipe()
+    relay = Relay(write)
+    for number in range(100):
+        relay.forward(b"%02d" % number + b"x" * 99_998)
+    relay.close()  # it cannot get rid of it, and does not wait for ever
+    assert relay._kept <= RELAY_MAX
+    with open(read, "rb") as pipe:
+        eventually(lambda: b"dropped here" in (pipe.read1(1 << 20) or b""))
+    relay.close()
+    os.close(write)
+
+
+def test_a_relay_writes_all_in_order_and_what_is_logged(tmp_path):
+    with open(tmp_path / "errors", "wb") as file:
+        relay = Relay(file.fileno())
+        handler = logging.StreamHandler(relay)
+        for number in range(100):
+            relay.forward(b"%d\n" % number)
+        handler.handle(logging.makeLogRecord({"msg": "logg\u00e9d"}))
+        relay.close()
+    assert (tmp_path / "errors").read_text().split() == [*map(str, range(100)), "logg\u00e9d"]
+
+
+def test_a_relay_whose_reader_is_gone_goes_on():
+    read, write = os.pipe()
+    os.close(read)
+    relay = Relay(write)
+    for _ in range(100):
+        relay.forward(b"x" * 100_000)
+    relay.close()
+    assert not relay._thread.is_alive()
+    os.close(write)
+
+
+def test_a_relay_waits_for_a_reader_that_asked_not_to_be_waited_for():
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    relay = Relay(write)
+    for _ in range(10):
+        relay.forward(b"x" * 50_000)
+    with open(read, "rb") as pipe:
+        assert len(pipe.read(500_000)) == 500_000
+    relay.close()
+    os.close(write)
+
+
+def test_a_node_may_open_more_files_than_its_workers(clusters):
+    def limit():
+        import resource
+
+        return resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    with LocalCluster(1) as cluster, Client(cluster) as client:
+        soft, hard = client.submit(limit).result(timeout=20)
+        (node,) = client.nodes()
+        assert (soft, hard) == resource.getrlimit(resource.RLIMIT_NOFILE)
+        assert psutil.Process(node.pid).rlimit(psutil.RLIMIT_NOFILE) == (hard, hard)
+
+
+# --- what a task leaves changed ------------------------------------------------------------------------------------------
+
+
+def test_the_next_task_has_its_streams(scripts):
+    """Whatever the task before, which took a while, has closed or redirected."""
+    out, err = scripts.run(
+        """
+        import os, sys, time
+        from zmqsched import Client, LocalCluster
+
+        def closes_the_descriptors():
+            for number in range(3):
+                os.close(number)
+            time.sleep(0.01)
+
+        def redirects_the_descriptors():
+            null = os.open("/dev/zero", os.O_RDWR)
+            for number in range(3):
+                os.dup2(null, number)
+            time.sleep(0.01)
+
+        def closes_the_streams():
+            sys.stdout.close()
+            sys.stderr.close()
+            time.sleep(0.01)
+
+        def says(number):
+            print("on stdout", number)
+            print("on stderr", number, file=sys.stderr)
+            return os.getpid(), [os.readlink(f"/proc/self/fd/{number}") for number in range(3)]
+
+        with LocalCluster(1) as cluster, Client(cluster) as client:
+            before = client.submit(says, 0).result(timeout=20)
+            for number, damages in enumerate((closes_the_descriptors, redirects_the_descriptors, closes_the_streams), 1):
+                client.submit(damages).result(timeout=20)
+                assert client.submit(says, number).result(timeout=20) == before
+        """
+    )
+    assert out.splitlines() == [f"on stdout {number}" for number in range(4)]
+    assert err.splitlines() == [f"on stderr {number}" for number in range(4)]
+
+
+def test_the_next_task_is_where_the_first_was(spawn, tmp_path):
+    def moves(path):
+        os.chdir(path)
+        time.sleep(0.01)
+
+    wires = spawn(1)
+    before = ask(wires.pipe, os.getcwd)
+    ask(wires.pipe, moves, str(tmp_path))
+    assert ask(wires.pipe, os.getcwd) == before
+
+
+def test_a_stream_that_was_replaced_stays(spawn):
+    def replaces():
+        import io
+        import sys
+
+        sys.stdout = io.StringIO()
+        time.sleep(0.01)
+
+    wires = spawn(1)
+    ask(wires.pipe, replaces)
+    assert ask(wires.pipe, lambda: type(__import__("sys").stdout).__name__) == "StringIO"
+
+
+def test_what_cannot_be_put_back_ends_the_worker_uncharged(nursery, spawn):
+    def closes_what_is_kept():
+        here = os.stat(".")
+        for name in os.listdir("/proc/self/fd"):
+            fd = int(name)
+            if fd > 2 and os.path.samestat(os.stat(f"/proc/self/fd/{name}"), here):
+                os.close(fd)
+                return True
+
+    wires = spawn(1)
+    assert ask(wires.pipe, closes_what_is_kept) is True
+    send(wires.pipe, time.sleep, 0.01)
+    assert "exit code 70" in nursery.next(Exited).how
 
 
 # --- memory ------------------------------------------------------------------------------------------------------------

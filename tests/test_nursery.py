@@ -270,8 +270,9 @@ def test_a_worker_starts_clean(nursery, spawn):
 
 def test_a_worker_has_no_open_descriptor_but_its_wires(spawn):
     def targets():
-        fds = [entry.path for entry in os.scandir("/proc/self/fd") if int(entry.name) > 2]
-        return [os.readlink(fd) for fd in fds if os.path.lexists(fd)]
+        known = {os.getcwd(), *(os.readlink(f"/proc/self/fd/{number}") for number in range(3))}
+        fds = [entry.path for entry in os.scandir("/proc/self/fd")]
+        return [target for fd in fds if os.path.lexists(fd) and (target := os.readlink(fd)) not in known]
 
     spawn(1)
     found = [target for target in ask(spawn(2), targets) if target != "/dev/null"]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import os
 import platform
+import resource
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -47,6 +48,12 @@ def usable_memory() -> int:
 def room_for_tasks() -> int:
     """Bytes of others' tasks that a broker here may hold unless it is told otherwise."""
     return max(LEAST_ROOM, usable_memory() // ROOM_SHARE)
+
+
+def allow_many_files() -> None:
+    """As many open files as this process may have: a node has four for each worker, and 1,024 is what most shells allow."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 class OomKills:

@@ -1,11 +1,13 @@
 """The node's shell: one connection to the broker, one pipe to each worker, the agent between them.
 
 One thread, one loop, as the broker's. The nursery is forked first, before ZeroMQ or any thread exists, and the workers
-from it. This process never unpickles and never runs user code.
+from it. This process never unpickles and never runs user code. What it and its workers say on standard error is written by
+a thread that does nothing else: whoever does not read it must not stop the loop.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 from collections.abc import Iterable
@@ -13,6 +15,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from . import host, orphans
+from .blackbox import BlackBox
 from .config import CONNECT_TIMEOUT_S, ConnectionFile
 from .core import events
 from .core.agent import Agent
@@ -33,13 +36,14 @@ from .protocol import (
     encode,
     encode_pipe,
 )  # fmt: skip
-from .shell import Starter, StopSignals, log, tune_garbage_collection
+from .shell import Relay, Starter, StopSignals, log, relay_logging, tune_garbage_collection
 
 if TYPE_CHECKING:
     import psutil
 
 MAX_MESSAGES_PER_TURN = 100
 MAX_ANSWERS_PER_TURN = 64  # of each worker
+MAX_LAST_READS = 32  # of a dead worker's standard error, 64 KiB each: a pipe holds at most 1 MiB
 LINGER_MS = 2_000
 # While every worker has several short tasks in its pipe there is no hurry: rather than be woken for each answer, the node
 # sleeps this long and takes all that have come (as a network driver does under load).
@@ -62,6 +66,10 @@ class Node:
     ) -> None:
         orphans.adopt()
         self._nursery = Nursery()
+        host.allow_many_files()
+        self._stderr = Relay()
+        atexit.register(self._stderr.close)
+        relay_logging(self._stderr)
         from . import sockets
 
         self._sockets = sockets
@@ -78,7 +86,8 @@ class Node:
         self._agent = Agent(hello, gpus)
         self._incarnation = hello.incarnation
         self._wires: dict[int, Wires] = {}  # by worker
-        self._readable: dict[int, int] = {}  # worker by descriptor
+        self._readable: dict[int, int] = {}  # worker by descriptor, of its pipe
+        self._speaking: dict[int, int] = {}  # worker by descriptor, of its standard error
         self._unsent: dict[int, list[Run]] = {}  # what could not be put into a dying worker's pipe
         self._measured: dict[int, psutil.Process] = {}
         self._oom_kills = host.OomKills()
@@ -124,6 +133,7 @@ class Node:
             for descriptor in stop.descriptors:
                 if descriptor in ready and (why := stop.read(descriptor)):
                     self._step(events.Leave(why == "SIGTERM", why))
+            self._read_stderrs(ready)
             self._read_workers(ready)
             if self._nursery.fileno() in ready:
                 self._read_nursery()
@@ -159,7 +169,9 @@ class Node:
     def _start(self, worker: int) -> None:
         wires = self._wires[worker] = self._nursery.spawn(worker)
         self._readable[wires.pipe.fileno()] = worker
-        self._waiter.add(wires.pipe.fileno())
+        self._speaking[wires.box.fileno()] = worker
+        for wire in (wires.pipe, wires.box):
+            self._waiter.add(wire.fileno())
 
     def _give(self, worker: int, run: Run) -> None:
         try:
@@ -184,6 +196,20 @@ class Node:
         """The worker's stack as of the last :meth:`_ask_stack`, or its crash: frames, the latest call first, without our
         own; "" if nothing was written. At most ``blackbox.MAX_STACK`` characters."""
         return self._wires[worker].box.stack()
+
+    def _read_stderrs(self, ready: set[int]) -> None:
+        for descriptor in ready & self._speaking.keys():
+            self._read_stderr(self._wires[self._speaking[descriptor]].box)
+
+    def _read_stderr(self, box: BlackBox) -> bool:
+        """Pass on what is there. False: nothing is."""
+        data = box.read()
+        if data:
+            self._stderr.forward(data)
+        elif data is None and box.fileno() in self._speaking:  # the worker, or a task, has closed it
+            del self._speaking[box.fileno()]
+            self._waiter.remove(box.fileno())
+        return bool(data)
 
     def _read_workers(self, ready: set[int]) -> None:
         for descriptor in ready & self._readable.keys():
@@ -236,11 +262,20 @@ class Node:
         wires = self._wires.pop(worker)
         del self._readable[wires.pipe.fileno()]
         self._waiter.remove(wires.pipe.fileno())
+        self._read_last_words(wires.box)
         self._measured.pop(pid, None)
         oom = how == KILLED and self._oom_kills.lately()
-        remains = Remains(wires.box.stack(), "", wires.box.memory, exited.peak, oom)
+        remains = Remains(wires.box.stack(), wires.box.stderr(), wires.box.memory, exited.peak, oom)
         wires.close()
         self._step(events.Exited(worker, pid, how, untaken, remains))
+
+    def _read_last_words(self, box: BlackBox) -> None:
+        """Its end may never come: somebody else may have it open still."""
+        for _ in range(MAX_LAST_READS):
+            if not self._read_stderr(box):
+                break
+        if self._speaking.pop(box.fileno(), None) is not None:
+            self._waiter.remove(box.fileno())
 
     # --- the broker ------------------------------------------------------------------------------------------------
 
@@ -295,6 +330,7 @@ class Node:
         self._nursery.close()
         orphans.end_all()  # this process is a node: it has no other children
         for wires in self._wires.values():
+            self._read_last_words(wires.box)
             wires.close()
         self._pub.close(linger=0)
         self._dealer.close(linger=LINGER_MS)

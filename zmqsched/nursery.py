@@ -45,7 +45,7 @@ _CONTROL = struct.Struct("=cQQQ")
 _SPAWN, _KILL, _DUMP = b"S", b"K", b"D"
 _BORN, _EXITED = b"B", b"X"
 _CONTROL_MAX = 1024
-_RIGHTS = 2
+_RIGHTS = 3
 _ANCILLARY = socket.CMSG_SPACE(4 * _RIGHTS)
 
 KILLED = f"killed by {signal.SIGKILL.name}"
@@ -115,6 +115,7 @@ class Nursery:
         ours, theirs = pair()
         box = BlackBox()
         self._send(_SPAWN, worker, [theirs.fileno(), *box.descriptors])
+        box.handed_over()
         return Wires(ours, theirs, box)
 
     def kill(self, worker: int) -> None:
@@ -345,11 +346,11 @@ class _Keeper:
             self._outbox.clear()
 
 
-def _work(pipe: int, stack: int) -> int:
+def _work(pipe: int, stack: int, stderr: int) -> int:
     """A worker's life: its exit code."""
     from .worker import run_worker
 
-    arm(stack)
+    arm(stack, stderr)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # with PYTHONUNBUFFERED a line goes out in pieces, and workers' lines mix
             stream.reconfigure(line_buffering=True, write_through=False)
@@ -382,7 +383,7 @@ def _kill_group(pid: int) -> None:
 def _how(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     if code == EXIT_PIPE_LOST:
-        return f"exit code {code} (the task closed the pipe to its node)"
+        return f"exit code {code} (a task closed what the worker needs)"
     if code >= 0:
         return f"exit code {code}"
     try:

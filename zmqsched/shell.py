@@ -13,9 +13,11 @@ import gc
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import sys
+import threading
 from types import FrameType
 
 from .errors import ZmqschedError
@@ -24,6 +26,8 @@ log = logging.getLogger("zmqsched")
 # What a broker is started with; see __main__.py.
 BROKER_ENVIRONMENT = {"PYTHONMALLOC": "malloc"}
 LEVELS = ("debug", "info", "warning", "error")
+RELAY_MAX = 1 << 20
+RELAY_CLOSE_S = 1.0
 
 
 class StopSignals:
@@ -67,12 +71,87 @@ def return_memory() -> None:
         log.debug("this C library has no malloc_trim")
 
 
+class Relay:
+    """A process's standard error, written by a thread of its own: a reader that is slow, or has stopped, holds up nobody.
+
+    Of what is not yet written, ``RELAY_MAX`` bytes are kept. What comes beyond is dropped, and how much is said.
+    """
+
+    def __init__(self, descriptor: int = 2) -> None:
+        self._descriptor = descriptor
+        self._changed = threading.Condition()
+        self._chunks: list[bytes] = []
+        self._kept = 0
+        self._dropped = 0
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="zmqsched-stderr", daemon=True)
+        self._thread.start()
+
+    def forward(self, data: bytes) -> None:
+        with self._changed:
+            if self._kept + len(data) > RELAY_MAX:
+                self._dropped += len(data)
+                return
+            self._chunks.append(data)
+            self._kept += len(data)
+            self._changed.notify()
+
+    def write(self, text: str) -> None:
+        """For a ``logging.StreamHandler``."""
+        self.forward(text.encode(errors="replace"))
+
+    def flush(self) -> None:
+        """For a ``logging.StreamHandler``: nothing here waits."""
+
+    def close(self) -> None:
+        """Have the rest written, if that takes less than ``RELAY_CLOSE_S`` seconds."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        self._thread.join(RELAY_CLOSE_S)
+
+    def _run(self) -> None:
+        while chunks := self._taken():
+            for chunk in chunks:
+                self._write(chunk)
+                with self._changed:
+                    self._kept -= len(chunk)
+
+    def _taken(self) -> list[bytes]:
+        """What is to be written; empty when all is, and closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._chunks or self._dropped or self._closed)
+            chunks, self._chunks = self._chunks, []
+            if self._dropped:
+                chunks.append(b"zmqsched: %d bytes dropped here: standard error is not read fast enough\n" % self._dropped)
+                self._kept += len(chunks[-1])
+                self._dropped = 0
+            return chunks
+
+    def _write(self, chunk: bytes) -> None:
+        rest = memoryview(chunk)
+        while rest and self._descriptor >= 0:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except BlockingIOError:  # who started this process has made it so
+                select.select([], [self._descriptor], [])
+            except OSError:  # nobody reads it any more
+                self._descriptor = -1
+
+
 def set_up_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s zmqsched %(message)s", "%H:%M:%S"))
     log.addHandler(handler)
     log.setLevel(level.upper())
     log.propagate = False
+
+
+def relay_logging(relay: Relay) -> None:
+    """Let the relay write what is logged."""
+    for handler in log.handlers:
+        if isinstance(handler, logging.StreamHandler):
+            handler.setStream(relay)
 
 
 class Starter:

@@ -7,6 +7,7 @@ Rules
 * Whatever a task raises is its answer: SystemExit and KeyboardInterrupt too. Only losing the pipe ends a worker.
 * A function is kept by its digest, pickled if it could not be loaded, so that a later Run may try again.
 * A crash in a task's native code leaves a stack (``blackbox.py``); a task cannot switch that off for the next.
+* A task's working directory and standard streams are its own: what it leaves is put back (``surroundings.py``).
 * Code inside a task reaches the node through :func:`tell`, from any thread.
 """
 
@@ -24,6 +25,7 @@ from .errors import ProtocolError
 from .payload import may_retry, pack_exception, pack_value, unpack_call, unpack_function
 from .pipes import EXIT_PIPE_LOST, Pipe
 from .protocol import Done, Payload, PipeMessage, Run, decode_pipe, encode_pipe
+from .surroundings import Surroundings
 
 _pipe: Pipe | None = None
 
@@ -54,11 +56,12 @@ def run_worker(pipe: Pipe, stack: int) -> None:
     Raises
     ------
     SystemExit
-        With ``EXIT_PIPE_LOST``: a task closed the pipe.
+        With ``EXIT_PIPE_LOST``: a task closed the pipe, or what else the worker needs.
     """
     global _pipe  # noqa: PLW0603 - a process is a worker or it is not
     _pipe = pipe
     functions = _Functions()
+    surroundings = Surroundings()
     try:
         while (frames := pipe.receive()) is not None:
             message = decode_pipe(frames)
@@ -67,11 +70,12 @@ def run_worker(pipe: Pipe, stack: int) -> None:
             if not faulthandler.is_enabled():
                 faulthandler.enable(stack)
             pipe.send(encode_pipe(_attempt(message, functions)))
+            surroundings.restore()
     except BrokenPipeError:
         return
     except OSError as error:
         with suppress(OSError):  # past sys.stderr, which the task may have closed as well
-            os.write(2, f"zmqsched worker {os.getpid()}: a task closed this worker's pipe ({error})\n".encode())
+            os.write(2, f"zmqsched worker {os.getpid()}: a task closed what this worker needs ({error})\n".encode())
         raise SystemExit(EXIT_PIPE_LOST) from error
     finally:
         _pipe = None
