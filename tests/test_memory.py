@@ -1,0 +1,294 @@
+"""Memory is bounded by what is queued, and what is queued is bounded: at the cap ``submit`` waits, and nothing is lost.
+
+``LONG=1`` makes the rounds of the last test as long as the promise says.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import gc
+import itertools
+import os
+import re
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from conftest import Gate, Home, eventually
+
+import zmqsched.client
+from zmqsched import Client, LocalCluster, WaitGroup, errors
+from zmqsched.client import MAX_WAITING_BYTES
+from zmqsched.core.requests import WINDOW_BYTES
+
+MIB = 1 << 20
+ROUND = 50_000 if os.environ.get("LONG") else 15_000
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def peak(pid: int) -> int:
+    """The most resident memory a process ever had, in bytes."""
+    text = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", text)[1]) * 1024
+
+
+class Submitter(threading.Thread):
+    """Submits in a thread of its own, which may be blocked; what it got, or what was raised there."""
+
+    def __init__(self, submits: Callable[[], Any]) -> None:
+        super().__init__()
+        self._submits = submits
+        self.got: Any = None
+        self.error: BaseException | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.got = self._submits()
+        except BaseException as error:  # noqa: BLE001 - raised again by end()
+            self.error = error
+
+    def end(self) -> Any:
+        self.join(60)
+        assert not self.is_alive(), "it is still blocked"
+        if self.error is not None:
+            raise self.error
+        return self.got
+
+
+def is_blocked(client: Client) -> bool:
+    return client._blocked > 0
+
+
+def test_the_broker_stays_within_its_cap_and_nothing_is_lost(clusters: Home, gate: Gate):
+    cap, size, count = 16 * MIB, MIB, 200
+    with LocalCluster(1, max_queued=cap) as cluster, Client(cluster) as client:
+        before = peak(cluster.broker_pid)
+        client.submit(gate.task)
+        gate.wait_until_begun()
+        pushed = itertools.count()
+        submitter = Submitter(lambda: [client.submit(len, bytes(size + next(pushed))) for _ in range(count)])
+        eventually(lambda: is_blocked(client))
+        blocked_at = next(pushed)
+        assert MAX_WAITING_BYTES < blocked_at * size < MAX_WAITING_BYTES + WINDOW_BYTES + 2 * cap
+        gate.open()
+        futures = submitter.end()
+        sizes = [future.result(timeout=60) for future in futures]
+        assert len(set(sizes)) == count
+        assert min(sizes) == size
+        assert client.status().counts["clients held back"] >= 1
+        # Frames that libzmq has read and the broker has not are part of the window.
+        assert peak(cluster.broker_pid) - before < cap + WINDOW_BYTES + 16 * MIB
+
+
+@pytest.fixture(scope="module")
+def small(clusters: Home) -> Iterator[LocalCluster]:
+    """One worker, and a broker that is full with one task."""
+    with LocalCluster(1, max_queued=600) as cluster:
+        yield cluster
+
+
+def held_client(cluster: LocalCluster, gate: Gate) -> tuple[Client, list[concurrent.futures.Future[None]]]:
+    client = Client(cluster)
+    first = [client.submit(gate.task) for _ in range(3)]
+    gate.wait_until_begun()
+    eventually(lambda: client._core._held)
+    return client, first
+
+
+@pytest.fixture
+def held(small: LocalCluster, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
+    """A client that has been told to hold back, and itself takes no more than 20 tasks or so."""
+    monkeypatch.setattr(zmqsched.client, "MAX_WAITING_BYTES", 20 * 600)
+    client, first = held_client(small, gate)
+    yield client
+    gate.open()
+    if client.usable:
+        concurrent.futures.wait(first, timeout=30)
+    client.shutdown(wait=False, cancel_futures=True)
+
+
+def push(client: Client, count: int) -> list[concurrent.futures.Future[int]]:
+    return [client.submit(abs, -number) for number in range(count)]
+
+
+def test_submit_goes_on_when_there_is_room(held: Client, gate: Gate):
+    submitter = Submitter(lambda: push(held, 100))
+    eventually(lambda: is_blocked(held))
+    gate.open()
+    assert [future.result(timeout=30) for future in submitter.end()] == list(range(100))
+
+
+def test_several_blocked_threads_all_go_on(held: Client, gate: Gate):
+    submitters = [Submitter(lambda: push(held, 50)) for _ in range(4)]
+    eventually(lambda: held._blocked == 4)
+    gate.open()
+    assert [sum(future.result(timeout=30) for future in each.end()) for each in submitters] == [sum(range(50))] * 4
+
+
+def test_map_of_an_endless_iterable_pauses(held: Client, gate: Gate):
+    taken = itertools.count()
+    submitter = Submitter(lambda: held.map(abs, taken))
+    eventually(lambda: is_blocked(held))
+    assert next(taken) < 60
+    held.shutdown(wait=False)
+    with pytest.raises(RuntimeError, match="after shutdown"):
+        submitter.end()
+
+
+def test_a_shutdown_wakes_who_is_blocked(held: Client, gate: Gate):
+    submitter = Submitter(lambda: push(held, 100))
+    eventually(lambda: is_blocked(held))
+    held.shutdown(wait=False, cancel_futures=True)
+    with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
+        submitter.end()
+
+
+def test_ctrl_c_ends_a_blocked_submit(held: Client, gate: Gate):
+    def interrupts() -> None:
+        eventually(lambda: is_blocked(held))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    interrupter = Submitter(interrupts)
+    with pytest.raises(KeyboardInterrupt):
+        push(held, 100)
+    interrupter.end()
+    assert not is_blocked(held)
+    gate.open()
+    assert held.submit(abs, -7).result(timeout=30) == 7
+
+
+def test_a_callback_is_never_blocked(held: Client, gate: Gate):
+    many: list[concurrent.futures.Future[int]] = []
+    done = threading.Event()
+
+    def callback(_: object) -> None:
+        many.extend(push(held, 100))
+        done.set()
+
+    future = held.submit(abs, -1)
+    future.add_done_callback(callback)
+    gate.open()
+    assert done.wait(30)
+    assert [each.result(timeout=30) for each in many] == list(range(100))
+
+
+def test_what_is_held_back_is_cancelled_at_once(held: Client, gate: Gate):
+    futures = push(held, 10)
+    assert all(future.cancel() for future in futures)
+    eventually(lambda: held._core.waiting == 0)
+    assert gate.begun() == 1
+
+
+def test_a_waitgroup_waits_for_what_is_held_back(held: Client, gate: Gate):
+    group = WaitGroup(held)
+    futures = [group.go(abs, -number) for number in range(10)]
+    waiter = Submitter(lambda: group.wait(timeout=30))
+    eventually(lambda: held._core._asked)
+    assert held.status().tasks  # it does not wait behind the tasks
+    gate.open()
+    waiter.end()
+    assert all(future.done() for future in futures)
+
+
+def test_a_lost_cluster_wakes_who_is_blocked(clusters: Home, gate: Gate, monkeypatch):
+    monkeypatch.setattr(zmqsched.client, "MAX_WAITING_BYTES", 20 * 600)
+    with LocalCluster(1, max_queued=600) as cluster:
+        client, _ = held_client(cluster, gate)
+        submitter = Submitter(lambda: push(client, 100))
+        eventually(lambda: is_blocked(client))
+        cluster.close()
+        with pytest.raises(errors.ClusterLost):
+            submitter.end()
+        client.shutdown(wait=False)
+
+
+def test_submit_waits_for_a_broker_that_is_away(clusters: Home, monkeypatch):
+    monkeypatch.setattr(zmqsched.client, "MAX_WAITING_BYTES", 8 * MIB)
+    monkeypatch.setattr(zmqsched.core.requests, "WINDOW_BYTES", MIB)
+    with LocalCluster(1) as cluster, Client(cluster) as client:
+        client.submit(abs, 1).result(timeout=30)
+        os.kill(cluster.broker_pid, signal.SIGSTOP)
+        try:
+            submitter = Submitter(lambda: [client.submit(len, bytes(MIB)) for _ in range(30)])
+            eventually(lambda: is_blocked(client))
+        finally:
+            os.kill(cluster.broker_pid, signal.SIGCONT)
+        assert [future.result(timeout=30) for future in submitter.end()] == [MIB] * 30
+
+
+# --- what is forgotten -----------------------------------------------------------------------------------------------
+
+
+def nothing_open(client: Client) -> bool:
+    return not client._futures and client._core.open == 0 and not any(client.status().tasks.values())
+
+
+def test_a_done_future_that_is_dropped_leaves_nothing(client: Client):
+    future = client.submit(collections.Counter, "abc")
+    result = weakref.ref(future.result(timeout=30))
+    dropped = weakref.ref(future)
+    del future
+    gc.collect()
+    assert (dropped(), result()) == (None, None)
+    assert nothing_open(client)
+
+
+def test_an_unfinished_future_that_is_dropped_runs_calls_back_and_leaves_nothing(client: Client, gate: Gate):
+    heard: list[int] = []
+    argument = collections.Counter("abc")
+    dropped_argument = weakref.ref(argument)
+    future = client.submit(gate.task, sum, [3, 4])
+    other = client.submit(len, argument)
+    future.add_done_callback(lambda done: heard.append(done.result()))
+    dropped = [weakref.ref(future), weakref.ref(other)]
+    del future, other, argument
+    gate.wait_until_begun()
+    gate.open()
+    eventually(lambda: nothing_open(client))
+    eventually(lambda: gc.collect() is not None and not any(ref() for ref in dropped))
+    assert heard == [7]
+    assert dropped_argument() is None
+
+
+def test_the_broker_does_not_grow_with_what_was_run(clusters: Home):
+    with LocalCluster(2) as cluster, Client(cluster) as client:
+        broker = psutil.Process(cluster.broker_pid)
+        sizes = []
+        for _ in range(3):
+            assert sum(client.map(abs, range(ROUND))) == sum(range(ROUND))
+            eventually(lambda: nothing_open(client))
+            sizes.append(broker.memory_info().rss)
+        assert client.status().counts["ok"] == 3 * ROUND
+        # The first round has made what stays: arenas, buffers, the table's room.
+        assert eventually(lambda: broker.memory_info().rss - sizes[0] < 4 * MIB) is True, sizes
+
+
+# --- callbacks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ask", ["result", "exception"])
+def test_waiting_for_another_future_in_a_callback_is_an_error(client: Client, gate: Gate, ask: str):
+    """It would wait for ever: the thread that waits is the one that brings the answer."""
+    never = client.submit(gate.task)
+    raised: list[BaseException] = []
+    done = threading.Event()
+
+    def callback(finished: concurrent.futures.Future[int]) -> None:
+        try:
+            assert getattr(finished, ask)() in (1, None)
+            getattr(never, ask)()
+        except RuntimeError as error:
+            raised.append(error)
+        done.set()
+
+    client.submit(abs, -1).add_done_callback(callback)
+    assert done.wait(30)
+    assert "a future's callback must not wait" in str(raised[0])
