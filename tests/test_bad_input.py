@@ -412,6 +412,8 @@ def test_a_callback_that_would_wait_for_itself(cluster, gate, what):
         ({"n_workers": 2.0}, TypeError, "n_workers must be an int, not float"),
         ({"n_workers": "2"}, TypeError, "n_workers must be an int, not str"),
         ({"n_nodes": 0}, ValueError, "n_nodes must be"),
+        ({"max_queued": 0}, ValueError, "max_queued must be between 1 and"),
+        ({"max_queued": "1G"}, TypeError, "max_queued must be an int, not str"),
         ({"n_workers": 1, "n_nodes": 2}, ValueError, "2 nodes need at least as many workers, not 1"),
         ({"policy": "best"}, ValueError, "there is no policy 'best'; there are least-loaded, pack, random, round-robin"),
         ({"name": "a b"}, ValueError, "'a b' cannot name a cluster: use 1 to 40 letters"),

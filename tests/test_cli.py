@@ -195,6 +195,8 @@ def test_the_installed_command(home):
         ("up --resource gpu", "'gpu' is not NAME=AMOUNT"),
         ("up --resource gpu=-1", "at least 0"),
         ("up --resource gpu=nan", "at least 0"),
+        ("up --max-queued much", "'much' is not a size"),
+        ("up --max-queued 0", "is not a size"),
         ("up --listen 0.0.0.0", "every interface"),
         ("up --listen 127.0.0.1:99999", "port"),
         ("up --listen no.such.host.invalid", "is not an address"),
@@ -357,7 +359,7 @@ def test_an_address_that_cannot_be_had(detach, home):
 
 
 def test_detached_it_can_be_used_by_others_until_it_is_told(home):
-    done = home.run("up", "-n", "2", "--name", "lab", "--detach", "--listen")
+    done = home.run("up", "-n", "2", "--name", "lab", "--detach", "--max-queued", "600K", "--listen")
     assert "cluster lab is up: 2 workers on 1 node" in done.stdout
     log = home.path / ".lab.log"
     assert f"log:       {log}" in done.stdout
@@ -373,6 +375,7 @@ def test_detached_it_can_be_used_by_others_until_it_is_told(home):
     assert home.ask("status", record["file"])["counts"]["ok"] == 1
 
     pids = home.processes()
+    assert [command for command in pids.values() if "zmqsched broker" in command and "--max-queued=614400 " in command]
     assert home.run("down", "lab").stdout == "cluster lab is stopped\n"
     assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
     home.assert_nothing_left()

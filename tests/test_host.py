@@ -6,6 +6,7 @@ import platform
 import pytest
 
 from zmqsched import host
+from zmqsched.options import size_argument
 
 
 @pytest.fixture(autouse=True)
@@ -67,3 +68,24 @@ def test_a_process_says_where_and_with_what_it_runs():
     here = host.where()
     assert (here.pid, here.python) == (os.getpid(), platform.python_version())
     assert {"pyzmq", "cloudpickle", "msgspec"} <= dict(here.versions).keys()
+
+
+def test_a_broker_takes_a_quarter_of_the_memory_and_not_too_little(bare):
+    (bare / "memory.max").write_text(f"{8 << 30}\n")
+    assert host.room_for_tasks() == min(2 << 30, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4)
+    (bare / "memory.max").write_text("1048576\n")
+    assert host.room_for_tasks() == 256 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1", 1), ("4096", 4096), ("600K", 614400), ("1.5m", 3 << 19), ("2G", 2 << 30), ("1T", 1 << 40)],
+)
+def test_sizes_are_written_with_a_unit_or_without(text, size):
+    assert size_argument(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "nan", "inf", "1e30", "K", "2GB", "2 Q", "much", "1e400T"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError, match="is not a size: write it as 500M or 2G"):
+        size_argument(text)
