@@ -3,10 +3,11 @@
 PYTHON ?= python3
 SEEDS ?= 200
 REPEAT ?= 1
+MESSAGES ?= 1000000
 PYTEST = -m pytest -q
 VERSIONS = 3.11 3.12 3.13 3.14
 
-.PHONY: help venv demo test test-all test-system lint bench sim chaos clean
+.PHONY: help venv demo test test-all test-system lint bench sim fuzz chaos clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -66,6 +67,9 @@ bench: venv ## measure on this machine
 
 sim: venv ## run the simulation: make sim SEEDS=1000
 	@.venv/bin/python -m zmqsched.sim --seeds $(SEEDS)
+
+fuzz: venv ## feed the codec and the cores a million senseless messages: make fuzz MESSAGES=20000
+	@.venv/bin/python -m tests.fuzz --messages $(MESSAGES)
 
 chaos: venv ## break things while tasks run, and measure: make chaos ONLY="worker-killed node-frozen" REPEAT=3
 	@cd tests && ../.venv/bin/python -m chaos --repeat $(REPEAT) $(ONLY)

@@ -131,13 +131,14 @@ class Broker:
         peer = frames[0].bytes
         user = ""
         if self._keys is not None and not (user := sockets.user_id(frames[0])):
-            return Malformed(peer, "no authenticated sender")
+            return Malformed(peer, "no authenticated sender", sender=sockets.address_of(frames[0]))
         try:
             return Arrived(peer, user, decode([frame.buffer for frame in frames[1:]]))
-        except VersionMismatch as error:
-            return Malformed(peer, "protocol version", No("version", f"{error}; install the same zmqsched on both sides"))
-        except ProtocolError:
-            return Malformed(peer, "malformed message")
+        except ProtocolError as error:
+            version = isinstance(error, VersionMismatch)
+            no = No("version" if version else "malformed", f"{error}; install the same zmqsched on both sides")
+            sender = f"{user or 'this host'} at {sockets.address_of(frames[0])}"
+            return Malformed(peer, "protocol version" if version else "malformed message", no, sender)
 
     def _perform(self, actions: list[SchedulerAction], now: float) -> str:
         why = ""

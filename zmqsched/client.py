@@ -482,7 +482,7 @@ class Client(Tasks):
             try:
                 envelope = decode([frame.buffer for frame in frames])
             except ProtocolError as error:
-                _warn(f"the broker sent what is no message: {error}")
+                self._perform(self._core.handle(events.Unreadable(str(error)), now))
                 continue
             self._perform(self._core.handle(events.Reached(envelope), now))
         self._perform(self._core.handle(events.Tick(), now))

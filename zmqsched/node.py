@@ -284,7 +284,7 @@ class Node:
             try:
                 envelope = decode([frame.buffer for frame in frames])
             except ProtocolError as error:
-                log.warning("the broker sent what is no message: %s", error)
+                self._step(events.Unreadable(str(error)))
                 continue
             self._step(Reached(envelope))
 

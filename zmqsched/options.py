@@ -49,8 +49,8 @@ def amounts(resources: Mapping[str, float]) -> dict[str, float]:
         raise TypeError(f"resources is a mapping from names to amounts, not {type(resources).__name__}")
     checked = {}
     for name, amount in resources.items():
-        if not isinstance(name, str) or not 0 < len(name) < 256 or "=" in name:
-            raise TypeError(f"a resource's name is a short text without '=', not {name!r}")
+        if not isinstance(name, str) or not 0 < len(name) < 256 or "=" in name or not name.isprintable():
+            raise TypeError(f"a resource's name is a short printable text without '=', not {name!r}")
         if isinstance(amount, bool) or not isinstance(amount, int | float):
             raise TypeError(f"resources[{name!r}] must be a number, not {type(amount).__name__}")
         if not math.isfinite(amount) or not 0 <= amount < MAX_AMOUNT:
@@ -74,7 +74,7 @@ def resource_argument(text: str) -> tuple[str, float]:
         number = float(amount)
     except ValueError:
         number = -1.0
-    if not name or not 0 <= number < MAX_AMOUNT:
+    if not 0 < len(name) < 256 or not name.isprintable() or not 0 <= number < MAX_AMOUNT:
         raise ValueError(f"{text!r} is not NAME=AMOUNT with a number of at least 0")
     return name, number
 
@@ -105,4 +105,6 @@ def short_name(name: str) -> str:
         raise TypeError(f"a name is a text, not {type(name).__name__}")
     if not name:
         raise ValueError("a name is not empty")
+    if not name.isprintable():
+        raise ValueError(f"a name is printable text on one line, not {name[:40]!r}")
     return name[:255]

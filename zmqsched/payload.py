@@ -41,7 +41,7 @@ from .errors import (
     ResultDecodeError,
     ResultNotSerializable,
 )
-from .protocol import MAX_PAYLOAD, Payload, payload_bytes
+from .protocol import MAX_PAYLOAD, MAX_TEXT, Payload, clipped, payload_bytes
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -50,8 +50,6 @@ if TYPE_CHECKING:
 OUT_OF_BAND = 64 * 1024
 # Buffers of one payload that may travel apart; a message has at most protocol.MAX_FRAMES frames for all its payloads.
 MAX_BUFFERS = 200
-# The text form of an exception; its head says where, its tail says what.
-MAX_TEXT = 64 * 1024
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -687,9 +685,9 @@ _MACHINERY = frozenset({__name__, f"{__package__}.worker"})
 
 def pack_exception(exc: BaseException) -> Payload:
     """What a task raised: the exception if it can be rebuilt to the same type, and its text. Never raises."""
-    text = _cut(_formatted(exc))
+    text = clipped(_formatted(exc))
     # What is written here holds builtin types alone, so reading it cannot fail for the user's reasons.
-    return pickle.dumps((_rebuildable(exc), _cut(_brief(exc)), text), 5)
+    return pickle.dumps((_rebuildable(exc), clipped(_brief(exc)), text), 5)
 
 
 def unpack_exception(payload: Payload) -> BaseException:
@@ -739,10 +737,3 @@ def _formatted(exc: BaseException) -> str:
         return "".join(traceback.format_exception(type(exc), exc, trace))
     except BaseException as error:  # noqa: BLE001 - user code may raise anything
         return f"{_brief(exc)}\n(its traceback cannot be shown: {_brief(error)})\n"
-
-
-def _cut(text: str) -> str:
-    if len(text) <= MAX_TEXT:
-        return text
-    half = MAX_TEXT // 2
-    return f"{text[:half]}\n... {len(text) - 2 * half:,} characters left out ...\n{text[-half:]}"

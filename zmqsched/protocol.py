@@ -20,6 +20,7 @@ Sessions, sequence numbers and acknowledgements (the envelope's fields) are expl
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, cast
@@ -43,6 +44,8 @@ BATCH_ITEMS = 2_000
 MAX_HEADER = 4 * 1024 * 1024
 MAX_ITEMS = 10_000
 MAX_FRAMES = 1_024
+MAX_PARTS = 256  # frames of one payload: a task and its function must fit a message together
+MAX_TEXT = 64 * 1024
 # One call or one result. libzmq cuts a link at an oversize frame without a word, so the sender checks (pitfall 6).
 MAX_PAYLOAD = 1 << 30
 
@@ -55,13 +58,13 @@ Digest = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Token = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Count = Annotated[int, Meta(ge=0, le=2**53)]
 Name = Annotated[str, Meta(max_length=255)]
-Text = Annotated[str, Meta(max_length=64 * 1024)]
+Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Excerpt = Annotated[str, Meta(max_length=8 * 1024)]
 Amount = Annotated[float, Meta(ge=0, le=2**60)]
 if TYPE_CHECKING:
     _Inline = Payload
 else:  # what the header itself may hold
-    _Inline = bytes | Annotated[int, Meta(ge=1, le=MAX_FRAMES)]
+    _Inline = bytes | Annotated[int, Meta(ge=1, le=MAX_PARTS)]
 
 
 class _Wire(Struct, array_like=True, frozen=True, gc=False):
@@ -237,7 +240,7 @@ class Welcome(_Wire, tag=3):
 class No(_Wire, tag=4):
     """The broker's no: why, and what to do about it."""
 
-    code: Literal["version", "python", "role", "stopping"]
+    code: Literal["version", "python", "role", "stopping", "malformed"]
     text: Text
 
 
@@ -642,6 +645,29 @@ def payload_bytes(payload: Payload) -> int:
     return sum(memoryview(part).nbytes for part in payload)
 
 
+def wire_bytes(payload: Payload) -> int:
+    """What a payload counts in a batch: its bytes, and so much for each frame that a batch cannot have too many."""
+    if isinstance(payload, bytes):
+        return len(payload)
+    return payload_bytes(payload) + len(payload) * (2 * BATCH_BYTES // MAX_FRAMES)
+
+
+def shape_bytes(shape: Shape) -> int:
+    """What a shape counts in a batch: at least what it takes encoded."""
+    options = shape.options
+    letters = len(shape.label) + len(options.name) + len(options.job)
+    letters += sum([len(name) + 4 for name, _ in options.resources]) + sum(map(len, options.tags))
+    return 64 + 4 * letters
+
+
+def clipped(text: str, limit: int = MAX_TEXT) -> str:
+    """As much of the text as a message may hold: head and tail."""
+    if len(text) <= limit:
+        return text
+    half = limit // 2 - 32
+    return f"{text[:half]}\n... {len(text) - 2 * half:,} characters left out ...\n{text[-half:]}"
+
+
 def batches(items: list[T], size: Callable[[T], int], limit: int = BATCH_BYTES) -> Iterator[list[T]]:
     """Cut items of these sizes, in bytes, into batches that each fit a message."""
     if len(items) == 1:
@@ -727,8 +753,20 @@ def _check(body: Message | RecordMessage) -> None:
             _check_amounts(shape.options.resources)
             if not math.isfinite(shape.options.backoff):
                 raise ProtocolError("a task's seconds must be finite numbers")
-    elif kind is NodeHello:
-        _check_amounts(cast(NodeHello, body).resources)
+    elif isinstance(body, NodeHello | ClientHello):
+        _check_names(body)
+        if isinstance(body, NodeHello):
+            _check_amounts(body.resources)
+
+
+def _check_names(hello: ClientHello | NodeHello) -> None:
+    """They appear in logs and on terminals, where a line break or an escape sequence could say anything."""
+    names = [hello.where.host, hello.where.python, *itertools.chain(*hello.where.versions)]
+    if isinstance(hello, NodeHello):
+        names += [*hello.tags, *(name for name, _ in hello.resources)]
+    for name in names:
+        if not name.isprintable():
+            raise ProtocolError(f"a name has characters that cannot be printed: {name[:40]!a}")
 
 
 def _check_amounts(resources: tuple[tuple[str, float], ...]) -> None:

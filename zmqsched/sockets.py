@@ -257,6 +257,14 @@ def user_id(frame: zmq.Frame) -> str:
         return ""
 
 
+def address_of(frame: zmq.Frame) -> str:
+    """Where this frame came from (received with ``copy=False``), for the log."""
+    try:
+        return str(frame.get("Peer-Address"))
+    except zmq.ZMQError:
+        return "an unknown address"
+
+
 def _socket(ctx: Context, kind: int, max_frame: int) -> Socket:
     made = ctx.socket(kind)
     made.setsockopt(zmq.LINGER, _LINGER_MS)

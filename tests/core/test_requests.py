@@ -260,7 +260,8 @@ def test_the_client_is_broken_once():
 def test_notices_are_passed_on_and_what_a_broker_would_not_say_is_ignored():
     desk = Desk()
     desk.broker_says(Notice("mind the gap"), Cancel([]))
-    assert [warned.text for warned in desk.acted(Warned)] == ["mind the gap", "ignored a Cancel from the broker"]
+    assert [warned.text for warned in desk.acted(Warned)] == ["mind the gap"]
+    assert desk.brain.counts == {"dropped: Cancel from the broker": 1}
 
 
 def test_leaving_says_goodbye():

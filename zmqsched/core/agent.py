@@ -28,9 +28,10 @@ How tasks get to the node
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from typing import Literal
+from itertools import zip_longest
+from typing import Any, Literal
 
 from ..config import BEAT_INTERVAL_S, SUSPECT_AFTER_BEATS
 from ..protocol import (
@@ -65,6 +66,7 @@ from ..protocol import (
     WorkerState,
     batches,
     payload_bytes,
+    wire_bytes,
 )  # fmt: skip
 from .events import (
     AgentAction,
@@ -83,8 +85,10 @@ from .events import (
     TakenBack,
     Tick,
     ToBroker,
+    Unreadable,
 )  # fmt: skip
 from .functions import FunctionStore
+from .offences import Offences, Strikes
 from .priorities import PriorityQueue
 from .uplink import Uplink
 
@@ -172,6 +176,9 @@ class Agent:
         self._go_at = math.inf
         self._ended = False
         self._out: list[AgentAction] = []
+        self.counts: Counter[str] = Counter()
+        self._offences = Offences(self.counts)
+        self._strikes = Strikes()
         self.name = ""
 
     # --- the contract ------------------------------------------------------------------------------------------------
@@ -185,6 +192,8 @@ class Agent:
                     self._message(received, now)
             case Tick():
                 self._tick(now)
+            case Unreadable(why):
+                self._unreadable(why, now)
             case TakenBack(worker, runs):
                 self._taken_back(self._workers[worker], runs, now)
             case Born(worker, pid):
@@ -265,13 +274,13 @@ class Agent:
             case Welcome():
                 self._welcomed(message)
             case SayHello():
-                self._session_over()
+                self._session_over("the broker gave this node up")
             case No(_, text):
                 self._end(f"refused by the broker: {text}")
             case Stop(drain):
                 self._leave(drain=drain, reason="told by the broker")
             case _:
-                self._out.append(Log("warning", f"ignored a {type(message).__name__} from the broker"))
+                self._offences.note(f"{type(message).__name__} from the broker", "the broker")
 
     def _welcomed(self, welcome: Welcome) -> None:
         self.name = welcome.name
@@ -287,9 +296,17 @@ class Agent:
         if self._leaving:
             self._uplink.send(Draining())
 
-    def _session_over(self) -> None:
-        """The broker gave this node up: its tasks are placed elsewhere. What runs goes on and is offered when done."""
-        self._out.append(Log("warning", "the broker gave this node up; joining anew"))
+    def _unreadable(self, why: str, now: float) -> None:
+        """What the broker will send again for ever, with all that waits behind it; a new session begins without it."""
+        self._offences.note("malformed message", f"the broker: {why}")
+        if self._strikes.add(now):
+            self._strikes = Strikes()
+            self._uplink.over()
+            self._session_over("what the broker says cannot be read")
+
+    def _session_over(self, why: str) -> None:
+        """This node's tasks are placed elsewhere. What runs goes on and is offered when done."""
+        self._out.append(Log("warning", f"{why}; joining anew"))
         for held in [*self._queue, *[held for tasks in self._lacking.values() for held in tasks]]:
             self._drop(held)
         for worker in self._workers.values():
@@ -349,10 +366,10 @@ class Agent:
             self._uplink.send(GroupAdd(message.deltas, self._additions))
             return
         worker = self._workers[number]
-        held = worker.runs.pop(message.task, None)
-        if held is None:
-            self._out.append(Log("warning", f"worker {number} answered what it was not given"))
+        if message.task != next(iter(worker.runs), None):  # a task can write to its worker's pipe, and anything
+            self._offences.note("answer to what is not running", f"worker {number}")
             return
+        held = worker.runs.pop(message.task)
         worker.done += 1
         worker.since = now
         self._early_deaths = 0
@@ -367,11 +384,11 @@ class Agent:
         _, pid, how, untaken, remains = exited
         self._taken_back(worker, untaken, now)
         if worker.runs:
-            running = worker.runs.popitem(last=False)[1]
-            assert not worker.runs, "a worker took more than one run"
-            ran_s = max(0.0, now - worker.since)
-            self._deaths.append(Death(worker.id, pid, how, running.task, running.attempt, ran_s, remains))
-            self._forget(running)
+            while worker.runs:  # one, unless a task read from its worker's pipe
+                running = worker.runs.popitem(last=False)[1]
+                ran_s = max(0.0, now - worker.since)
+                self._deaths.append(Death(worker.id, pid, how, running.task, running.attempt, ran_s, remains))
+                self._forget(running)
             self._idle(worker)
         else:
             self._deaths.append(Death(worker.id, pid, how))
@@ -385,7 +402,9 @@ class Agent:
     def _taken_back(self, worker: Worker, runs: list[Run], now: float) -> None:
         worker.taking_back = False
         for run in reversed(runs):
-            held = worker.runs.pop(run.task)
+            held = worker.runs.pop(run.task, None)
+            if held is None:  # a task answered in its name
+                continue
             if run.function:
                 worker.functions.discard(run.digest)
             held.worker = 0
@@ -497,7 +516,7 @@ class Agent:
             worker.since = now
             worker.uses = demand
             for name, amount in demand:
-                if amount:
+                if name in self._used:  # it may ask for nothing, or next to nothing, of what is not here
                     self._used[name] += amount
             worker.gpus = self._pin(demand)
         held.worker = worker.id
@@ -527,7 +546,7 @@ class Agent:
         for gpu in worker.gpus:
             self._gpu_load[gpu] -= wanted / len(worker.gpus)
         for name, amount in worker.uses:
-            if amount:
+            if name in self._used:
                 self._used[name] -= amount
         worker.uses = ()
         worker.gpus = ()
@@ -571,7 +590,8 @@ class Agent:
         credit = self._wanted_credit(now)
         if credit != self._credit or self._started or self._returned:
             self._credit = credit
-            self._uplink.send(Progress(credit, self._started, self._returned))
+            for message in self._progress(credit):
+                self._uplink.send(message)
             self._started, self._returned = [], []
         if self._deaths:
             for deaths in batches(self._deaths, _death_bytes):
@@ -580,6 +600,14 @@ class Agent:
         if self._workers_changed:
             self._workers_changed = False
             self._uplink.send(Workers(self._worker_states()))
+
+    def _progress(self, credit: int) -> list[Progress]:
+        """One message, unless there is very much to tell. What was returned goes last part first: the broker puts each
+        before what waits there."""
+        returned = list(batches(self._returned, _attempt_bytes))[::-1]
+        started = batches(self._started, _attempt_bytes)
+        parts: Iterable[Any] = zip_longest(started, returned, fillvalue=[])
+        return [Progress(credit, *part) for part in parts] or [Progress(credit)]
 
     def _notice_silence(self, now: float) -> None:
         silent_s = now - self._uplink.heard_at
@@ -591,6 +619,8 @@ class Agent:
 
     def _beat(self, now: float) -> None:
         self._beat_at = now + self._beat_interval_s
+        if line := self._offences.line(now):
+            self._out.append(Log("warning", line))
         if self._uplink.link is None:
             return
         self._beats += 1
@@ -635,7 +665,11 @@ class Agent:
 
 
 def _outcome_bytes(outcome: Outcome) -> int:
-    return payload_bytes(outcome.value) + 60
+    return wire_bytes(outcome.value) + 60
+
+
+def _attempt_bytes(attempt: Attempt) -> int:
+    return len(attempt.task) + 20
 
 
 def _death_bytes(death: Death) -> int:

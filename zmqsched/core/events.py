@@ -45,11 +45,13 @@ class BeatArrived(NamedTuple):
 
 
 class Malformed(NamedTuple):
-    """Bytes that did not decode. ``answer`` tells the peer, where that helps it."""
+    """Bytes that are no message for us. ``sender`` is for the log. ``answer``: what the peer is told, if it may be told
+    anything: that its version is another at once, that it cannot be read when that goes on."""
 
     peer: bytes
     reason: str
     answer: No | None = None
+    sender: str = "somebody"
 
 
 class Undelivered(NamedTuple):
@@ -129,6 +131,12 @@ class Reached(NamedTuple):
     envelope: Envelope
 
 
+class Unreadable(NamedTuple):
+    """The broker sent what is no message."""
+
+    why: str
+
+
 class Born(NamedTuple):
     worker: int
     pid: int
@@ -180,7 +188,7 @@ class SendBeat(NamedTuple):
     beat: Beat
 
 
-AgentEvent = Reached | Born | Exited | Said | TakenBack | Leave | Tick
+AgentEvent = Reached | Unreadable | Born | Exited | Said | TakenBack | Leave | Tick
 AgentAction = ToBroker | Start | Give | TakeBack | SendBeat | Log | Quit
 # --- the client's brain ---------------------------------------------------------------------------------------------
 
@@ -233,5 +241,5 @@ class Broken(NamedTuple):
     reason: str
 
 
-ClientEvent = Ask | Withdraw | Tell | Reached | Leave | Tick
+ClientEvent = Ask | Withdraw | Tell | Reached | Unreadable | Leave | Tick
 ClientAction = ToBroker | Began | Finished | NowRunning | Replied | Warned | Broken

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from ..protocol import MAX_ITEMS, Dispatch, Final, Finals, Forgotten, Record, RecordMessage, batches, payload_bytes
+from ..protocol import MAX_ITEMS, Dispatch, Final, Finals, Forgotten, Record, RecordMessage, batches, wire_bytes
 from .events import Write
 from .groups import Waiter
 
@@ -156,4 +156,4 @@ class Ledger:
 
 
 def final_bytes(final: Final) -> int:
-    return payload_bytes(final.value) + len(final.text) + 40
+    return wire_bytes(final.value) + len(final.text) + 40

@@ -12,6 +12,7 @@ overtake the tasks asked for before it (all about WaitGroups) waits behind them.
 from __future__ import annotations
 
 from collections import Counter, deque
+from collections.abc import Callable
 from itertools import islice
 from typing import TypeAlias
 
@@ -47,7 +48,8 @@ from ..protocol import (
     TaskSpec,
     Welcome,
     batches,
-    payload_bytes,
+    shape_bytes,
+    wire_bytes,
 )  # fmt: skip
 from .events import (
     Ask,
@@ -63,11 +65,13 @@ from .events import (
     Tell,
     Tick,
     ToBroker,
+    Unreadable,
     Warned,
     Withdraw,
 )  # fmt: skip
 from .functions import FunctionStore
 from .load import call_bytes
+from .offences import Strikes
 from .uplink import Uplink
 
 MAX_SENT_FUNCTIONS = 4_096  # digests remembered as sent; past it, functions are sent again
@@ -99,6 +103,8 @@ class Requests:
         self._warned = False
         self._ended = False
         self._out: list[ClientAction] = []
+        self.counts: Counter[str] = Counter()
+        self._strikes = Strikes()
 
     def handle(self, event: ClientEvent, now: float) -> list[ClientAction]:
         match event:
@@ -111,6 +117,8 @@ class Requests:
                 self._tick(now)
             case Withdraw(tasks):
                 self._withdraw(tasks)
+            case Unreadable(why):
+                self._unreadable(why, now)
             case Tell(message):
                 if isinstance(message, GroupWait | Query | Follow):
                     self._asked[message.request] = message
@@ -192,7 +200,8 @@ class Requests:
                 self._job_listed(message)
             case NeedFunctions(digests):
                 known = [Function(digest, self._functions[digest]) for digest in digests if digest in self._functions]
-                self._uplink.send(Functions(known))
+                for batch in batches(known, _function_bytes):
+                    self._uplink.send(Functions(batch))
             case Hold(on):
                 self._held = on
             case Welcome():
@@ -208,7 +217,13 @@ class Requests:
             case SayHello():
                 pass  # the uplink says it
             case _:
-                self._out.append(Warned(f"ignored a {type(message).__name__} from the broker"))
+                self.counts[f"dropped: {type(message).__name__} from the broker"] += 1
+
+    def _unreadable(self, why: str, now: float) -> None:
+        """What the broker will send again for ever, with all answers that wait behind it: that is told, not waited for."""
+        self.counts["dropped: malformed message"] += 1
+        if not self._ended and self._strikes.add(now):
+            self._break("lost", f"what the broker says cannot be read: {why}; install the same zmqsched on both sides")
 
     def _welcomed(self, welcome: Welcome) -> None:
         self._out.append(Began(welcome))
@@ -283,8 +298,10 @@ class Requests:
         return self._uplink.link is not None and not self._held and self._window > 0
 
     def _submit(self) -> None:
+        if len(self._sent) > MAX_SENT_FUNCTIONS:
+            self._sent.clear()
         while self._fresh and self._may_submit:
-            batch = next(batches(list(islice(self._fresh.values(), BATCH_ITEMS)), _entry_bytes))
+            batch = next(batches(list(islice(self._fresh.values(), BATCH_ITEMS)), self._sizes()))
             for entry in batch:
                 del self._fresh[entry[0]]
             size = sum(call_bytes(call) for _, _, call in batch)
@@ -307,11 +324,23 @@ class Requests:
         else:
             self._uplink.send(message)
 
+    def _sizes(self) -> Callable[[tuple[bytes, Shape, Payload]], int]:
+        """What each task takes in a message: with its function, the first time that is named."""
+        named: set[bytes] = set()
+
+        def size(entry: tuple[bytes, Shape, Payload]) -> int:
+            _, shape, call = entry
+            taken = wire_bytes(call) + shape_bytes(shape)
+            if shape.function not in self._sent and shape.function not in named:
+                named.add(shape.function)
+                taken += wire_bytes(self._functions[shape.function])
+            return taken
+
+        return size
+
     def _submission(self, tasks: list[tuple[bytes, Shape, Payload]]) -> Submit:
         index: dict[Shape, int] = {}
         specs = [TaskSpec(task, index.setdefault(shape, len(index)), call) for task, shape, call in tasks]
-        if len(self._sent) > MAX_SENT_FUNCTIONS:
-            self._sent.clear()
         new = {shape.function for shape in index} - self._sent
         self._sent |= new
         return Submit(list(index), specs, [Function(digest, self._functions[digest]) for digest in sorted(new)])
@@ -339,5 +368,5 @@ class Requests:
         self._out.append(Broken("refused" if code == "refused" else "lost", reason))
 
 
-def _entry_bytes(entry: tuple[bytes, Shape, Payload]) -> int:
-    return payload_bytes(entry[2]) + 64
+def _function_bytes(function: Function) -> int:
+    return wire_bytes(function.blob) + 20

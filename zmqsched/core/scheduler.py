@@ -31,7 +31,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from random import Random
 
@@ -90,7 +90,8 @@ from ..protocol import (
     Welcome,
     Workers,
     batches,
-    payload_bytes,
+    clipped,
+    wire_bytes,
 )  # fmt: skip
 from .certificate import certificate, entry
 from .events import (
@@ -115,6 +116,7 @@ from .groups import Answer, Groups, Waiter
 from .ledger import Answered, Consequence, Counted, Ledger, Placed, final_bytes
 from .load import FUNCTIONS_SHARE, Load, answer_bytes, call_bytes
 from .nodes import ALIVE, DRAINING, GONE, LOST, SUSPECT, Node
+from .offences import Offences
 from .owners import Owner, Owners
 from .placement import Placement
 from .policy import DEFAULT_POLICY, POLICIES
@@ -160,6 +162,7 @@ class Scheduler:
     def __init__(self, settings: Settings, random: Random) -> None:
         self.settings = settings
         self.counts: Counter[str] = Counter()
+        self._offences = Offences(self.counts)
         self._random = random
         self._ledger = Ledger() if settings.journal else None
         self._sessions = Sessions(random, cautious=settings.journal)
@@ -201,10 +204,8 @@ class Scheduler:
                 self._tick(now)
             case BeatArrived(beat):
                 self._beat(beat, now)
-            case Malformed(peer, reason, answer):
-                self.counts[f"dropped: {reason}"] += 1
-                if answer is not None:
-                    self._out.append(Send(peer, Envelope(0, 0, 0, answer)))
+            case Malformed():
+                self._malformed(event, now)
             case Undelivered(_, reason):
                 self.counts[f"send refused: {reason}"] += 1
             case Written(number, size):
@@ -245,10 +246,13 @@ class Scheduler:
             assert task.state not in (QUEUED, DELAYED) or not task.cancelled, f"{task} is cancelled and queued"
         delayed = sum(task.state is DELAYED for task in self._tasks.values())
         assert len(self._delayed) == delayed, "a retry of no task is waited for"
-        open_ = Counter(id(task.owner) for task in self._tasks.values())
+        open_: dict[int, set[bytes]] = {}
+        for task in self._tasks.values():
+            open_.setdefault(id(task.owner), set()).add(task.id)
         for owner in self._owners:
-            assert owner.open == open_[id(owner)], f"{owner.id!r}: the count of its open tasks is off"
-            assert not owner.answers.keys() & self._tasks.keys(), "a task is answered and open"
+            its = open_.get(id(owner), set())
+            assert owner.open == len(its), f"{owner.id!r}: the count of its open tasks is off"
+            assert not owner.answers.keys() & its, "a task is answered and open"
             assert self._ledger is not None or not owner.unwritten, "an answer waits for a journal that is not there"
         assert all(kind == kinds[shape] for shape, kind in self._placement.open_kinds().items()), "a kind's count is off"
         assert self._functions.held() == Counter(shape.function for shape in kinds), "functions held for nobody"
@@ -361,7 +365,8 @@ class Scheduler:
                 node.workers = workers
             case NeedFunctions(digests):
                 known = [Function(d, self._functions[d]) for d in digests if d in self._functions]
-                self._sessions.send(self._session_of(node), Functions(known))
+                for batch in batches(known, _function_bytes):
+                    self._sessions.send(self._session_of(node), Functions(batch))
             case Draining():
                 self._start_draining(node)
             case Goodbye(reason):
@@ -371,7 +376,20 @@ class Scheduler:
 
     def _misplaced(self, session: Session, message: Message) -> None:
         role = "node" if session.node else "client"
-        self.counts[f"dropped: {type(message).__name__} from a {role}"] += 1
+        who = f"{role} {session.where.host} pid {session.where.pid}"
+        self._offences.note(f"{type(message).__name__} from a {role}", who)
+
+    def _malformed(self, event: Malformed, now: float) -> None:
+        self._offences.note(event.reason, event.sender)
+        if event.answer is None or (event.answer.code == "malformed" and not self._offences.strike(event.peer, now)):
+            return
+        for session in [session for session in self._sessions if session.peer == event.peer]:
+            why = f"cannot be understood: {event.answer.text}"
+            if session.node:
+                self._node_ends(self._nodes[session.node], left=False, why=why)
+            else:
+                self._client_gone(session, why)
+        self._out.append(Send(event.peer, Envelope(0, 0, 0, event.answer)))
 
     def _beat(self, beat: Beat, now: float) -> None:
         node = self._by_incarnation.get(beat.incarnation)
@@ -400,6 +418,8 @@ class Scheduler:
             self._fail_hopeless(now)
             self._placement.reserve(now)
             self._publish_counts()
+            if line := self._offences.line(now):
+                self._out.append(Log("warning", line))
             self._shrink()
         if now >= self._settled_at:
             self._dispatch()
@@ -577,7 +597,8 @@ class Scheduler:
     def _drain(self, session: Session, node_id: str) -> None:
         node = self._nodes.get(node_id)
         if node is None:
-            self._sessions.send(session, Notice(f"there is no node {node_id!r}; nodes: {', '.join(self._nodes) or 'none'}"))
+            there = ", ".join(self._nodes) or "none"
+            self._sessions.send(session, Notice(clipped(f"there is no node {node_id!r}; nodes: {there}")))
             return
         self._start_draining(node)
         self._sessions.send(self._session_of(node), Stop(drain=True))
@@ -1045,8 +1066,10 @@ class Scheduler:
             orders.setdefault(node.id, []).append(task)
         for node_id, tasks in orders.items():
             node = self._nodes[node_id]
+            if len(node.functions) > MAX_NODE_FUNCTIONS:
+                node.functions.clear()
             at_once = tasks if self._ledger is None else self._dispatch_once(self._ledger, node, tasks)
-            for batch in batches(at_once, _task_bytes):
+            for batch in batches(at_once, self._sizes_at(node)):
                 self._sessions.send(self._session_of(node), self._dispatch_message(node, batch))
 
     def _dispatch_once(self, ledger: Ledger, node: Node, tasks: list[Task]) -> list[Task]:
@@ -1054,17 +1077,29 @@ class Scheduler:
         once = [task for task in tasks if not task.kind.options.requeue]
         for task in once:
             ledger.record(b"", Charged(task.id, task.attempt, task.failures, task.deaths))
-        for batch in batches(once, _task_bytes):
+        for batch in batches(once, self._sizes_at(node)):
             ledger.then(Placed(node.id, self._dispatch_message(node, batch)))
         return [task for task in tasks if task.kind.options.requeue]
+
+    def _sizes_at(self, node: Node) -> Callable[[Task], int]:
+        """What each task takes in a dispatch to this node: with its function, the first time that is named there."""
+        named: set[bytes] = set()
+
+        def size(task: Task) -> int:
+            digest = task.kind.shape.function
+            taken = _task_bytes(task)
+            if digest not in node.functions and digest not in named:
+                named.add(digest)
+                taken += wire_bytes(self._functions[digest])
+            return taken
+
+        return size
 
     def _dispatch_message(self, node: Node, tasks: list[Task]) -> Dispatch:
         index: dict[Shape, int] = {}
         orders = [
             Order(task.id, task.attempt, index.setdefault(task.kind.shape, len(index)), task.call) for task in tasks
         ]
-        if len(node.functions) > MAX_NODE_FUNCTIONS:
-            node.functions.clear()
         new = {shape.function for shape in index} - node.functions
         node.functions |= new
         return Dispatch(list(index), orders, [Function(digest, self._functions[digest]) for digest in sorted(new)])
@@ -1085,7 +1120,8 @@ class Scheduler:
 
     def _post(self, session: Session) -> None:
         if session.running:
-            self._sessions.send(session, Running(session.running))
+            for tasks in batches(session.running, len):
+                self._sessions.send(session, Running(tasks))
             session.running = []
         if session.finals:
             for batch in batches(session.finals, final_bytes):
@@ -1179,7 +1215,7 @@ class Scheduler:
             f"{node.id} ({node.where.host}): {', '.join([*(_amount(*pair) for pair in node.total.items()), *node.tags])}"
             for node in list(self._nodes.values())[:5]
         ]
-        return (
+        return clipped(
             f"no node can ever hold a task that needs {', '.join(wants)}. The nodes offer {'; '.join(offers)}. "
             "Ask for less, or start a node that has it (zmqsched node --resource NAME=AMOUNT --tag TAG)."
         )
@@ -1202,7 +1238,7 @@ class Scheduler:
         return [("waiting", waiting), ("queued", queued), ("delayed", len(self._delayed)), ("assigned", running)]
 
     def _fact(self, kind: str, node: Node, text: str) -> None:
-        self._out.append(Publish(Fact(kind, node.id, text)))
+        self._out.append(Publish(Fact(kind, node.id, clipped(text))))
         self._out.append(Log("info", f"node {node.id} {kind}: {text}"))
 
     def _report(self, request: int, now: float) -> Report:
@@ -1224,8 +1260,12 @@ def _amount(name: str, amount: float) -> str:
     return f"memory={amount / 2**30:.3g} GiB" if name == "memory" else f"{name}={amount:g}"
 
 
+def _function_bytes(function: Function) -> int:
+    return wire_bytes(function.blob) + 20
+
+
 def _task_bytes(task: Task) -> int:
-    return payload_bytes(task.call) + 64
+    return wire_bytes(task.call) + task.kind.bytes
 
 
 def _submissions(tasks: list[Task]) -> list[Record]:

@@ -26,7 +26,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from ..protocol import Options, Payload, Shape
+from ..protocol import Options, Payload, Shape, shape_bytes
 from .priorities import PriorityQueue
 
 if TYPE_CHECKING:
@@ -120,12 +120,14 @@ class Lane:
 
 
 class Kind:
-    """A function and the options it is to run with, shared by ``open`` unfinished tasks."""
+    """A function and the options it is to run with, shared by ``open`` unfinished tasks. ``bytes``: what the shape takes in
+    a message, at most."""
 
-    __slots__ = ("lane", "open", "options", "shape")
+    __slots__ = ("bytes", "lane", "open", "options", "shape")
 
     def __init__(self, shape: Shape, lane: Lane) -> None:
         self.shape = shape
         self.options: Options = shape.options
+        self.bytes = shape_bytes(shape)
         self.lane = lane
         self.open = 0

@@ -56,12 +56,17 @@ class Uplink:
             return None
         self.heard_at = now
         if isinstance(body, SayHello):
+            self.over()
+            return body
+        return self.link.receive(envelope, now)
+
+    def over(self) -> None:
+        """The session has ended; a hello for the next goes out with the next flush."""
+        if self.link is not None:
             self.undelivered.extend(self.link.unfinished())
             self.link = None
             self.hello = replace(self.hello, life=self.hello.life + 1)
             self._hello_at = 0.0
-            return body
-        return self.link.receive(envelope, now)
 
     def flush(self, now: float) -> list[Envelope]:
         if self.link is not None:
