@@ -4,6 +4,7 @@ PYTHON ?= python3
 SEEDS ?= 200
 REPEAT ?= 1
 MESSAGES ?= 1000000
+PACKAGES = iproute2 nftables libfaketime
 PYTEST = -m pytest -q
 VERSIONS = 3.11 3.12 3.13 3.14
 
@@ -52,9 +53,9 @@ test-all: ## run the tests on every CPython from 3.11 on that this machine has
 	echo "passed on CPython$$ran"
 
 # Debian's packages that the tests of this target need; elsewhere than as root, those that lack theirs skip and say so.
-test-system: venv ## run the tests that need system packages (two hosts in network namespaces)
-	@command -v ip >/dev/null || test "$$(id -u)" != 0 || \
-	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends iproute2; } >/dev/null
+test-system: venv ## run the tests that need system packages (two hosts in network namespaces, a clock that steps)
+	@{ command -v ip && command -v nft && ls /usr/lib/*/faketime/libfaketime.so.1; } >/dev/null 2>&1 || test "$$(id -u)" != 0 || \
+	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES); } >/dev/null
 	@.venv/bin/python $(PYTEST) -m system; code=$$?; \
 	if [ $$code = 5 ]; then echo "no test is marked 'system': nothing was run"; else exit $$code; fi
 

@@ -1,6 +1,7 @@
 """Imports only go down (docs/architecture.md): who may import whom, as tables, kept true by walking the sources."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,6 +136,15 @@ def test_only_the_edges_ever_unpickle():
     """The rule that the tables exist for, said once more without them."""
     direct = {layer(path) for path in modules() if "payload" in {target(name) for _, name in imports(path)}}
     assert direct <= {"payload", "worker", "client", *ASSEMBLY}
+
+
+# The modules that read the wall clock, which may step; everything else measures by the monotonic one.
+WALL_CLOCK = {"config": "when a connection file was written; how long ago a directory changed, which is only for tidying"}
+
+
+def test_the_wall_clock_decides_nothing():
+    reads = re.compile(r"\btime\.time\(|\btime_ns\(|\bdatetime\.(now|today|utcnow)\(|\bfrom time import .*\btime\b")
+    assert {layer(path) for path in modules() if reads.search(path.read_text())} == WALL_CLOCK.keys()
 
 
 @pytest.mark.parametrize(

@@ -417,3 +417,10 @@ def test_a_stated_port_is_followed_by_the_other_two(listen, ports):
     from zmqsched.broker import ROLES, _port_of
 
     assert [_port_of(listen, role).rpartition(":")[2] for role in ROLES] == ports
+
+
+def test_a_connection_that_nobody_acknowledges_is_given_up_before_the_kernel_would(ctx, keys, authenticator):
+    """After 30 s of silence the kernel asks again 20 s later: a healed network would stay unused for as long."""
+    router, [address] = sockets.bind_router(ctx, [ANY_PORT], keys)
+    dealer = sockets.connect_dealer(ctx, [address], keys)
+    assert {each.getsockopt(zmq.TCP_MAXRT) for each in (router, dealer)} == {10_000}

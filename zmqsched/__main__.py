@@ -18,7 +18,7 @@ from .config import ConnectionFile
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .errors import ZmqschedError
 from .options import resource_argument, size_argument
-from .shell import BROKER_ENVIRONMENT, LEVELS, Starter, set_up_logging
+from .shell import BROKER_ENVIRONMENT, LEVELS, Starter, allow_many_connections, set_up_logging
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -55,6 +55,7 @@ def _broker(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     _return_memory_by_page(arguments)
     set_up_logging(options.log_level)
+    allow_many_connections()
     starter = Starter(options.ready_fd)
     try:
         from . import sockets

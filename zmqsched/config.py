@@ -47,8 +47,9 @@ CLIENT_LEASE_S = 60.0
 KEEP_RESULTS_S = 24 * 3600.0
 # For the probe of all of a broker's addresses together: a user waits this long to read "nobody answers".
 CONNECT_TIMEOUT_S = 5.0
-# How long a client keeps trying to reach a broker that was there before its futures fail with ClusterLost.
-CLUSTER_LOST_AFTER_S = 30.0
+# How long a client keeps trying to reach a broker that was there before its futures fail with ClusterLost: a broker that
+# was suspended for half a minute, or cut off for so long, must find it waiting.
+CLUSTER_LOST_AFTER_S = 60.0
 # A directory so young may be that of a cluster on its way up.
 STALE_AFTER_S = 5.0
 

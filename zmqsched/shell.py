@@ -13,6 +13,7 @@ import gc
 import json
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -60,6 +61,13 @@ def tune_garbage_collection() -> None:
     of the time with 100,000 tasks queued. What exists already is left alone, the rest is looked at a hundred times less."""
     gc.freeze()
     gc.set_threshold(70_000, 20, 100)
+
+
+def allow_many_connections() -> None:
+    """Use all the descriptors this process may have: a node takes two, and the usual limit of 1,024 is only there for
+    programs that call select. Past it, libzmq leaves whoever knocks outside."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def return_memory() -> None:

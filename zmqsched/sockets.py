@@ -63,6 +63,9 @@ _HANDSHAKE_MS = 5000
 # ZMTP heartbeats find a link that a router dropped. Only complete frames count as life (pitfall 20): a big frame over
 # a slow line must be through before the timeout, so that is generous. Dead nodes are noticed by their beats.
 _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 15_000, 60_000
+# The kernel asks a silent network ever less often: after 30 s it waits another 20 s, however soon the network is well
+# again. A new connection is quicker.
+_UNACKNOWLEDGED_MS = 10_000
 _RECONNECT_TCP_MS, _RECONNECT_IPC_MS, _RECONNECT_MAX_MS = 100, 20, 5000
 
 # pyzmq's names are enums, and enum arithmetic costs more than the calls it is for.
@@ -285,6 +288,7 @@ def _tcp_options(made: Socket, address: str) -> None:
     made.setsockopt(zmq.TCP_KEEPALIVE_IDLE, 30)
     made.setsockopt(zmq.TCP_KEEPALIVE_INTVL, 10)
     made.setsockopt(zmq.TCP_KEEPALIVE_CNT, 3)
+    made.setsockopt(zmq.TCP_MAXRT, _UNACKNOWLEDGED_MS)
     made.setsockopt(zmq.HEARTBEAT_IVL, _HEARTBEAT_MS)
     made.setsockopt(zmq.HEARTBEAT_TIMEOUT, _HEARTBEAT_TIMEOUT_MS)
 

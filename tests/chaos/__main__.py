@@ -31,8 +31,8 @@ def main() -> int:
 
 
 def _measure(name: str, scenario: Scenario, options: argparse.Namespace) -> bool:
-    if scenario.system and os.geteuid():
-        print(LINE.format(name, scenario.promise, "skipped: needs root (network namespaces)", *[""] * 5).rstrip())
+    if scenario.why_not is not None and (why_not := scenario.why_not()):
+        print(LINE.format(name, scenario.promise, f"skipped: {why_not}", *[""] * 5).rstrip())
         return True
     arguments = scenario.short if options.short else scenario.long
     began = time.monotonic()

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from random import Random
 from typing import TypeVar
 
-from zmqsched.config import BEAT_INTERVAL_S
+from zmqsched.config import BEAT_INTERVAL_S, CLUSTER_LOST_AFTER_S
 from zmqsched.core.agent import Agent
 from zmqsched.core.events import (
     AgentEvent,
@@ -657,7 +657,7 @@ class Workplace:
 class Desk:
     """A client's brain and the broker it speaks to."""
 
-    def __init__(self, *, lost_after_s: float = 30.0, joins: bool = True) -> None:
+    def __init__(self, *, lost_after_s: float = CLUSTER_LOST_AFTER_S, joins: bool = True) -> None:
         self.now = 100.0
         self.brain = Requests(ClientHello(token("client"), 1, Host("here", 1, PYTHON)), lost_after_s)
         self.link: Link | None = None

@@ -228,6 +228,13 @@ def test_a_silence_that_lasts_breaks_the_client(joined):
     assert "silent for 12 s" in broken.reason
 
 
+def test_a_broker_that_sleeps_for_half_a_minute_is_waited_for():
+    desk = Desk()
+    desk.cut = True
+    desk.passes(40.0)
+    assert desk.acted(Broken) == []
+
+
 def test_the_clients_own_pause_is_not_the_brokers_silence():
     desk = Desk(lost_after_s=12.0)
     desk.passes(2.0)
