@@ -606,6 +606,22 @@ def test_a_draining_node_that_was_given_up_says_so_again():
     assert place.results == ["a"]
 
 
+def test_a_drained_node_that_was_given_one_more_task_meanwhile_waits_for_its_result_too():
+    place = Workplace()
+    place.cut = True
+    place.leaves(drain=True)
+    place.cut = False
+    place.broker_orders("a")  # the broker has not heard yet that the node drains
+    place.passes(3.0)
+    place.cut = True
+    place.finishes("a", took=LONG_S)
+    assert place.quit is None
+    place.cut = False
+    place.passes(2.5)
+    assert place.results == ["a"]
+    assert place.quit is not None
+
+
 def test_a_refused_node_ends_and_says_why():
     place = Workplace(joins=False)
     place._arrive(Envelope(0, 0, 0, No("python", "this node runs Python 3.10")))

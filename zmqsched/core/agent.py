@@ -433,8 +433,8 @@ class Agent:
         if now >= self._beat_at:
             self._beat(now)
         self._notice_silence(now)
-        if self._leaving and not self._held:
-            self._drained(now)
+        if self._leaving:
+            self._depart(now)
         self._flush(now)
 
     def _flush(self, now: float) -> None:
@@ -636,8 +636,11 @@ class Agent:
             self._leaving = reason
             self._uplink.send(Draining())
 
-    def _drained(self, now: float) -> None:
-        """Nothing is left to do. Go when the broker has the last results, or is not there to take them."""
+    def _depart(self, now: float) -> None:
+        """When nothing is left to do, go as soon as the broker has the last results, or is not there to take them."""
+        if self._held:  # or again: what was under way to this node when it said that it drains
+            self._go_at = math.inf
+            return
         self._go_at = min(self._go_at, now + PARTING_S)
         if now >= self._go_at or (self._uplink.link is not None and not self._uplink.link.unfinished()):
             self._end(self._leaving)
