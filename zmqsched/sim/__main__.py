@@ -1,0 +1,5 @@
+import sys
+
+from .tally import main
+
+sys.exit(main())

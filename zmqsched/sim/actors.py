@@ -1,0 +1,474 @@
+"""Everybody on the wire: the broker, nodes with their workers, clients. Each holds the real core and checks what it does."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from random import Random
+
+import msgspec
+
+from ..core.agent import Agent
+from ..core.events import (
+    AgentAction,
+    Arrived,
+    Ask,
+    BeatArrived,
+    Born,
+    Broken,
+    Exited,
+    Finished,
+    Give,
+    Leave,
+    Log,
+    Quit,
+    Reached,
+    Replied,
+    Said,
+    SchedulerEvent,
+    Send,
+    SendBeat,
+    Start,
+    TakeBack,
+    TakenBack,
+    Tell,
+    ToBroker,
+    Undelivered,
+    Withdraw,
+)  # fmt: skip
+from ..core.requests import Requests
+from ..core.scheduler import Scheduler, Settings
+from ..protocol import (
+    Beat,
+    ClientHello,
+    Dispatch,
+    Done,
+    Drain,
+    Envelope,
+    GroupDone,
+    GroupWait,
+    Host,
+    NodeHello,
+    Options,
+    Payload,
+    Progress,
+    Results,
+    Revoke,
+    Run,
+    Shape,
+)  # fmt: skip
+from .watch import Watch
+from .world import Deliver, Process, SimulationFailed, World
+
+FUNCTIONS = {digest: b"code of " + digest for digest in (b"function-digest1", b"function-digest2", b"function-digest3")}
+GROUP = b"the-waitgroup-id"
+LAST_SENT = 8  # messages that may come late when their connection is replaced
+
+
+class Plan(msgspec.Struct, array_like=True, frozen=True):
+    """A task's call: runs ``seconds``, then returns ``number``, raises, raises the first time only, or kills its worker.
+
+    ``once``: it must not run twice. ``retried``: its exception is one of those that a retry may help against.
+    """
+
+    number: int
+    seconds: float
+    ends: str
+    once: bool = False
+    retried: bool = True
+
+
+class SimBroker(Process):
+    """The broker's process. ``crash`` ends it as SIGKILL would; another follows at the same address."""
+
+    def __init__(self, world: World, settings: Settings) -> None:
+        super().__init__(world, b"broker")
+        self.settings = settings
+        self.crashes = 0
+        self._knocking: list[Callable[[], None]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """A new process: it remembers nothing."""
+        self.core = Scheduler(replace(self.settings, epoch=1 + self.crashes), Random(self.world.random.random()))
+        self.watch = Watch(self.core)
+        self._pauses_before = self.pauses
+
+    def crash(self, down_s: float) -> None:
+        """What was in memory, in the inbox and on its way is gone."""
+        if self.alive:
+            self.world.say(f"= broker crashes; another follows in {down_s:.2f} s")
+            self.alive = self.paused = False
+            self.crashes += 1
+            self._inbox.clear()
+            self.world.at(down_s, self._restart)
+
+    def _restart(self) -> None:
+        self.world.say("= broker starts")
+        self.alive = True
+        self._clock = self.world.random.uniform(0.0, 1e5)
+        self._wakes_at = math.inf
+        self._begin()
+        for process in list(self.world.processes.values()):
+            if isinstance(process, Peer):
+                process.reconnect()
+        knocking, self._knocking = self._knocking, []
+        for knock in knocking:
+            if self.world.random.random() < 0.5:
+                knock()
+        self._wake()
+
+    def knock(self, again: Callable[[], None]) -> None:
+        """While nobody listens a connection keeps some of what it is to send."""
+        self._knocking.append(again)
+
+    def step(self, event: object, now: float) -> None:
+        self._handle(event, now)  # type: ignore[arg-type]
+
+    def _handle(self, event: SchedulerEvent, now: float) -> None:
+        listened = self.world.now - self.absent_s
+        self.watch.before(event, listened)
+        actions = self.core.handle(event, now)
+        self.watch.after(event, actions, listened)
+        for action in actions:
+            match action:
+                case Send(address, envelope):
+                    target = self.world.processes.get(_owner(address))
+                    if isinstance(target, Peer) and target.address == address:
+                        target.reach(envelope)
+                    else:
+                        self._handle(Undelivered(address, "unreachable"), now)
+                case Log(_, text):
+                    self.world.say(f"= broker: {text}")
+                case _:
+                    pass
+
+    def deadline(self) -> float:
+        return self.core.next_deadline()
+
+    def check(self) -> None:
+        self.core.sanity_check()
+        if self.pauses == self._pauses_before:
+            self.watch.overdue(self.world.now + self._clock)
+
+
+class Peer(Process):
+    """A process with a connection to the broker. ``address`` is its routing id there, new with each connection."""
+
+    def __init__(self, world: World, name: bytes, broker: SimBroker) -> None:
+        super().__init__(world, name)
+        self.broker = broker
+        self._connections = itertools.count(1)
+        self._last_sent: deque[tuple[Envelope, Deliver]] = deque(maxlen=LAST_SENT)
+        self.reconnect()
+
+    def reconnect(self, *, late: bool = False) -> None:
+        """``late``: some of what was on the old connection, either way, comes after what goes over the new one."""
+        self.address = self.name + b"#%d" % next(self._connections)
+        for envelope, deliver in self._last_sent if late else ():
+            self.world.carry(envelope, deliver, self.world.random.expovariate(1.0))
+        self._last_sent.clear()
+
+    def reach(self, envelope: Envelope) -> None:
+        self._last_sent.append((envelope, self.reached))
+        self.world.send(envelope, self.reached, self.name, "down", f"broker > {self.address.decode()}")
+
+    def reached(self, envelope: Envelope) -> None:
+        self.post(Reached(envelope))
+
+    def to_broker(self, envelope: Envelope) -> None:
+        if not self.broker.alive:
+            self.broker.knock(lambda: self.to_broker(envelope))
+            return
+        address, crashes = self.address, self.broker.crashes
+
+        def deliver(arrived: Envelope) -> None:
+            if self.broker.crashes == crashes:
+                self.broker.post(Arrived(address, "", arrived))
+
+        self._last_sent.append((envelope, deliver))
+        self.world.send(envelope, deliver, self.name, "up", f"{address.decode()} > broker")
+
+
+class SimWorker:
+    def __init__(self, node: SimNode, number: int, pid: int) -> None:
+        self.node = node
+        self.number = number
+        self.pid = pid
+        self.alive = True
+        self.pipe: deque[Run] = deque()
+        self.running: Run | None = None
+
+    def give(self, run: Run) -> None:
+        self.pipe.append(run)
+        if self.running is None:
+            self.next()
+
+    def next(self) -> None:
+        if not self.pipe:
+            return
+        run = self.running = self.pipe.popleft()
+        plan = msgspec.msgpack.decode(_joined(run.call), type=Plan)
+        world = self.node.world
+        world.executions[run.task] += 1
+        if plan.once and world.executions[run.task] > 1:
+            raise SimulationFailed(f"task {run.task.hex()} must not run twice and does")
+        world.at(plan.seconds, lambda: self.finish(plan))
+
+    def finish(self, plan: Plan) -> None:
+        run = self.running
+        if not self.alive or not self.node.alive or run is None:
+            return
+        if self.node.paused:  # the whole host is frozen; it goes on where it stood
+            self.node.at_thaw(lambda: self.finish(plan))
+            return
+        if plan.ends == "death":
+            self.die("killed by SIGSEGV")
+            return
+        ok = plan.ends == "value" or (plan.ends == "flaky" and self.node.world.executions[run.task] > 1)
+        value = msgspec.msgpack.encode(plan.number)
+        self.running = None
+        self.next()
+        done = Done(run.task, run.attempt, ok, value, plan.seconds, retry=plan.retried)
+        self.node.post(Said(self.number, done))
+
+    def die(self, how: str) -> None:
+        if self.alive:
+            self.alive = False
+            if self.running is not None:
+                self.node.world.deaths[self.running.task] += 1
+            self.node.post(Exited(self.number, self.pid, how, list(self.pipe)))
+
+
+class SimNode(Peer):
+    def __init__(self, world: World, name: bytes, broker: SimBroker, slots: int, resources: dict[str, float]) -> None:
+        super().__init__(world, name, broker)
+        self.slots = slots
+        self.resources = resources
+        self.workers: dict[int, SimWorker] = {}
+        self._ran: dict[int, bytes] = {}  # what each dead worker was running
+        self._handed_back: set[tuple[bytes, int]] = set()
+        self._revoked: set[bytes] = set()  # what nobody waits for any more, though it may run
+        self._answered: set[tuple[bytes, int]] = set()  # in this session
+        self._told_credit = slots  # the most it told in this session
+        self._thaw: list[Callable[[], None]] = []
+        incarnation = world.random.randbytes(16)
+        where = Host("host", 1, "3.11.0")
+        self.core = Agent(NodeHello(incarnation, 1, where, slots, slots, tuple(resources.items())))
+        self._link = self.core._uplink.link
+        self._wake()
+
+    def drain(self, why: str) -> None:
+        self.post(Leave(True, why))
+
+    @property
+    def leaving(self) -> bool:
+        return bool(self.core._leaving)
+
+    def at_thaw(self, act: Callable[[], None]) -> None:
+        self._thaw.append(act)
+
+    def resumed(self) -> None:
+        thaw, self._thaw = self._thaw, []
+        for act in thaw:
+            self.world.at(0.0, act)
+
+    def step(self, event: object, now: float) -> None:
+        if isinstance(event, Exited | Said | TakenBack | Born) and event.worker not in self.workers:
+            return
+        if isinstance(event, Exited):
+            running = self.workers.pop(event.worker).running
+            self._ran[event.worker] = b"" if running is None else running.task
+        elif isinstance(event, Reached):
+            self._notes(event.envelope)
+        actions = self.core.handle(event, now)  # type: ignore[arg-type]
+        if self.core._uplink.link is not self._link:
+            self._link = self.core._uplink.link
+            self._told_credit = self.slots
+            self._answered.clear()
+        for action in actions:
+            self._act(action)
+        if (wanted := self._wanted()) > self._told_credit:
+            raise SimulationFailed(f"{self.core.name} holds {wanted} tasks, its credit was {self._told_credit}")
+
+    def _wanted(self) -> int:
+        """How many tasks it holds, except those that the broker rightly takes for finished."""
+        return sum(
+            not (held.orphan or held.task in self._revoked or (held.task, held.attempt) in self._answered)
+            for held in self.core._held.values()
+        )
+
+    def _notes(self, envelope: Envelope) -> None:
+        match envelope.body:
+            case Dispatch(_, orders):
+                self._revoked -= {order.task for order in orders}
+                self._handed_back -= {(order.task, order.attempt) for order in orders}
+            case Revoke(attempts):
+                self._revoked |= {attempt.task for attempt in attempts}
+            case _:
+                pass
+
+    def _act(self, action: AgentAction) -> None:
+        match action:
+            case ToBroker(envelope):
+                if isinstance(envelope.body, Progress):
+                    self._reports(envelope.body)
+                elif isinstance(envelope.body, Results):
+                    self._answered |= {(outcome.task, outcome.attempt) for outcome in envelope.body.outcomes}
+                self.to_broker(envelope)
+            case Start(number):
+                worker = self.workers[number] = SimWorker(self, number, 1000 + number)
+                self.world.at(0.005, lambda: self.post(Born(number, worker.pid)))
+            case Give(number, run):
+                self._gives(run)
+                if (worker := self.workers[number]).alive:
+                    worker.give(run)
+                else:  # it died while this was on its way: the pipe still holds it
+                    worker.pipe.append(run)
+            case TakeBack(number):
+                runs = list(self.workers[number].pipe)
+                self.workers[number].pipe.clear()
+                self.post(TakenBack(number, runs))
+            case SendBeat(beat):
+                envelope = Envelope(0, 0, 0, beat)
+                self.world.send(envelope, self._beat_arrives, self.name, "up", f"{self.name.decode()} beat")
+            case Log(_, text):
+                self.world.say(f"= {self.name.decode()}: {text}")
+            case Quit():
+                self.kill()
+
+    def _reports(self, progress: Progress) -> None:
+        self._told_credit = max(self._told_credit, progress.credit)
+        self._handed_back.update((attempt.task, attempt.attempt) for attempt in progress.returned)
+        for death in progress.deaths:
+            if self._ran[death.worker] != death.task:
+                raise SimulationFailed(f"task {death.task.hex()} is blamed for a death and was not running")
+
+    def _gives(self, run: Run) -> None:
+        if self.core.name in self.broker.watch.lost:
+            raise SimulationFailed(f"{self.core.name} was given up and starts task {run.task.hex()}")
+        if (run.task, run.attempt) in self._handed_back:
+            raise SimulationFailed(f"task {run.task.hex()} attempt {run.attempt} was handed back and is started")
+
+    def _beat_arrives(self, envelope: Envelope) -> None:
+        if isinstance(envelope.body, Beat):
+            self.broker.post(BeatArrived(envelope.body))
+
+    def deadline(self) -> float:
+        return self.core.next_deadline()
+
+    def check(self) -> None:
+        self.core.sanity_check()
+
+
+class SimClient(Peer):
+    """Asks for tasks over time, cancels a few, drains a node, waits on a WaitGroup, and checks every answer."""
+
+    def __init__(self, world: World, name: bytes, broker: SimBroker) -> None:
+        super().__init__(world, name, broker)
+        self.core = Requests(ClientHello(world.random.randbytes(16), 1, Host("host", 2, "3.11.0")), lost_after_s=1e9)
+        self.plans: dict[bytes, Plan] = {}
+        self.options: dict[bytes, Options] = {}
+        self.cancelled: set[bytes] = set()
+        self.answers: dict[bytes, str] = {}
+        self.group_zero = False
+        self.finished_asking = False
+        self._in_group: list[bytes] = []  # what the WaitGroup was asked about
+        self._wake()
+
+    def ask(self, plans: list[tuple[Plan, Options]]) -> None:
+        entries: list[tuple[bytes, Shape, Payload]] = []
+        functions: dict[bytes, Payload] = {}
+        for plan, options in plans:
+            task = self.name[:8].ljust(8, b".") + plan.number.to_bytes(8, "big")
+            digest = self.world.random.choice(list(FUNCTIONS))
+            functions[digest] = FUNCTIONS[digest]
+            self.plans[task] = plan
+            self.options[task] = options
+            entries.append((task, Shape(digest, options), msgspec.msgpack.encode(plan)))
+        self.post(Ask(entries, functions))
+
+    def cancel_some(self) -> None:
+        still = [task for task in self.plans if task not in self.answers]
+        chosen = [task for task in still if self.world.random.random() < 0.1]
+        self.cancelled.update(chosen)
+        self.post(Withdraw(chosen))
+
+    def drain(self, node: str) -> None:
+        self.post(Tell(Drain(node)))
+
+    def wait_group(self) -> None:
+        self._in_group = [task for task in self.plans if self.options[task].group]
+        self.post(Tell(GroupWait(1, GROUP)))
+
+    def step(self, event: object, now: float) -> None:
+        for action in self.core.handle(event, now):  # type: ignore[arg-type]
+            match action:
+                case ToBroker(envelope):
+                    self.to_broker(envelope)
+                case Finished(finals):
+                    for final in finals:
+                        self._answered(final.task, final.verdict, final.value, final.text)
+                case Replied(GroupDone(_, error)):
+                    self._group_is_zero(error)
+                case Broken(_, reason):
+                    raise SimulationFailed(f"the client was cut off: {reason}")
+                case _:
+                    pass
+
+    def _answered(self, task: bytes, verdict: str, value: Payload, text: str) -> None:
+        self.world.say(f"= {self.name.decode()}: {task.hex()[-4:]} is {verdict} {text}")
+        if task in self.answers:
+            raise SimulationFailed(f"task {task.hex()} was answered twice")
+        self.answers[task] = verdict
+        plan = self.plans[task]
+        if not self._may_end(task, plan, verdict):
+            times = f"{self.world.executions[task]} executions, {self.world.deaths[task]} deaths"
+            raise SimulationFailed(f"{task.hex()[-4:]} {plan} ended as {verdict!r} after {times}: {text}")
+        if verdict == "ok" and msgspec.msgpack.decode(_joined(value)) != plan.number:
+            raise SimulationFailed(f"{plan} got somebody else's value {value!r}")
+
+    def _may_end(self, task: bytes, plan: Plan, verdict: str) -> bool:
+        retries = self.options[task].retries if plan.retried and task not in self.cancelled else 0
+        match verdict:
+            case "ok":
+                return plan.ends == "value" or (plan.ends == "flaky" and self.world.executions[task] > 1)
+            case "error":
+                enough = self.world.executions[task] > retries
+                return enough if plan.ends == "error" else plan.ends == "flaky" and not retries
+            case "WorkerDied":
+                return plan.once or self.world.deaths[task] >= self.broker.settings.max_deaths
+            case "cancelled":
+                return task in self.cancelled
+            case "Unschedulable":
+                return "gpu" in dict(self.options[task].resources)  # its only node may have been away for too long
+            case _:
+                return False
+
+    def _group_is_zero(self, error: str) -> None:
+        if error:
+            raise SimulationFailed(f"the WaitGroup broke: {error}")
+        if not self.answers.keys() >= set(self._in_group):
+            raise SimulationFailed("the WaitGroup is zero before all of its tasks are answered")
+        self.group_zero = True
+
+    @property
+    def done(self) -> bool:
+        return self.finished_asking and len(self.answers) == len(self.plans) and self.group_zero
+
+    def deadline(self) -> float:
+        return self.core.next_deadline()
+
+    def check(self) -> None:
+        self.core.sanity_check()
+
+
+def _joined(payload: Payload) -> bytes:
+    return payload if isinstance(payload, bytes) else b"".join(payload)
+
+
+def _owner(address: bytes) -> bytes:
+    return address.split(b"#")[0]
