@@ -16,7 +16,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from random import Random
 
@@ -27,6 +27,7 @@ from conftest import Home, alive, eventually
 from zmqsched.config import CONNECTION_FILE
 
 WITHIN_S = 10.0
+START_WITHIN_S = 40.0
 GUARDS = {"node", "nursery"}
 VICTIMS = ("client", "broker", "node", "launcher", "nursery", "worker")
 ORDERS = [order for number in (2, 3) for order in itertools.permutations(VICTIMS, number)]
@@ -65,22 +66,27 @@ Client("doomed").submit(has_a_family, sys.argv[1]).result()
 class Doomed:
     """A cluster with one worker, whose task has a child, a child with a session of its own, and a daemon."""
 
-    def __init__(self, launcher: str, directory: Path) -> None:
+    def __init__(self) -> None:
         self.home = Home()
+        self.pids: dict[str, int] = {}
+        self.family: list[int] = []
+        self._started: list[subprocess.Popen[str]] = []
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith("ZMQSCHED_")}
         self._environment["ZMQSCHED_DIR"] = str(self.home.path)
+
+    def begin(self, launcher: str, path: Path) -> None:
+        """``path`` is where the task says whom it has started."""
         starts = ["-c", PROGRAM] if launcher == "program" else ["-m", "zmqsched", "up", "-n1", "--name=doomed"]
-        self._started = [self._start(starts, stdout=subprocess.PIPE)]
-        assert self._started[0].stdout is not None
-        self._started[0].stdout.readline()
-        path = directory / "family"
-        self._started.append(self._start(["-c", CLIENT, str(path)]))
-        eventually(path.exists)
+        first = self._start(starts, stdout=subprocess.PIPE)
+        assert first.stdout is not None
+        first.stdout.readline()
+        client = self._start(["-c", CLIENT, str(path)])
+        eventually(path.exists, START_WITHIN_S)
         worker, *self.family = json.loads(path.read_text())
         nursery = psutil.Process(worker).ppid()
         self.pids = {
-            "launcher": self._started[0].pid,
-            "client": self._started[1].pid,
+            "launcher": first.pid,
+            "client": client.pid,
             "broker": json.loads((self.home.path / "doomed" / CONNECTION_FILE).read_text())["pid"],
             "node": psutil.Process(nursery).ppid(),
             "nursery": nursery,
@@ -97,7 +103,7 @@ class Doomed:
     def living(self) -> dict[int, str]:
         """Processes that are not to be left, by pid. The client is the user's own program."""
         family = {pid: "of the task" for pid in self.family if alive(pid)}
-        ours = {pid: what for pid, what in self.home.processes().items() if pid != self.pids["client"] and alive(pid)}
+        ours = {pid: what for pid, what in self.home.processes().items() if pid != self.pids.get("client") and alive(pid)}
         return {**family, **ours}
 
     def end(self) -> None:
@@ -111,27 +117,23 @@ class Doomed:
 
     def _start(self, words: list[str], **how: int) -> subprocess.Popen[str]:
         command = [sys.executable, *words]
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command, env=self._environment, text=True, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **how
         )
+        self._started.append(process)
+        return process
 
 
 @pytest.fixture
-def doomed(tmp_path: Path) -> Iterator[Callable[[str], Doomed]]:
-    made: list[Doomed] = []
-
-    def doomed(launcher: str) -> Doomed:
-        made.append(Doomed(launcher, tmp_path))
-        return made[0]
-
-    yield doomed
-    for each in made:
-        each.end()
+def cluster() -> Iterator[Doomed]:
+    cluster = Doomed()
+    yield cluster
+    cluster.end()
 
 
 @pytest.mark.parametrize(("launcher", "order"), CASES if os.environ.get("LONG") else Random(0).sample(CASES, SOME))
-def test_nobody_is_left(doomed, launcher, order):
-    cluster = doomed(launcher)
+def test_nobody_is_left(cluster: Doomed, tmp_path: Path, launcher: str, order: tuple[str, ...]):
+    cluster.begin(launcher, tmp_path / "family")
     assert len(cluster.living()) == 8
     cluster.kill(*order, *(["launcher"] if "launcher" not in order else []))
     with contextlib.suppress(AssertionError):
