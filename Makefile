@@ -31,7 +31,7 @@ endef
 demo: venv ## parse the standard library on a cluster, kill a worker on the way, compare with the serial result
 	@.venv/bin/python examples/demo.py
 
-test: venv ## run the tests that need nothing but Python
+test: venv ## run the tests that need nothing but Python; with LONG=1 some of them in full length
 	@.venv/bin/python $(PYTEST) -m 'not system'
 
 # A pyenv shim may be on PATH for a version that is not switched on, so each candidate is tried.
