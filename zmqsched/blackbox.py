@@ -43,6 +43,7 @@ class BlackBox:
     """The node's side."""
 
     def __init__(self) -> None:
+        self.asked = False  # the worker was asked for its stack, and has not finished that task yet
         self.memory = 0  # bytes of resident set, as the node measured them last
         self._stack = io.FileIO(os.memfd_create("zmqsched-stack", os.MFD_CLOEXEC), "r+")
         read, write = os.pipe2(os.O_CLOEXEC)
@@ -86,6 +87,7 @@ class BlackBox:
 
     def clear(self) -> None:
         """Forget the dumps so far."""
+        self.asked = False
         self._stack.truncate(0)
         self._stack.seek(0)
 

@@ -189,7 +189,9 @@ class Node:
         that the kernel does not let run (stopped, or in an uninterruptible wait) writes nothing. If the worker is killed
         afterwards, the stack is still there when its death is reported.
         """
-        self._wires[worker].box.clear()
+        box = self._wires[worker].box
+        box.clear()
+        box.asked = True
         self._nursery.dump(worker)
 
     def _stack_of(self, worker: int) -> str:
@@ -216,7 +218,7 @@ class Node:
             self._read_worker(self._readable[descriptor])
 
     def _read_worker(self, worker: int, limit: int = MAX_ANSWERS_PER_TURN) -> None:
-        pipe = self._wires[worker].pipe
+        pipe, _, box = self._wires[worker]
         for _ in range(limit):
             try:
                 frames = pipe.receive(wait=False)
@@ -228,6 +230,8 @@ class Node:
             except ProtocolError as error:
                 log.warning("worker %d sent what is no message: %s", worker, error)
                 continue
+            if box.asked and isinstance(message, Done):
+                box.clear()  # or it would be told of the next task when that kills the worker
             if isinstance(message, Done | GroupAdd):
                 self._step(Said(worker, message))
 

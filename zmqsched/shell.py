@@ -27,7 +27,7 @@ log = logging.getLogger("zmqsched")
 # What a broker is started with; see __main__.py.
 BROKER_ENVIRONMENT = {"PYTHONMALLOC": "malloc"}
 LEVELS = ("debug", "info", "warning", "error")
-RELAY_MAX = 1 << 20
+RELAY_MAX = 4 << 20
 RELAY_CLOSE_S = 1.0
 
 

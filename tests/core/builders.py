@@ -72,6 +72,7 @@ from zmqsched.protocol import (
     Order,
     Outcome,
     Progress,
+    Remains,
     Results,
     Revoke,
     Run,
@@ -224,13 +225,18 @@ class Peer:
         self.world.step(Arrived(self.address, self.user, over_the_wire(envelope)))
 
 
+NOTHING_LEFT = Remains()
+
+
 class Client(Peer):
     def __init__(self, world: Broker, name: str, python: str = PYTHON, user: str = "") -> None:
         super().__init__(world, name, ClientHello(token(name), 1, Host(f"{name}-host", 100, python)), user)
         self.finals: list[Final] = []
 
-    def submits(self, *labels: str, function: str = "f", with_code: bool = True, **asked: object) -> None:
-        shape = Shape(digest(function), options(**asked))
+    def submits(
+        self, *labels: str, function: str = "f", with_code: bool = True, qualname: str = "", **asked: object
+    ) -> None:
+        shape = Shape(digest(function), options(**asked), qualname)
         functions = [Function(digest(function), blob(function))] if with_code else []
         calls = [TaskSpec(task_id(label), 0, b"call of " + label.encode()) for label in labels]
         self.says(Submit([shape], calls, functions))
@@ -311,10 +317,12 @@ class Node(Peer):
         self.credit = credit
         self.says(Progress(credit))
 
-    def loses_a_worker(self, running: str = "", how: str = "killed by SIGSEGV") -> None:
+    def loses_a_worker(
+        self, running: str = "", how: str = "killed by SIGSEGV", ran_s: float = 0.0, remains: Remains = NOTHING_LEFT
+    ) -> None:
         attempt = self._attempt(running) if running else Attempt(task_id("nothing"), 0)
         self.orders.pop(running, None)
-        death = Death(1, 4711, how, attempt.task if running else b"", attempt.attempt)
+        death = Death(1, 4711, how, attempt.task if running else b"", attempt.attempt, ran_s, remains)
         self.says(Progress(self.credit, deaths=[death]))
 
     def leaves(self, reason: str = "") -> None:
@@ -539,10 +547,10 @@ class Workplace:
         self.step(Said(worker, Done(run.task, run.attempt, ok, b"value", took)))
         self.turn()
 
-    def dies(self, worker: int, how: str = "killed by SIGKILL") -> None:
+    def dies(self, worker: int, how: str = "killed by SIGKILL", remains: Remains = NOTHING_LEFT) -> None:
         runs = self.pipes.pop(worker)
         self.buried.append(worker)
-        self.step(Exited(worker, self.pids.get(worker, 0), how, runs[1:]))
+        self.step(Exited(worker, self.pids.get(worker, 0), how, runs[1:], remains))
         self.turn()
 
     def says(self, worker: int, message: Done | GroupAdd) -> None:

@@ -12,7 +12,7 @@ from zmqsched.core.agent import (
     RESTART_BACKOFF_S,
     STUCK_AFTER_S,
 )  # fmt: skip
-from zmqsched.core.events import Born
+from zmqsched.core.events import Born, Exited
 from zmqsched.protocol import (
     Done,
     Draining,
@@ -26,6 +26,7 @@ from zmqsched.protocol import (
     Ping,
     Progress,
     Query,
+    Remains,
     Results,
     Stop,
     Workers,
@@ -438,6 +439,27 @@ def test_a_death_names_exactly_the_task_that_ran_and_the_others_run_elsewhere():
         place.finishes(place.all_running[0])
     assert sorted(place.results) == sorted({*"abcdef", "warm-up"} - {running})
     assert set(untaken) <= set(place.results)
+
+
+def test_a_death_is_told_with_how_long_the_task_ran_and_what_the_worker_left():
+    place = Workplace()
+    place.broker_orders("a")
+    place.passes(1.25)
+    place.dies(1, remains=Remains("the stack", "the words", 1, 2, oom=True))
+    (death,) = place.deaths
+    assert death.ran_s == pytest.approx(1.25)
+    assert death.remains == Remains("the stack", "the words", 1, 2, oom=True)
+
+
+def test_many_deaths_at_once_fit_into_messages():
+    place = Workplace(200)
+    place.broker_orders(*map(str, range(200)))
+    much = "\U0001f600" * 8192
+    for worker in list(place.pipes):
+        del place.pipes[worker]
+        place.step(Exited(worker, 1000 + worker, "killed by SIGKILL", [], Remains(much, much)))
+    place.turn()  # each message is encoded and decoded, and over the limit that fails
+    assert len([death for death in place.deaths if death.remains.stack == much]) == 200
 
 
 def test_an_idle_workers_death_blames_nobody():

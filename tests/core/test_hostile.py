@@ -31,6 +31,7 @@ from zmqsched.protocol import (
     Outcome,
     Progress,
     Query,
+    Remains,
     Results,
     Revoke,
     Running,
@@ -65,7 +66,9 @@ shapes = st.builds(
 )
 functions = st.lists(st.builds(Function, digests, st.just(b"code")), **some)
 attempts = st.lists(st.builds(Attempt, task_ids, few), **some)
-deaths = st.lists(st.builds(Death, few, few, st.just("SIGKILL"), st.one_of(st.just(b""), task_ids), few), **some)
+remains = st.builds(Remains, *[st.text(max_size=8192)] * 2, few, few, st.booleans())
+killed = st.one_of(st.just(b""), task_ids)
+deaths = st.lists(st.builds(Death, few, few, st.just("SIGKILL"), killed, few, st.floats(0, 1e9), remains), **some)
 
 
 def of_its_shapes(kind: type, item: type, *between: st.SearchStrategy) -> st.SearchStrategy:

@@ -42,6 +42,7 @@ from zmqsched.protocol import (
     Ping,
     Progress,
     Query,
+    Remains,
     Report,
     Results,
     Revoke,
@@ -406,6 +407,34 @@ def test_the_third_death_is_the_last_and_all_three_are_told():
     assert text.count("box-host") == 3
     assert text.count("pid 4711") == 3
     assert node.holds == []
+
+
+def test_a_certificate_has_the_call_the_times_and_what_was_left():
+    broker = Broker()
+    client, node = broker.client(), broker.node("box")
+    client.submits("a", qualname="Model.fit")
+    stack = '  File "model.py", line 7 in step'
+    for ran_s in (0.25, 1.5, 90.0):
+        node.loses_a_worker(running="a", ran_s=ran_s, remains=Remains(stack, "oops", 1 << 30, 2 << 30, oom=True))
+        broker.passes(2.0)
+    head, call, *rest = client.final("a").text.splitlines()
+    assert (head, call) == ("Model.fit failed: 3 workers died running it", "  the call: Model.fit(...)")
+    assert [line.strip() for line in rest if "attempt" in line] == [
+        "attempt 1 ran for 250 ms",
+        "attempt 2 ran for 1.5 s, and died 2.0 s after the first worker that died",
+        "attempt 3 ran for 90.0 s, and died 4.0 s after the first worker that died",
+    ]
+    for told, times in ((stack, 1), ("the same Python stack", 2), ("oops", 3), ("1024 MiB", 3), ("OOM killer", 3)):
+        assert sum(told in line for line in rest) == times
+
+
+def test_a_task_without_a_name_is_named_by_its_id():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a", requeue=False)
+    node.loses_a_worker(running="a")
+    assert client.final("a").text.startswith(f"task {task_id('a').hex()[-8:]} failed: its worker died")
+    assert "the call" not in client.final("a").text
 
 
 def test_an_idle_worker_dies_without_blame():
