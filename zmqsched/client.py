@@ -459,9 +459,6 @@ class Client(Tasks):
         waiter = sockets.Waiter(self._dealer)
         waiter.add(self._wake)
         try:
-            # A hello before the connection is there would be a hello lost.
-            while not self._dealer.poll(100, zmq.POLLOUT) and not self._closed:
-                continue
             ready: set[int] = set()
             while self._turn(nudged=self._wake in ready):
                 ready = waiter.wait(self._core.next_deadline())

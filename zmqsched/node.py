@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 
 from . import host, orphans
 from .blackbox import BlackBox
-from .config import CONNECT_TIMEOUT_S, ConnectionFile
+from .config import ConnectionFile
 from .core import events
 from .core.agent import Agent
 from .core.events import AgentAction, AgentEvent, Reached, Said, Tick
-from .errors import BrokerUnreachable, ProtocolError, Refused, StartError
+from .errors import ProtocolError, Refused, StartError
 from .nursery import KILLED, Born, Exited, Gone, Nursery, Wires
 from .protocol import (
     Beat,
@@ -73,7 +73,6 @@ class Node:
         from . import sockets
 
         self._sockets = sockets
-        self._file = file
         self._ctx = sockets.context()
         keys = sockets.Keys.of(file)
         self._dealer = sockets.connect_dealer(self._ctx, file.reachable("work"), keys)
@@ -109,10 +108,6 @@ class Node:
         for descriptor in (self._nursery.fileno(), *stop.descriptors):
             self._waiter.add(descriptor)
         try:
-            if not self._dealer.poll(int(CONNECT_TIMEOUT_S * 1000), zmq.POLLOUT):
-                raise BrokerUnreachable(
-                    f"the broker of cluster {self._file.name!r} does not let this node in: is the connection file stale?"
-                )
             self._loop(stop, starter)
         finally:
             self._close()

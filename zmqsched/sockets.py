@@ -22,6 +22,7 @@ import queue
 import re
 import select
 import socket
+import struct
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,7 +34,7 @@ import zmq
 from zmq.utils import z85
 
 from . import config, protocol
-from .errors import BrokerUnreachable, StartError
+from .errors import BrokerUnreachable, Refused, StartError
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -67,6 +68,13 @@ _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 15_000, 60_000
 # again. A new connection is quicker.
 _UNACKNOWLEDGED_MS = 10_000
 _RECONNECT_TCP_MS, _RECONNECT_IPC_MS, _RECONNECT_MAX_MS = 100, 20, 5000
+
+# What the monitor of a connecting socket says of a handshake that failed. A CURVE server that cannot decrypt what a peer
+# says closes the connection without a word; so does one that dies, but not several times in a row.
+_HANDSHAKE_FAILED = int(
+    zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+)
+_CLOSED_ENOUGH = 3
 
 # pyzmq's names are enums, and enum arithmetic costs more than the calls it is for.
 _POLLIN = int(zmq.POLLIN)
@@ -150,19 +158,34 @@ def bind_pub(ctx: Context, addresses: Iterable[str], keys: Keys | None) -> Bound
 def connect_dealer(
     ctx: Context, addresses: Sequence[str], keys: Keys | None, timeout_s: float = config.CONNECT_TIMEOUT_S
 ) -> Socket:
-    """A client's or node's link to the broker.
+    """A client's or node's link to the broker, once its handshake is done.
 
     Raises
     ------
     BrokerUnreachable
-        Nobody answers at any of the addresses.
+        Nobody answers at any of the addresses, or no broker does.
+    Refused
+        The broker does not let this side in, or its key is not the one in the connection file.
     """
+    deadline = time.monotonic() + timeout_s
     dealer = _socket(ctx, zmq.DEALER, _MAX_FRAME)
     # Only to a link whose handshake is done. Otherwise libzmq would take messages while the broker is away and give
     # them to whichever broker comes next (pitfall 12). As it is, a send is EAGAIN until there is a broker (POLLOUT
     # tells), and the link's own queue, which knows what was acknowledged, is the only one.
     dealer.setsockopt(zmq.IMMEDIATE, 1)
-    return _connect(dealer, addresses, keys, timeout_s)
+    watch = f"inproc://handshake-{descriptor(dealer)}"
+    dealer.monitor(watch, _HANDSHAKE_FAILED)
+    with ctx.socket(zmq.PAIR) as events:
+        events.setsockopt(zmq.LINGER, 0)
+        events.connect(watch)
+        _connect(dealer, addresses, keys, timeout_s)
+        try:
+            _await_handshake(dealer, events, max(deadline, time.monotonic() + 0.5 * timeout_s), timeout_s)
+        except BaseException:
+            dealer.close(linger=0)
+            raise
+        dealer.disable_monitor()
+    return dealer
 
 
 def connect_pub(
@@ -336,6 +359,32 @@ def _connect(made: Socket, addresses: Sequence[str], keys: Keys | None, timeout_
         made.close(linger=0)
         raise
     return made
+
+
+def _await_handshake(dealer: Socket, events: Socket, deadline: float, timeout_s: float) -> None:
+    """Until it is done, or libzmq's monitor says that it cannot be: on the socket itself a refusal looks like silence."""
+    address = dealer.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+    advice = "The connection file is of another cluster, or of an earlier life of this one: get the present one"
+    closed = 0
+    while (left_s := deadline - time.monotonic()) > 0:
+        asked = [(dealer, zmq.POLLOUT), (events, zmq.POLLIN)]
+        ready = [which for which, _ in zmq.zmq_poll(asked, math.ceil(left_s * 1000))]
+        if dealer in ready:
+            return
+        if events not in ready:
+            continue
+        (event,) = struct.unpack_from("=H", events.recv_multipart()[0])
+        if event == zmq.EVENT_HANDSHAKE_FAILED_AUTH:
+            raise Refused(f"the broker at {address} does not know this side's key. {advice}")
+        if event == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            raise BrokerUnreachable(f"what answers at {address} is no broker. {advice}")
+        closed += 1
+        if closed == _CLOSED_ENOUGH:
+            raise Refused(
+                f"what answers at {address} closes the connection during the handshake: it is no broker, or its key is not "
+                f"the server key of the connection file (server key mismatch). {advice}"
+            )
+    raise BrokerUnreachable(f"the broker at {address} does not answer within {timeout_s:g} s: it hangs, or is no broker")
 
 
 def _use_curve(made: Socket, keys: Keys | None) -> None:
