@@ -147,9 +147,20 @@ class Relay:
                 self._descriptor = -1
 
 
+class OneLine(logging.Formatter):
+    """What peers said of themselves may be in a message: no line break or escape sequence of theirs gets onto a terminal."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 - the standard's name
+        line = super().formatMessage(record)
+        return line if line.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in line)
+
+
+LINE = OneLine("%(asctime)s zmqsched %(message)s", "%H:%M:%S")
+
+
 def set_up_logging(level: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s zmqsched %(message)s", "%H:%M:%S"))
+    handler.setFormatter(LINE)
     log.addHandler(handler)
     log.setLevel(level.upper())
     log.propagate = False

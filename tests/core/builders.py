@@ -97,7 +97,7 @@ def task_id(label: str) -> bytes:
 
 
 def label_of(task: bytes) -> str:
-    return task.lstrip(b"_").decode()
+    return task.lstrip(b"_").decode(errors="backslashreplace")
 
 
 def digest(name: str) -> bytes:
