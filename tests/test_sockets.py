@@ -424,3 +424,20 @@ def test_a_connection_that_nobody_acknowledges_is_given_up_before_the_kernel_wou
     router, [address] = sockets.bind_router(ctx, [ANY_PORT], keys)
     dealer = sockets.connect_dealer(ctx, [address], keys)
     assert {each.getsockopt(zmq.TCP_MAXRT) for each in (router, dealer)} == {10_000}
+
+
+def test_a_new_connection_is_told_of_once(ctx, short_dir):
+    address = ipc_address(short_dir, "work")
+    router, _ = sockets.bind_router(ctx, [address], None)
+    dealer = sockets.connect_dealer(ctx, [address], None)
+    connections = sockets.Connections(dealer)
+    waiter = sockets.Waiter(dealer)
+    waiter.add(connections.descriptor)
+    dealer.poll(SOON_MS, zmq.POLLOUT)
+    connections.new()
+    router.close(linger=0)
+    router, _ = sockets.bind_router(ctx, [address], None)
+    assert connections.descriptor in waiter.wait(time.monotonic() + SOON_MS / 1000)
+    assert connections.new()
+    assert not connections.new()
+    connections.close()

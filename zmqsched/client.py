@@ -458,14 +458,19 @@ class Client(Tasks):
     def _serve(self) -> None:
         waiter = sockets.Waiter(self._dealer)
         waiter.add(self._wake)
+        connections = sockets.Connections(self._dealer)
+        waiter.add(connections.descriptor)
         try:
             ready: set[int] = set()
             while self._turn(nudged=self._wake in ready):
                 ready = waiter.wait(self._core.next_deadline())
+                if connections.descriptor in ready and connections.new():
+                    self._perform(self._core.handle(events.Reconnected(), time.monotonic()))
         except Exception as error:
             self._break(ClusterLost(f"the client's I/O thread failed: {error!r}"))
             raise
         finally:
+            connections.close()
             self._dealer.close(linger=1_000)
             self._ctx.term()
 

@@ -76,6 +76,7 @@ class Node:
         self._ctx = sockets.context()
         keys = sockets.Keys.of(file)
         self._dealer = sockets.connect_dealer(self._ctx, file.reachable("work"), keys)
+        self._connections = sockets.Connections(self._dealer)
         self._pub = sockets.connect_pub(self._ctx, file.reachable("beats"), keys)
         found, gpus = _resources(slots, resources or {})
         slots = slots or host.usable_cpus()
@@ -105,6 +106,7 @@ class Node:
         self._zmq = zmq
         stop = StopSignals(until_eof=until_eof)
         self._waiter = self._sockets.Waiter(self._dealer)
+        self._waiter.add(self._connections.descriptor)
         for descriptor in (self._nursery.fileno(), *stop.descriptors):
             self._waiter.add(descriptor)
         try:
@@ -132,6 +134,8 @@ class Node:
             self._read_workers(ready)
             if self._nursery.fileno() in ready:
                 self._read_nursery()
+            if self._connections.descriptor in ready and self._connections.new():
+                self._step(events.Reconnected())
             self._read_broker()
             self._step(Tick())
             if not said and self._agent.ready:
@@ -332,6 +336,7 @@ class Node:
             self._read_last_words(wires.box)
             wires.close()
         self._pub.close(linger=0)
+        self._connections.close()
         self._dealer.close(linger=LINGER_MS)
         self._ctx.term()
 

@@ -188,6 +188,25 @@ def connect_dealer(
     return dealer
 
 
+class Connections:
+    """Tells when a socket has got a new connection: what was sent on the one before may be lost."""
+
+    def __init__(self, of: Socket) -> None:
+        self._of = of
+        self._events = of.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self.descriptor = descriptor(self._events)
+        self.new()  # the descriptor signals only to one that has read the socket empty
+
+    def new(self) -> bool:
+        """Whether there has been one since this was asked last."""
+        return bool(receive_all(self._events, 1_000))
+
+    def close(self) -> None:
+        """To be called before the socket itself is closed."""
+        self._of.disable_monitor()
+        self._events.close(linger=0)
+
+
 def connect_pub(
     ctx: Context, addresses: Sequence[str], keys: Keys | None, timeout_s: float = config.CONNECT_TIMEOUT_S
 ) -> Socket:

@@ -12,7 +12,7 @@ from random import Random
 from typing import NamedTuple
 
 import pytest
-from conftest import eventually
+from conftest import alive, eventually
 
 from zmqsched import errors
 
@@ -63,7 +63,7 @@ def _kill_one(fleet: Fleet, random: Random, hits: Counter[int]) -> list[Kill]:
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGSTOP)
-            eventually(lambda pid=pid: stopped(pid))
+            eventually(lambda pid=pid: stopped(pid) or not alive(pid))
             run = fleet.ledger.last_of(pid)
             if run is not None and run.ended is None and hits[run.task] < 2:
                 os.kill(pid, signal.SIGKILL)

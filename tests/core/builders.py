@@ -30,6 +30,7 @@ from zmqsched.core.events import (
     Publish,
     Quit,
     Reached,
+    Reconnected,
     Replied,
     Said,
     SchedulerAction,
@@ -568,6 +569,12 @@ class Workplace:
         self.step(Leave(drain, "SIGTERM"))
         self.turn()
 
+    def reconnects(self) -> None:
+        """What was cut is a connection again, a new one."""
+        self.cut = False
+        self.step(Reconnected())
+        self.turn()
+
     # what the broker was told
 
     def all(self, kind: type[M]) -> list[M]:
@@ -719,6 +726,12 @@ class Desk:
 
     def broker_answers(self, *labels: str, value: bytes = b"value") -> None:
         self.broker_says(Finals([Final(task_id(label), "ok", value) for label in labels]))
+
+    def reconnects(self) -> None:
+        """What was cut is a connection again, a new one."""
+        self.cut = False
+        self.step(Reconnected())
+        self.turn()
 
     # what came of it
 

@@ -674,3 +674,13 @@ def test_a_node_is_ready_when_the_broker_knows_its_workers():
     place.cut = False
     place.passes(2.5)
     assert place.agent.ready
+
+
+def test_a_new_connection_is_used_at_once():
+    place = Workplace()
+    place.broker_orders("a")
+    place.cut = True
+    place.finishes("a")
+    assert place.results == []
+    place.reconnects()
+    assert place.results == ["a"]

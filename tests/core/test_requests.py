@@ -228,6 +228,21 @@ def test_a_silence_that_lasts_breaks_the_client(joined):
     assert "silent for 12 s" in broken.reason
 
 
+def test_a_new_connection_is_used_at_once():
+    desk = Desk()
+    desk.cut = True
+    desk.asks("a")
+    desk.reconnects()
+    assert desk.submitted == ["a"]
+
+
+def test_a_new_connection_is_used_for_a_hello_if_there_is_no_session():
+    desk = Desk(joins=False)
+    assert len(desk.hellos) == 1
+    desk.reconnects()
+    assert len(desk.hellos) == 2
+
+
 def test_a_broker_that_sleeps_for_half_a_minute_is_waited_for():
     desk = Desk()
     desk.cut = True

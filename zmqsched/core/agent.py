@@ -78,6 +78,7 @@ from .events import (
     Log,
     Quit,
     Reached,
+    Reconnected,
     Said,
     SendBeat,
     Start,
@@ -190,6 +191,8 @@ class Agent:
             case Reached(envelope):
                 if (received := self._uplink.receive(envelope, now)) is not None:
                     self._message(received, now)
+            case Reconnected():
+                self._uplink.reconnected()
             case Tick():
                 self._tick(now)
             case Unreadable(why):

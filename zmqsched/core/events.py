@@ -137,6 +137,10 @@ class Unreadable(NamedTuple):
     why: str
 
 
+class Reconnected(NamedTuple):
+    """The connection to the broker is a new one; what was on the old one may be lost."""
+
+
 class Born(NamedTuple):
     worker: int
     pid: int
@@ -188,7 +192,7 @@ class SendBeat(NamedTuple):
     beat: Beat
 
 
-AgentEvent = Reached | Unreadable | Born | Exited | Said | TakenBack | Leave | Tick
+AgentEvent = Reached | Reconnected | Unreadable | Born | Exited | Said | TakenBack | Leave | Tick
 AgentAction = ToBroker | Start | Give | TakeBack | SendBeat | Log | Quit
 # --- the client's brain ---------------------------------------------------------------------------------------------
 
@@ -241,5 +245,5 @@ class Broken(NamedTuple):
     reason: str
 
 
-ClientEvent = Ask | Withdraw | Tell | Reached | Unreadable | Leave | Tick
+ClientEvent = Ask | Withdraw | Tell | Reached | Reconnected | Unreadable | Leave | Tick
 ClientAction = ToBroker | Began | Finished | NowRunning | Replied | Warned | Broken

@@ -61,6 +61,7 @@ from .events import (
     Leave,
     NowRunning,
     Reached,
+    Reconnected,
     Replied,
     Tell,
     Tick,
@@ -113,6 +114,8 @@ class Requests:
             case Reached(envelope):
                 if not self._ended:
                     self._reached(envelope, now)
+            case Reconnected():
+                self._uplink.reconnected()
             case Tick():
                 self._tick(now)
             case Withdraw(tasks):

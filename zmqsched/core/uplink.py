@@ -5,6 +5,7 @@ Rules
 * Until a session is granted a hello goes out every second. A session ends when the broker says it does not know it
   (``SayHello``); the next hello has the next ``life`` number, and only the welcome that returns it counts.
 * What the ended session had not delivered is in ``undelivered``: its owner says what of it still matters.
+* A new connection is used at once: hello or ping, and again whatever the other end has not acknowledged.
 * A ping goes out each ``keepalive_s``. The answer renews the *lease*: until ``lease_s`` after that ping was sent, the
   broker cannot have given this peer up, for it waits longer than that. Only with a lease does a node start work.
 """
@@ -59,6 +60,12 @@ class Uplink:
             self.over()
             return body
         return self.link.receive(envelope, now)
+
+    def reconnected(self) -> None:
+        """Speak at once: the broker does not know of the new connection, and where to answer, until something comes."""
+        self._hello_at = self._ping_at = 0.0
+        if self.link is not None:
+            self.link.reconnected()
 
     def over(self) -> None:
         """The session has ended; a hello for the next goes out with the next flush."""
