@@ -23,7 +23,7 @@ from zmqsched import Client, LocalCluster, errors, host, worker
 from zmqsched.blackbox import MAX_STACK, MAX_STDERR, STACK_SIGNAL, readable_stack
 from zmqsched.nursery import Exited, Wires
 from zmqsched.payload import Chunk, short_form
-from zmqsched.shell import RELAY_MAX, Relay
+from zmqsched.shell import RELAY_MAX, Relay, log, relay_logging
 
 
 @pytest.fixture
@@ -204,6 +204,19 @@ def test_a_task_may_have_its_stack_where_it_wants(nursery, spawn, tmp_path):
     assert "in quietly" in (tmp_path / "stack").read_text()
 
 
+def test_a_forked_childs_crash_is_not_the_workers(nursery, spawn):
+    def forks():
+        if (pid := os.fork()) == 0:
+            without_core(segfaults)()
+        os.waitpid(pid, 0)
+        os._exit(3)
+
+    wires = spawn(1)
+    send(wires.pipe, forks)
+    assert b"Fatal Python error: Segmentation fault" in drained(wires)
+    assert wires.box.stack() == ""
+
+
 def test_the_stack_is_not_for_the_childrens_eyes(spawn):
     def memfds_of_a_child():
         import subprocess
@@ -366,6 +379,15 @@ def test_a_relay_writes_all_in_order_and_what_is_logged(tmp_path):
         handler.handle(logging.makeLogRecord({"msg": "logg\u00e9d"}))
         relay.close()
     assert (tmp_path / "errors").read_text().split() == [*map(str, range(100)), "logg\u00e9d"]
+
+
+def test_what_a_node_logs_goes_through_its_relay(monkeypatch):
+    handler = logging.StreamHandler()
+    monkeypatch.setattr(log, "handlers", [handler])
+    relay = Relay()
+    relay_logging(relay)
+    assert handler.stream is relay
+    relay.close()
 
 
 def test_a_relay_whose_reader_is_gone_goes_on():

@@ -10,6 +10,7 @@ Rules
   is, whether or not its code holds the GIL.
 * Both sides share one file description, hence one offset. :meth:`BlackBox.clear` rewinds it, so that each dump is seen
   alone; what a dump writes at that very moment may be lost in part.
+* The box is the worker's alone: a child that a task forks tells of its crash on standard error.
 * A task may call ``faulthandler.enable`` itself: its choice of file stands from then on. What it disables is enabled again
   before the worker's next task.
 """
@@ -106,6 +107,12 @@ def arm(stack: int, stderr: int) -> None:
     os.close(stderr)
     faulthandler.enable(stack)
     faulthandler.register(STACK_SIGNAL, stack, all_threads=True, chain=False)
+    os.register_at_fork(after_in_child=_disarm)
+
+
+def _disarm() -> None:
+    faulthandler.unregister(STACK_SIGNAL)
+    faulthandler.enable(2)
 
 
 def readable_stack(dump: str) -> str:
