@@ -34,7 +34,7 @@ def entry(death: Death, where: str, after_first_s: float | None, before: tuple[s
     lines = [f"worker {where} (pid {death.pid}): {death.how}"]
     if left.oom:
         lines.append("by the kernel's OOM killer (likely)")
-    after = "" if after_first_s is None else f", and died {after_first_s:.1f} s after the first worker that died"
+    after = "" if after_first_s is None else f", and died {_seconds(after_first_s)} after the first worker that died"
     lines.append(f"attempt {death.attempt} ran for {_seconds(death.ran_s)}{after}")
     if left.memory or left.peak:
         lines.append(f"memory: {_mib(left.memory)} when last measured, {_mib(left.peak)} at most")
