@@ -37,7 +37,7 @@ from .core.requests import Requests
 from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, ProtocolError, Refused, ZmqschedError
 from .futures import Future
 from .host import where
-from .options import boolean, exception_types, integer, seconds, short_name, task_resources, task_tags
+from .options import boolean, exception_types, integer, seconds, short_name, task_resources, task_tags, time_limit
 from .payload import Chunk, FunctionPickler, pack_call, pack_kinds, short_form, unpack_exception, unpack_value
 from .protocol import ClientHello, Envelope, Final, Options, Payload, Query, Report, Shape, decode, encode
 from .records import NodeInfo, Status, WorkerInfo, node_infos, status_of, worker_infos
@@ -139,6 +139,7 @@ class Tasks(concurrent.futures.Executor):
         requeue: bool | None = None,
         retry_on: type[BaseException] | tuple[type[BaseException], ...] | None = None,
         backoff: float | None = None,
+        timeout: float | None = None,
     ) -> TaskOptions:
         """A view of this client that submits with these settings; what is not given stays as it is here.
 
@@ -153,6 +154,10 @@ class Tasks(concurrent.futures.Executor):
         backoff
             Seconds to wait before the first retry, twice as long before each further one, at most 60; each time
             shortened at random by up to half.
+        timeout
+            Seconds that each run of the task may take, waiting not included. Then KeyboardInterrupt is raised in it; if it
+            has not ended half a second later, its worker is killed. The future fails with
+            :class:`~zmqsched.errors.TaskTimeout`, unless the task catches the interrupt and returns a value in time.
         resources
             Amounts by name that a node must have free: ``cpu`` (1 unless given), ``gpu``, ``memory`` in bytes, or
             any name that nodes offer.
@@ -175,6 +180,7 @@ class Tasks(concurrent.futures.Executor):
                 group=self._options.group,
                 requeue=self._options.requeue if requeue is None else boolean("requeue", requeue),
                 backoff=self._options.backoff if backoff is None else seconds("backoff", backoff),
+                timeout=self._options.timeout if timeout is None else time_limit("timeout", timeout),
             ),
             self._retry_on if retry_on is None else pack_kinds(exception_types(retry_on)),
         )
@@ -371,8 +377,8 @@ class Client(Tasks):
                 "a future's callback must not wait: it runs in the thread that brings the answers; let another thread do it"
             )
 
-    def _withdraw(self, task: bytes) -> None:
-        self._post(events.Withdraw([task]))
+    def _withdraw(self, task: bytes, force: bool) -> None:
+        self._post(events.Withdraw([task], force))
 
     def _post(self, event: ClientEvent) -> None:
         self._inbox.append(event)

@@ -9,6 +9,7 @@
     │   ├── ResultNotSerializable (TypeError)
     │   ├── ResultDecodeError               the result arrived but cannot be unpickled here
     │   ├── RemoteError                     the task's own exception, as text: it could not be rebuilt here
+    │   ├── TaskTimeout (TimeoutError)      the task ran longer than its time limit
     │   ├── WorkerDied                      the task was running each time a worker died
     │   ├── Unschedulable                   no node can ever hold what the task asks for
     │   └── NotAccepted                     the broker cannot write its journal now
@@ -60,6 +61,10 @@ class ResultDecodeError(TaskError):
 
 class RemoteError(TaskError):
     """A task raised an exception that cannot be rebuilt here; its type and traceback follow as text."""
+
+
+class TaskTimeout(TaskError, TimeoutError):
+    """The task was stopped because it ran longer than its ``timeout``."""
 
 
 class WorkerDied(TaskError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 from collections.abc import Callable, Generator
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, RUNNING
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -13,12 +14,14 @@ T = TypeVar("T")
 class Future(concurrent.futures.Future[T]):
     """A ``concurrent.futures.Future``. It also works with ``await``, in any event loop.
 
-    ``cancel`` has its standard meaning: a task that has not started never will, and one that runs is not touched. Whether
+    ``cancel()`` has its standard meaning: a task that has not started never will, and one that runs is not touched. Whether
     it runs is known here some milliseconds after the fact; if a cancelled task turns out to have started, its result is
-    dropped.
+    dropped. ``cancel(force=True)`` ends a task that runs.
     """
 
-    def __init__(self, task: bytes, withdraw: Callable[[bytes], None], check_may_wait: Callable[[], None]) -> None:
+    def __init__(
+        self, task: bytes, withdraw: Callable[[bytes, bool], None], check_may_wait: Callable[[], None]
+    ) -> None:
         super().__init__()
         self._task = task
         self._withdraw = withdraw
@@ -36,13 +39,39 @@ class Future(concurrent.futures.Future[T]):
             self._check_may_wait()
         return super().exception(timeout)
 
-    def cancel(self) -> bool:
+    def cancel(self, *, force: bool = False) -> bool:
+        """Cancel the task unless it is done; without ``force``, also unless it runs.
+
+        With ``force`` a task that runs gets a KeyboardInterrupt, so that its ``finally`` blocks run; if it has not ended
+        half a second later, its worker is killed. The future is cancelled at once, and what the task still does is
+        ignored.
+
+        Returns
+        -------
+        bool
+            Whether the future is cancelled now.
+        """
         if self.cancelled():
+            if force:  # it may have started nevertheless
+                self._withdraw(self._task, True)
             return True
-        if not super().cancel():
+        if super().cancel():
+            self.set_running_or_notify_cancel()
+        elif not (force and self._cancel_running()):
             return False
-        self.set_running_or_notify_cancel()
-        self._withdraw(self._task)
+        self._withdraw(self._task, force)
+        return True
+
+    def _cancel_running(self) -> bool:
+        """What the standard's future does when it is cancelled, from a state in which it refuses to be."""
+        with self._condition:
+            if self._state != RUNNING:
+                return False
+            self._state = CANCELLED_AND_NOTIFIED
+            for waiter in self._waiters:
+                waiter.add_cancelled(self)
+            self._condition.notify_all()
+        self._invoke_callbacks()  # type: ignore[attr-defined]  # typeshed leaves it out
         return True
 
     def __await__(self) -> Generator[object, None, T]:

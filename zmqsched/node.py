@@ -27,6 +27,7 @@ from .protocol import (
     Done,
     Envelope,
     GroupAdd,
+    Interrupted,
     NodeHello,
     Remains,
     Run,
@@ -154,6 +155,14 @@ class Node:
                 self._send(envelope)
             case events.TakeBack(worker):
                 self._step(events.TakenBack(worker, self._untaken(worker)))
+            case events.AskStack(worker):
+                self._ask_stack(worker)
+            case events.TellStack(worker):
+                self._step(events.Stood(worker, self._stack_of(worker)))
+            case events.Interrupt(worker):
+                self._nursery.interrupt(worker)
+            case events.Kill(worker):
+                self._nursery.kill(worker)
             case events.Start(worker):
                 self._start(worker)
             case events.SendBeat(beat):
@@ -231,7 +240,7 @@ class Node:
                 continue
             if box.asked and isinstance(message, Done):
                 box.clear()  # or it would be told of the next task when that kills the worker
-            if isinstance(message, Done | GroupAdd):
+            if isinstance(message, Done | GroupAdd | Interrupted):
                 self._step(Said(worker, message))
 
     def _untaken(self, worker: int) -> list[Run]:

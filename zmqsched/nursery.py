@@ -4,7 +4,7 @@ Rules
 -----
 * ``Nursery()`` forks at once. The node calls it before it starts a thread or imports zmq, so nothing half-held is
   inherited. The child never returns into the node's code; it ends by ``os._exit``.
-* The nursery is the workers' parent. It alone waits for them and kills them, so no pid is used after it was reaped.
+* The nursery is the workers' parent. It alone waits for them and signals them, so no pid is used after it was reaped.
 * A worker leads a session and process group of its own. Before a dead worker is reaped, while nobody else can be given
   its pid, the rest of its group is killed, and those of its descendants that have left the group (``orphans.py``).
 * Nobody outlives the node: when it is gone, even by SIGKILL, the nursery reads the end of its control socket, kills all
@@ -42,7 +42,8 @@ from .pipes import EXIT_PIPE_LOST, Pipe, pair
 # Control datagrams, both ways: kind, worker, pid, peak memory, then text. A spawn carries what the worker is to have: its
 # end of the pipe, and its side of the black box.
 _CONTROL = struct.Struct("=cQQQ")
-_SPAWN, _KILL, _DUMP = b"S", b"K", b"D"
+_SPAWN, _KILL, _INTERRUPT, _DUMP = b"S", b"K", b"I", b"D"
+_SIGNALS = {_INTERRUPT: signal.SIGINT, _DUMP: STACK_SIGNAL}
 _BORN, _EXITED = b"B", b"X"
 _CONTROL_MAX = 1024
 _RIGHTS = 3
@@ -121,6 +122,10 @@ class Nursery:
     def kill(self, worker: int) -> None:
         """SIGKILL the worker and its process group. Its exit is reported by :meth:`read`; a dead one is ignored."""
         self._send(_KILL, worker)
+
+    def interrupt(self, worker: int) -> None:
+        """SIGINT to the worker alone, in a while; a dead one is ignored."""
+        self._send(_INTERRUPT, worker)
 
     def dump(self, worker: int) -> None:
         """Have the worker write its stack into its black box, whatever it is doing; nobody waits. A dead one is ignored."""
@@ -265,9 +270,9 @@ class _Keeper:
             if worker in self._pids:
                 _kill_group(self._pids[worker])
             return None
-        if kind == _DUMP:
+        if kind in _SIGNALS:
             if worker in self._pids:
-                os.kill(self._pids[worker], STACK_SIGNAL)
+                os.kill(self._pids[worker], _SIGNALS[kind])
             return None
         fds = array.array("i", ancillary[0][2] if ancillary else b"")
         if len(fds) < _RIGHTS:  # the kernel cuts what does not fit

@@ -32,6 +32,13 @@ def seconds(name: str, value: float) -> float:
     return float(value)
 
 
+def time_limit(name: str, value: float) -> float:
+    """A finite number above 0."""
+    if seconds(name, value) == 0:
+        raise ValueError(f"{name} must be above 0; without {name} there is no limit")
+    return float(value)
+
+
 def exception_types(types: type[BaseException] | tuple[type[BaseException], ...]) -> tuple[type[BaseException], ...]:
     """One or several, as ``except`` takes them."""
     given = types if isinstance(types, tuple) else (types,)

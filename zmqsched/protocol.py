@@ -80,7 +80,7 @@ class Options(_Wire):
     ``resources`` are (name, amount) sorted by name; ``memory`` is in bytes. ``group`` is the WaitGroup that the task's end
     counts down. ``requeue=False`` with ``retries=0`` means at most one execution. ``backoff``: seconds before the first
     retry. ``job``: the task is answered to the job of that name, which any client may follow, and not to the client that
-    submitted it.
+    submitted it. ``timeout``: seconds that a run may take, 0 for any.
     """
 
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] = 0
@@ -92,6 +92,7 @@ class Options(_Wire):
     requeue: bool = True
     backoff: Amount = 0.0
     job: Name = ""
+    timeout: Amount = 0.0
 
 
 class Shape(_Wire):
@@ -160,7 +161,9 @@ class Death(_Wire):
     remains: Remains = Remains()
 
 
-Verdict = Literal["ok", "error", "cancelled", "WorkerDied", "Unschedulable", "NotAccepted", "ClusterLost"]
+Verdict = Literal[
+    "ok", "error", "cancelled", "WorkerDied", "Unschedulable", "NotAccepted", "ClusterLost", "TaskTimeout"
+]  # fmt: skip
 
 
 class Final(_Wire):
@@ -177,6 +180,15 @@ class Attempt(_Wire):
 
     task: TaskId
     attempt: Count
+
+
+class Stopped(_Wire):
+    """An attempt that its node has ended; ``text`` says how."""
+
+    task: TaskId
+    attempt: Count
+    verdict: Literal["cancelled", "TaskTimeout"]
+    text: Text
 
 
 class WorkerState(_Wire):
@@ -290,7 +302,10 @@ class NeedFunctions(_Wire, tag=22):
 
 
 class Cancel(_Wire, tag=23):
+    """``force``: also if it runs."""
+
     tasks: Annotated[list[TaskId], Meta(max_length=MAX_ITEMS)]
+    force: bool = False
 
 
 class Finals(_Wire, tag=24):
@@ -405,9 +420,10 @@ class Dispatch(_Wire, tag=40):
 
 
 class Revoke(_Wire, tag=41):
-    """Drop these attempts if they have not started."""
+    """Drop these attempts if they have not started; with ``force``, end them if they have."""
 
     attempts: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)]
+    force: bool = False
 
 
 class Stop(_Wire, tag=42):
@@ -424,13 +440,15 @@ class Progress(_Wire, tag=44):
     """What changed at a node besides results.
 
     ``started``: attempts that have run a while. ``returned``: attempts handed back unstarted, to be placed anew.
-    ``deaths``: workers that died. ``credit``: how many unfinished tasks the node now takes.
+    ``deaths``: workers that died. ``stopped``: attempts that the node has ended. ``credit``: how many unfinished tasks
+    the node now takes.
     """
 
     credit: Annotated[int, Meta(ge=0, le=100_000)]
     started: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)] = []
     returned: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)] = []
     deaths: Annotated[list[Death], Meta(max_length=MAX_ITEMS)] = []
+    stopped: Annotated[list[Stopped], Meta(max_length=MAX_ITEMS)] = []
 
 
 class Workers(_Wire, tag=45):
@@ -474,6 +492,10 @@ class Done(_Wire, tag=61):
     value: _Inline
     seconds: Amount
     retry: bool = True
+
+
+class Interrupted(_Wire, tag=62):
+    """SIGINT has come to the worker."""
 
 
 # --- beats and facts (PUB) ----------------------------------------------------------------------------------------------
@@ -534,7 +556,7 @@ Message: TypeAlias = (
     | Beat | Fact
 )  # fmt: skip
 RecordMessage: TypeAlias = Submit | Functions | Finals | GroupAdd | Charged | Forgotten | Left | Present
-PipeMessage: TypeAlias = Run | Done | GroupAdd
+PipeMessage: TypeAlias = Run | Done | GroupAdd | Interrupted
 
 
 class Envelope(Struct, array_like=True, frozen=True, gc=False):
@@ -751,7 +773,7 @@ def _check(body: Message | RecordMessage) -> None:
             raise ProtocolError("a task names a shape that the message does not have")
         for shape in shapes:
             _check_amounts(shape.options.resources)
-            if not math.isfinite(shape.options.backoff):
+            if not math.isfinite(shape.options.backoff + shape.options.timeout):
                 raise ProtocolError("a task's seconds must be finite numbers")
     elif isinstance(body, NodeHello | ClientHello):
         _check_names(body)

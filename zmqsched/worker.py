@@ -5,6 +5,8 @@ Rules
 * One Run is taken at a time and answered at once. So what a dead worker had taken and not answered is exactly the task
   it was running, and no result waits behind the next task.
 * Whatever a task raises is its answer: SystemExit and KeyboardInterrupt too. Only losing the pipe ends a worker.
+* SIGINT raises KeyboardInterrupt in code of the task's, and nowhere else: a worker that is between two tasks ignores it. The
+  node is told that it came, in any case.
 * A function is kept by its digest, pickled if it could not be loaded, so that a later Run may try again.
 * A crash in a task's native code leaves a stack (``blackbox.py``); a task cannot switch that off for the next.
 * A task's working directory and standard streams are its own: what it leaves is put back (``surroundings.py``).
@@ -15,16 +17,18 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
 from time import perf_counter
+from types import FrameType
 from typing import Any
 
 from .errors import ProtocolError
 from .payload import may_retry, pack_exception, pack_value, unpack_call, unpack_function
 from .pipes import EXIT_PIPE_LOST, Pipe
-from .protocol import Done, Payload, PipeMessage, Run, decode_pipe, encode_pipe
+from .protocol import Done, Interrupted, Payload, PipeMessage, Run, decode_pipe, encode_pipe
 from .surroundings import Surroundings
 
 _pipe: Pipe | None = None
@@ -62,6 +66,8 @@ def run_worker(pipe: Pipe, stack: int) -> None:
     _pipe = pipe
     functions = _Functions()
     surroundings = Surroundings()
+    interrupts = _Interrupts(pipe)
+    before = signal.signal(signal.SIGINT, interrupts)
     try:
         while (frames := pipe.receive()) is not None:
             message = decode_pipe(frames)
@@ -69,7 +75,7 @@ def run_worker(pipe: Pipe, stack: int) -> None:
                 raise ProtocolError(f"a worker is sent runs, not {type(message).__name__}")
             if not faulthandler.is_enabled():
                 faulthandler.enable(stack)
-            pipe.send(encode_pipe(_attempt(message, functions)))
+            pipe.send(encode_pipe(_attempt(message, functions, interrupts)))
             surroundings.restore()
     except BrokenPipeError:
         return
@@ -78,6 +84,7 @@ def run_worker(pipe: Pipe, stack: int) -> None:
             os.write(2, f"zmqsched worker {os.getpid()}: a task closed what this worker needs ({error})\n".encode())
         raise SystemExit(EXIT_PIPE_LOST) from error
     finally:
+        signal.signal(signal.SIGINT, before)
         _pipe = None
 
 
@@ -113,22 +120,43 @@ class _Functions:
         return fn
 
 
-def _attempt(run: Run, functions: _Functions) -> Done:
+class _Interrupts:
+    """The handler of SIGINT. ``wanted``: code of a task's runs."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self.wanted = False
+        self._pipe = pipe
+        self._pid = os.getpid()
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:  # a child that the task has forked
+            signal.default_int_handler(number, frame)
+        with suppress(OSError):
+            self._pipe.send(encode_pipe(Interrupted()))
+        if self.wanted:
+            raise KeyboardInterrupt
+
+
+def _attempt(run: Run, functions: _Functions, interrupts: _Interrupts) -> Done:
     """Run one attempt; whatever happens is its answer."""
     pid = os.getpid()
     seconds = 0.0
+    started = 0.0
     fn = None
     retry = True
     try:
         functions.accept(run)
-        fn = functions.get(run.digest)
-        args, kwargs = _arguments(run.call)
         before = _set_environment(run.env) if run.env else None
-        started = perf_counter()
+        interrupts.wanted = True
         try:
+            fn = functions.get(run.digest)
+            args, kwargs = _arguments(run.call)
+            started = perf_counter()
             result = fn(*args, **kwargs)
         finally:
-            seconds = perf_counter() - started
+            interrupts.wanted = False
+            if started:
+                seconds = perf_counter() - started
             if before is not None:
                 _restore_environment(before)
             if os.getpid() != pid:  # a child the task forked came back from it; there must be one answer

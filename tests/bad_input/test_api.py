@@ -473,6 +473,11 @@ def test_a_name_that_is_taken(cluster):
         ({"backoff": float("inf")}, ValueError, "finite"),
         ({"backoff": "1"}, TypeError, "backoff is a number of seconds, not str"),
         ({"backoff": True}, TypeError, "not bool"),
+        ({"timeout": 0}, ValueError, "timeout must be above 0"),
+        ({"timeout": -1.5}, ValueError, "timeout must be a finite number of seconds of at least 0, not -1.5"),
+        ({"timeout": float("nan")}, ValueError, "finite"),
+        ({"timeout": float("inf")}, ValueError, "finite"),
+        ({"timeout": "30"}, TypeError, "timeout is a number of seconds, not str"),
         ({"nice": 5}, TypeError, "unexpected keyword argument 'nice'"),
     ],
 )
@@ -483,8 +488,11 @@ def test_options_that_cannot_be(client, arguments, error, says):
 
 @pytest.mark.parametrize(
     "arguments",
-    [{"priority": 2**31}, {"priority": -(2**31)}, {"retries": 10**6}, {"name": "x" * 1000}, {"backoff": 2.0**59}],
-)
+    [
+        {"priority": 2**31}, {"priority": -(2**31)}, {"retries": 10**6}, {"name": "x" * 1000},
+        {"backoff": 2.0**59}, {"timeout": 2.0**59},
+    ],
+)  # fmt: skip
 def test_options_at_the_border(client, arguments):
     assert client.options(**arguments).submit(abs, -1).result(timeout=10) == 1
 

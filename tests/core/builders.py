@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from random import Random
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from zmqsched.config import BEAT_INTERVAL_S, CLUSTER_LOST_AFTER_S
 from zmqsched.core.agent import Agent
@@ -15,6 +15,7 @@ from zmqsched.core.events import (
     AgentEvent,
     Arrived,
     Ask,
+    AskStack,
     BeatArrived,
     Began,
     Born,
@@ -24,6 +25,8 @@ from zmqsched.core.events import (
     Exited,
     Finished,
     Give,
+    Interrupt,
+    Kill,
     Leave,
     Log,
     NowRunning,
@@ -38,9 +41,11 @@ from zmqsched.core.events import (
     Send,
     SendBeat,
     Start,
+    Stood,
     TakeBack,
     TakenBack,
     Tell,
+    TellStack,
     Tick,
     ToBroker,
     Warned,
@@ -66,6 +71,7 @@ from zmqsched.protocol import (
     Goodbye,
     GroupAdd,
     Host,
+    Interrupted,
     Message,
     No,
     NodeHello,
@@ -80,6 +86,7 @@ from zmqsched.protocol import (
     Running,
     SayHello,
     Shape,
+    Stopped,
     Submit,
     TaskSpec,
     Welcome,
@@ -245,8 +252,8 @@ class Client(Peer):
     def teaches(self, function: str) -> None:
         self.says(Functions([Function(digest(function), blob(function))]))
 
-    def cancels(self, *labels: str) -> None:
-        self.says(Cancel([task_id(label) for label in labels]))
+    def cancels(self, *labels: str, force: bool = False) -> None:
+        self.says(Cancel([task_id(label) for label in labels], force))
 
     def leaves(self) -> None:
         self.says(Goodbye())
@@ -314,6 +321,11 @@ class Node(Peer):
             del self.orders[label]
         self.says(Progress(self.credit, returned=returned))
 
+    def stops(self, label: str, verdict: Literal["cancelled", "TaskTimeout"], text: str = "how it was") -> None:
+        attempt = self._attempt(label)
+        del self.orders[label]
+        self.says(Progress(self.credit, stopped=[Stopped(attempt.task, attempt.attempt, verdict, text)]))
+
     def asks_for(self, credit: int) -> None:
         self.credit = credit
         self.says(Progress(credit))
@@ -337,6 +349,10 @@ class Node(Peer):
     @property
     def revoked(self) -> list[str]:
         return [label_of(attempt.task) for message in self.all(Revoke) for attempt in message.attempts]
+
+    @property
+    def revoked_by_force(self) -> list[str]:
+        return [label_of(one.task) for message in self.all(Revoke) if message.force for one in message.attempts]
 
     def on(self, message: Message) -> None:
         if isinstance(message, Dispatch):
@@ -478,6 +494,8 @@ class Workplace:
         self.beats: list[Beat] = []
         self.given: list[tuple[int, str]] = []
         self.runs: dict[str, Run] = {}
+        self.signals: list[tuple[str, int]] = []  # what workers were sent: "ask", "interrupt", "kill"
+        self.stack = "line 1 in f"  # where workers stand
         self.log: list[str] = []
         self.quit: str | None = None
         self.link: Link | None = None
@@ -522,8 +540,8 @@ class Workplace:
         functions = [Function(digest(function), blob(function))] if new else []
         self.broker_says(Dispatch([Shape(digest(function), options(**asked))], orders, functions))
 
-    def broker_revokes(self, label: str) -> None:
-        self.broker_says(Revoke([Attempt(task_id(label), self._attempts[label])]))
+    def broker_revokes(self, *labels: str, force: bool = False) -> None:
+        self.broker_says(Revoke([Attempt(task_id(label), self._attempts[label]) for label in labels], force))
 
     # what the workers do
 
@@ -554,7 +572,11 @@ class Workplace:
         self.step(Exited(worker, self.pids.get(worker, 0), how, runs[1:], remains))
         self.turn()
 
-    def says(self, worker: int, message: Done | GroupAdd) -> None:
+    def feels_it(self, worker: int) -> None:
+        """The interrupt has come to the worker."""
+        self.says(worker, Interrupted())
+
+    def says(self, worker: int, message: Done | GroupAdd | Interrupted) -> None:
         self.step(Said(worker, message))
         self.turn()
 
@@ -597,6 +619,11 @@ class Workplace:
         return [death for message in self.all(Progress) for death in message.deaths]
 
     @property
+    def stopped(self) -> dict[str, str]:
+        """Verdicts by label."""
+        return {label_of(one.task): one.verdict for message in self.all(Progress) for one in message.stopped}
+
+    @property
     def credits(self) -> list[int]:
         return [message.credit for message in self.all(Progress)]
 
@@ -622,6 +649,14 @@ class Workplace:
                         untaken = self.pipes[worker][1:]
                         del self.pipes[worker][1:]
                         self.step(TakenBack(worker, untaken))
+                case AskStack(worker):
+                    self.signals.append(("ask", worker))
+                case TellStack(worker):
+                    self.step(Stood(worker, self.stack))
+                case Interrupt(worker):
+                    self.signals.append(("interrupt", worker))
+                case Kill(worker):
+                    self.signals.append(("kill", worker))
                 case SendBeat(beat):
                     self.beats.append(beat)
                 case Log(_, text):
@@ -693,8 +728,8 @@ class Desk:
         self.step(Ask(tasks, {digest(function): blob(function)}))
         self.turn()
 
-    def withdraws(self, *labels: str) -> None:
-        self.step(Withdraw([task_id(label) for label in labels]))
+    def withdraws(self, *labels: str, force: bool = False) -> None:
+        self.step(Withdraw([task_id(label) for label in labels], force))
         self.turn()
 
     def tells(self, message: object) -> None:

@@ -147,7 +147,37 @@ def test_a_withdrawal_that_the_old_session_did_not_deliver_is_said_again():
     desk.broker_forgets()
     desk.told.clear()
     desk.broker_welcomes()
-    assert [type(message) for message in desk.told] == [Submit, Cancel]
+    assert desk.told == [Cancel([task_id("a")])]
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_withdrawal_is_said_to_each_new_broker(force):
+    """It may not know of it, nor of the task."""
+    desk = Desk()
+    desk.asks("a", "b", "c")
+    desk.withdraws("b", force=force)
+    desk.withdraws("c")
+    desk.broker_answers("c")
+    desk.told.clear()
+    desk.broker_forgets()
+    desk.broker_welcomes()
+    assert desk.submitted == ["a"]
+    assert desk.all(Cancel) == [Cancel([task_id("b")], force)]
+    assert desk.answered == ["c", "b"]
+    desk.broker_answers("b")
+    assert desk.answered == ["c", "b"]
+
+
+def test_force_is_not_taken_back():
+    desk = Desk()
+    desk.asks("a")
+    desk.withdraws("a")
+    desk.withdraws("a", force=True)
+    desk.withdraws("a")
+    desk.broker_forgets()
+    desk.told.clear()
+    desk.broker_welcomes()
+    assert desk.told == [Cancel([task_id("a")], force=True)]
 
 
 def test_what_runs_is_told_while_it_is_open():

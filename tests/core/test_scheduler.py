@@ -51,6 +51,7 @@ from zmqsched.protocol import (
     Shape,
     Shutdown,
     Stop,
+    Stopped,
     Submit,
     TaskSpec,
     Welcome,
@@ -357,6 +358,97 @@ def test_a_late_value_ends_the_wait_for_a_retry():
     assert client.final("a").value == b"late"
     broker.passes(6)
     assert broker.scheduler.open_counts() == {}
+
+
+# --- time limits and cancels by force --------------------------------------------------------------------------------
+
+
+def test_a_task_that_its_node_has_stopped_at_its_limit_is_not_tried_again():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a", retries=5, timeout=1.0)
+    node.stops("a", "TaskTimeout")
+    assert client.answers == {"a": "TaskTimeout"}
+    assert client.final("a").text == "how it was"
+    assert broker.scheduler.open_counts() == {}
+
+
+@pytest.mark.parametrize("running", [False, True])
+def test_a_cancel_by_force_ends_what_runs_and_frees_its_place(running):
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a", "b")
+    if running:
+        node.starts("a")
+    client.cancels("a", force=True)
+    assert node.revoked_by_force == ["a"]
+    assert client.answers == {}
+    node.stops("a", "cancelled")
+    assert client.answers == {"a": "cancelled"}
+    assert node.holds == ["b"]
+
+
+def test_a_cancel_by_force_follows_one_without():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a")
+    client.cancels("a")
+    client.cancels("a")
+    assert (node.revoked, node.revoked_by_force) == (["a"], [])
+    client.cancels("a", force=True)
+    assert node.revoked_by_force == ["a"]
+
+
+def test_a_cancel_by_force_of_what_waits_is_a_cancel():
+    broker = Broker()
+    client = broker.client()
+    client.submits("a")
+    client.submits("b", function="g", with_code=False)
+    client.cancels("a", "b", force=True)
+    assert client.answers == {"a": "cancelled", "b": "cancelled"}
+
+
+def test_a_cancelled_task_that_was_stopped_at_its_limit_was_cancelled():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a", timeout=1.0)
+    client.cancels("a")
+    node.stops("a", "TaskTimeout")
+    assert client.answers == {"a": "cancelled"}
+
+
+@pytest.mark.parametrize(("requeue", "answers"), [(True, {"a": "ok"}), (False, {"a": "WorkerDied"})])
+def test_what_was_stopped_for_a_client_that_is_back_is_run_again(requeue, answers):
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a", requeue=requeue)
+    client.freezes()
+    broker.passes(61)
+    assert node.revoked_by_force == ["a"]
+    client.thaws()
+    client.says_hello(life=2)
+    client.submits("a", requeue=requeue)
+    node.stops("a", "cancelled")
+    if requeue:
+        node.finishes("a")
+    assert client.answers == answers
+
+
+def test_a_late_stop_decides_nothing():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a", timeout=1.0)
+    node.says(Progress(1, stopped=[Stopped(task_id("a"), 7, "TaskTimeout", "")]))
+    assert client.answers == {}
+    assert broker.counts["late reports"] == 1
+
+
+def test_nobody_cancels_what_is_anothers():
+    broker = Broker()
+    client, other, node = broker.client(), broker.client("other"), broker.node()
+    client.submits("a")
+    other.cancels("a", force=True)
+    assert node.revoked == []
 
 
 def test_deaths_are_not_delayed_and_not_counted_as_retries():

@@ -23,6 +23,8 @@ How tasks get to the node
 * Work starts only with a lease (``uplink.py``): a node that was frozen or cut off must not begin what has meanwhile been
   given to another. Without one it waits; if the broker has given it up, or is another one, what is unstarted is dropped.
   What runs is an *orphan*: named in the next hello, and adopted, or else finished and offered as it is.
+
+How tasks are ended before their time is in ``stops.py``.
 """
 
 from __future__ import annotations
@@ -46,6 +48,7 @@ from ..protocol import (
     Functions,
     Goodbye,
     GroupAdd,
+    Interrupted,
     Message,
     NeedFunctions,
     No,
@@ -61,6 +64,7 @@ from ..protocol import (
     SayHello,
     Shape,
     Stop,
+    Stopped,
     Welcome,
     Workers,
     WorkerState,
@@ -82,6 +86,7 @@ from .events import (
     Said,
     SendBeat,
     Start,
+    Stood,
     TakeBack,
     TakenBack,
     Tick,
@@ -91,6 +96,7 @@ from .events import (
 from .functions import FunctionStore
 from .offences import Offences, Strikes
 from .priorities import PriorityQueue
+from .stops import Ending
 from .uplink import Uplink
 
 LOOKAHEAD_S = 0.02
@@ -109,9 +115,10 @@ RESTART_BACKOFF_S = 0.1  # doubled with each worker in a row that dies before it
 
 
 class Held:
-    """A task at this node. ``worker`` is 0 while it waits here; ``orphan``: the session that ordered it is over."""
+    """A task at this node. ``worker`` is 0 while it waits here; ``orphan``: the session that ordered it is over;
+    ``revoked``: it is not wanted any more; ``limit_s``: how long it may run."""
 
-    __slots__ = ("attempt", "call", "options", "orphan", "reported", "shape", "task", "worker")
+    __slots__ = ("attempt", "call", "limit_s", "options", "orphan", "reported", "revoked", "shape", "task", "worker")
 
     def __init__(self, order: Order, shape: Shape) -> None:
         self.task = order.task
@@ -122,12 +129,15 @@ class Held:
         self.worker = 0
         self.reported = False
         self.orphan = False
+        self.revoked = False
+        self.limit_s = self.options.timeout or math.inf
 
 
 class Worker:
-    """``runs``: what it was given and has not answered, in order; the first of them is running since ``since``."""
+    """``runs``: what it was given and has not answered, in order; the first of them is running since ``since``. ``ending``:
+    its task is brought to an end, or was, and the worker is not fit for another yet."""
 
-    __slots__ = ("done", "functions", "gpus", "id", "pid", "runs", "since", "taking_back", "uses")
+    __slots__ = ("done", "ending", "functions", "gpus", "id", "pid", "runs", "since", "taking_back", "uses")
 
     def __init__(self, number: int) -> None:
         self.id = number
@@ -139,15 +149,17 @@ class Worker:
         self.uses: tuple[tuple[str, float], ...] = ()
         self.gpus: tuple[str, ...] = ()
         self.taking_back = False
+        self.ending: Ending | None = None
 
     @property
     def state(self) -> Literal["starting", "idle", "busy"]:
-        return "starting" if not self.pid else "busy" if self.runs else "idle"
+        return "starting" if not self.pid else "busy" if self.runs or self.ending else "idle"
 
 
 class Agent:
     def __init__(self, hello: NodeHello, gpus: Iterable[str] = ()) -> None:
         self._uplink = Uplink(hello, BEAT_INTERVAL_S, LEASE_S)
+        self._host = hello.where.host
         self._slots = hello.slots
         self._total = dict(hello.resources)
         self._used = dict.fromkeys(self._total, 0.0)
@@ -166,6 +178,7 @@ class Agent:
         self._returned: list[Attempt] = []
         self._deaths: list[Death] = []
         self._additions = 0  # to WaitGroups, by tasks
+        self._stopped: list[Stopped] = []
         self._workers_changed = False
         self._beat_interval_s = BEAT_INTERVAL_S
         self._beats = 0
@@ -199,6 +212,9 @@ class Agent:
                 self._unreadable(why, now)
             case TakenBack(worker, runs):
                 self._taken_back(self._workers[worker], runs, now)
+            case Stood(worker, stack):
+                if (ending := self._workers[worker].ending) is not None:
+                    ending.stack = stack
             case Born(worker, pid):
                 self._workers[worker].pid = pid
                 self._workers_changed = True
@@ -213,16 +229,21 @@ class Agent:
         times = [self._uplink.deadline(), self._beat_at, self._go_at]
         if self._ended:
             return self._uplink.deadline()
-        if self._outcomes or self._started or self._returned or self._deaths or self._workers_changed:
+        if self._outcomes or self._started or self._returned or self._deaths or self._stopped or self._workers_changed:
             return 0.0
         if len(self._workers) < self._slots:
             times.append(self._start_at)
         for worker in self._workers.values():
+            if worker.ending is not None and _has_nothing_else(worker):
+                times.append(worker.ending.at)
             if worker.runs:
                 if len(worker.runs) > 1 and not worker.taking_back:
                     times.append(worker.since + self._stuck_after())
-                if not next(iter(worker.runs.values())).reported:
+                first = next(iter(worker.runs.values()))
+                if not first.reported:
                     times.append(worker.since + REPORT_AFTER_S)
+                if first.limit_s < math.inf and worker.ending is None:
+                    times.append(worker.since + first.limit_s)
         since = [worker.since for worker in self._workers.values() if worker.runs]
         if self._queue and len(since) >= self._slots:
             # When the queue is longer than what is worth prefetching at such a stall: see _hand_back.
@@ -242,6 +263,8 @@ class Agent:
             assert used <= self._total[name] + 1e-6, f"{name} is overbooked"
         for worker in self._workers.values():
             assert all(held.worker == worker.id for held in worker.runs.values()), "a run at another's worker"
+            interrupted = worker.ending is not None and worker.ending.interrupted
+            assert not interrupted or len(worker.runs) <= 1, "an interrupted worker was given a run"
 
     @property
     def has_plenty(self) -> bool:
@@ -269,9 +292,9 @@ class Agent:
                     self._ordered(order, shapes[order.shape])
             case Functions(functions):
                 self._learn(functions)
-            case Revoke(attempts):
+            case Revoke(attempts, force):
                 for attempt in attempts:
-                    self._revoke(attempt)
+                    self._revoke(attempt, force=force)
             case Adopt(attempts):
                 self._adopted(attempts)
             case Welcome():
@@ -320,6 +343,7 @@ class Agent:
                 self._take_back(worker)
         self._started.clear()
         self._returned.clear()
+        self._stopped.clear()
         running = [next(iter(worker.runs.values())) for worker in self._workers.values() if worker.runs]
         self._uplink.hold([Attempt(held.task, held.attempt) for held in running])
 
@@ -335,6 +359,8 @@ class Agent:
         held = self._held.get(order.task)
         if held is not None:  # it is here still, from an attempt that was given up: that one answers for both
             held.attempt = order.attempt
+            held.revoked = False
+            held.limit_s = held.options.timeout or math.inf
             self._orphans -= held.orphan
             held.orphan = False
             held.reported = False
@@ -354,21 +380,34 @@ class Agent:
             for held in self._lacking.pop(function.digest, []):
                 self._queue.push(held.task, held, held.options.priority)
 
-    def _revoke(self, attempt: Attempt) -> None:
+    def _revoke(self, attempt: Attempt, *, force: bool) -> None:
         held = self._held.get(attempt.task)
-        if held is None or held.attempt != attempt.attempt or held.worker:
-            return  # answered, or running: its answer decides
-        self._drop(held)
-        self._returned.append(attempt)
+        if held is None or held.attempt != attempt.attempt:
+            return  # it was answered
+        if not held.worker:
+            self._drop(held)
+            self._returned.append(attempt)
+            return
+        held.revoked = True
+        if force:
+            held.limit_s = 0.0
+        worker = self._workers[held.worker]
+        if len(worker.runs) > 1 and not worker.taking_back and next(iter(worker.runs)) != held.task:
+            self._take_back(worker)  # it lies in the pipe; if the worker takes it first, its answer decides
 
     # --- from the workers --------------------------------------------------------------------------------------------
 
-    def _said(self, number: int, message: Done | GroupAdd, now: float) -> None:
-        if isinstance(message, GroupAdd):
-            self._additions += 1
-            self._uplink.send(GroupAdd(message.deltas, self._additions))
-            return
+    def _said(self, number: int, message: Done | GroupAdd | Interrupted, now: float) -> None:
         worker = self._workers[number]
+        if not isinstance(message, Done):
+            if isinstance(message, GroupAdd):
+                self._additions += 1
+                self._uplink.send(GroupAdd(message.deltas, self._additions))
+            elif worker.ending is not None:
+                worker.ending.acknowledged = True
+                if not worker.runs and worker.ending.over:
+                    worker.ending = None
+            return
         if message.task != next(iter(worker.runs), None):  # a task can write to its worker's pipe, and anything
             self._offences.note("answer to what is not running", f"worker {number}")
             return
@@ -378,15 +417,27 @@ class Agent:
         self._early_deaths = 0
         took = message.seconds + TASK_OVERHEAD_S
         self._task_s = took if self._task_s is None else self._task_s + 0.1 * (took - self._task_s)
-        self._outcomes.append(Outcome(held.task, held.attempt, message.ok, message.value, number, message.retry))
+        if worker.ending is not None and worker.ending.interrupted and not message.ok:
+            self._stopped.append(self._stop_report(worker, held, worker.ending))
+        else:
+            self._outcomes.append(Outcome(held.task, held.attempt, message.ok, message.value, number, message.retry))
         self._forget(held)
         if not worker.runs:
             self._idle(worker)
+        if worker.ending is not None and worker.ending.over:
+            worker.ending = None
 
     def _exited(self, worker: Worker, exited: Exited, now: float) -> None:
         _, pid, how, untaken, remains = exited
         self._taken_back(worker, untaken, now)
-        if worker.runs:
+        if worker.ending is not None and worker.ending.interrupted:
+            for held in worker.runs.values():
+                self._stopped.append(self._stop_report(worker, held, worker.ending))
+                self._forget(held)
+            if worker.runs:
+                worker.runs.clear()
+                self._idle(worker)
+        elif worker.runs:
             while worker.runs:  # one, unless a task read from its worker's pipe
                 running = worker.runs.popitem(last=False)[1]
                 ran_s = max(0.0, now - worker.since)
@@ -398,7 +449,8 @@ class Agent:
             if not worker.done:
                 self._start_at = now + RESTART_BACKOFF_S * 2 ** min(6, self._early_deaths)
                 self._early_deaths += 1
-        self._out.append(Log("warning", f"worker {worker.id} pid {pid} died: {how}"))
+        ours = worker.ending is not None and worker.ending.interrupted
+        self._out.append(Log("info" if ours else "warning", f"worker {worker.id} pid {pid} died: {how}"))
         del self._workers[worker.id]
         self._workers_changed = True
 
@@ -413,6 +465,9 @@ class Agent:
             held.worker = 0
             if held.orphan:
                 self._forget(held)
+            elif held.revoked:
+                self._forget(held)
+                self._returned.append(Attempt(held.task, held.attempt))
             else:
                 self._queue.push(held.task, held, held.options.priority, first=True)
         if runs and not worker.runs:
@@ -451,6 +506,8 @@ class Agent:
 
     def _watch_workers(self, now: float) -> None:
         for worker in self._workers.values():
+            if worker.ending is not None and _has_nothing_else(worker):
+                self._out.extend(worker.ending.advance(worker.id, now))
             if not worker.runs:
                 continue
             age = now - worker.since
@@ -460,13 +517,26 @@ class Agent:
             if age >= REPORT_AFTER_S and not first.reported:
                 first.reported = True
                 self._started.append(Attempt(first.task, first.attempt))
+            if age >= first.limit_s and worker.ending is None:
+                worker.ending = Ending(now, look=not first.revoked)
+                if len(worker.runs) > 1 and not worker.taking_back:
+                    self._take_back(worker)
+
+    def _stop_report(self, worker: Worker, held: Held, ending: Ending) -> Stopped:
+        where = f"in worker {self.name}/{worker.id} (pid {worker.pid}) on {self._host}"
+        if not ending.look:
+            return Stopped(held.task, held.attempt, "cancelled", f"stopped {where}")
+        text = f"{held.options.name or 'the task'} was stopped at its time limit of {held.limit_s:g} s, {where}"
+        if ending.stack:
+            text += f". It stood at, latest call first:\n{ending.stack}"
+        return Stopped(held.task, held.attempt, "TaskTimeout", text)
 
     def _stuck_after(self) -> float:
         return max(STUCK_AFTER_S, 3 * (self._task_s or 0.0))
 
     def _share_the_last(self) -> None:
         """A worker has nothing to do while another has runs in its pipe: take those back and share them."""
-        if any(worker.pid and not worker.runs for worker in self._workers.values()):
+        if any(worker.pid and not worker.runs and worker.ending is None for worker in self._workers.values()):
             longest = max(self._workers.values(), key=lambda worker: len(worker.runs))
             waiting = len(longest.runs) - 1
             if waiting * (self._task_s or 0.0) > BATCH_S and not longest.taking_back:
@@ -483,7 +553,9 @@ class Agent:
         ready = [
             worker
             for worker in self._workers.values()
-            if worker.pid and (not worker.runs or (len(worker.runs) < depth and now - worker.since < stuck_after))
+            if worker.pid
+            and worker.ending is None
+            and (not worker.runs or (len(worker.runs) < depth and now - worker.since < stuck_after))
         ]
         ready.sort(key=lambda worker: len(worker.runs))
         for index, worker in enumerate(ready):
@@ -600,6 +672,10 @@ class Agent:
             for deaths in batches(self._deaths, _death_bytes):
                 self._uplink.send(Progress(credit, deaths=deaths))
             self._deaths = []
+        if self._stopped:
+            for stopped in batches(self._stopped, _stopped_bytes):
+                self._uplink.send(Progress(credit, stopped=stopped))
+            self._stopped = []
         if self._workers_changed:
             self._workers_changed = False
             self._uplink.send(Workers(self._worker_states()))
@@ -680,6 +756,15 @@ def _attempt_bytes(attempt: Attempt) -> int:
 
 def _death_bytes(death: Death) -> int:
     return 4 * (len(death.how) + len(death.remains.stack) + len(death.remains.stderr)) + 100  # 4: what a character may take
+
+
+def _stopped_bytes(stopped: Stopped) -> int:
+    return 4 * len(stopped.text) + 60
+
+
+def _has_nothing_else(worker: Worker) -> bool:
+    """Nothing lies in its pipe behind the task it runs, if it runs one: what its ending waits for."""
+    return len(worker.runs) <= 1 and not worker.taking_back
 
 
 def _is_plain(demand: tuple[tuple[str, float], ...]) -> bool:

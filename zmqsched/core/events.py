@@ -20,6 +20,7 @@ from ..protocol import (
     GroupDone,
     GroupForget,
     GroupWait,
+    Interrupted,
     JobTasks,
     No,
     Payload,
@@ -159,7 +160,14 @@ class Exited(NamedTuple):
 
 class Said(NamedTuple):
     worker: int
-    message: Done | GroupAdd
+    message: Done | GroupAdd | Interrupted
+
+
+class Stood(NamedTuple):
+    """Where a worker stood when it was asked: its stack, "" if it has not said."""
+
+    worker: int
+    stack: str
 
 
 class TakenBack(NamedTuple):
@@ -186,14 +194,40 @@ class TakeBack(NamedTuple):
     worker: int
 
 
+class AskStack(NamedTuple):
+    """Have this worker write its stack, which takes a moment."""
+
+    worker: int
+
+
+class TellStack(NamedTuple):
+    """Say :class:`Stood` of this worker."""
+
+    worker: int
+
+
+class Interrupt(NamedTuple):
+    """SIGINT to this worker; it says :class:`~zmqsched.protocol.Interrupted` when that has come."""
+
+    worker: int
+
+
+class Kill(NamedTuple):
+    """SIGKILL to this worker."""
+
+    worker: int
+
+
 class SendBeat(NamedTuple):
     """The shell adds what it measures: CPU and memory."""
 
     beat: Beat
 
 
-AgentEvent = Reached | Reconnected | Unreadable | Born | Exited | Said | TakenBack | Leave | Tick
-AgentAction = ToBroker | Start | Give | TakeBack | SendBeat | Log | Quit
+AgentEvent = Reached | Reconnected | Unreadable | Born | Exited | Said | TakenBack | Stood | Leave | Tick
+AgentAction = ToBroker | Start | Give | TakeBack | AskStack | TellStack | Interrupt | Kill | SendBeat | Log | Quit
+
+
 # --- the client's brain ---------------------------------------------------------------------------------------------
 
 
@@ -205,9 +239,10 @@ class Ask(NamedTuple):
 
 
 class Withdraw(NamedTuple):
-    """The caller no longer wants these."""
+    """The caller no longer wants these; ``force``: not even if they run."""
 
     tasks: list[bytes]
+    force: bool = False
 
 
 class Tell(NamedTuple):

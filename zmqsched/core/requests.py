@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable
 from itertools import islice
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, CLUSTER_LOST_AFTER_S
 from ..protocol import (
@@ -85,6 +85,7 @@ class Requests:
     def __init__(self, hello: ClientHello, lost_after_s: float = CLUSTER_LOST_AFTER_S) -> None:
         self._uplink = Uplink(hello, BEAT_INTERVAL_S, CLIENT_LEASE_S)
         self._open: dict[bytes, tuple[bytes, Shape, Payload]] = {}
+        self._withdrawn: dict[bytes, bool] = {}  # not answered, and not wanted any more; True: by force
         self._fresh: dict[bytes, tuple[bytes, Shape, Payload]] = {}  # asked for, not yet submitted
         self._behind: list[_Ordered] = []  # to go out after the fresh ones
         self._on_the_way: deque[int] = deque()  # bytes of each submission that is not acknowledged
@@ -118,8 +119,8 @@ class Requests:
                 self._uplink.reconnected()
             case Tick():
                 self._tick(now)
-            case Withdraw(tasks):
-                self._withdraw(tasks)
+            case Withdraw(tasks, force):
+                self._withdraw(tasks, force=force)
             case Unreadable(why):
                 self._unreadable(why, now)
             case Tell(message):
@@ -147,6 +148,7 @@ class Requests:
         assert self.waiting == sum(call_bytes(call) for _, _, call in self._fresh.values()), "bytes that wait are off"
         assert self._window + sum(self._on_the_way) == WINDOW_BYTES, "bytes on the way are off"
         assert self._fresh or not self._behind, "what waits behind tasks waits behind none"
+        assert all(map(self._awaits, self._withdrawn)), "a task that was answered is withdrawn"
         if self._uplink.link is not None:
             self._uplink.link.sanity_check()
 
@@ -169,14 +171,16 @@ class Requests:
         self._additions += 1
         return GroupAdd(addition.deltas, self._additions)
 
-    def _withdraw(self, tasks: list[bytes]) -> None:
+    def _withdraw(self, tasks: list[bytes], *, force: bool) -> None:
         """What is fresh need not be submitted first. An earlier session may have submitted it, so the broker is told too."""
         self._submit()
         wanted = [task for task in tasks if self._awaits(task)]
+        for task in wanted:
+            self._withdrawn[task] = force or self._withdrawn.get(task, False)
         why = "cancelled before it was submitted"
         self._finals([Final(task, "cancelled", text=why) for task in wanted if task in self._fresh])
         if wanted:
-            self._uplink.send(Cancel(wanted))
+            self._uplink.send(Cancel(wanted, force))
 
     def _reached(self, envelope: Envelope, now: float) -> None:
         message = self._uplink.receive(envelope, now)
@@ -231,7 +235,8 @@ class Requests:
     def _welcomed(self, welcome: Welcome) -> None:
         self._out.append(Began(welcome))
         self._sent.clear()
-        again = [body for body in [*self._uplink.undelivered, *self._behind] if isinstance(body, GroupAdd | Cancel)]
+        again = [body for body in [*self._uplink.undelivered, *self._behind] if self._is_worth_saying_again(body)]
+        withdrawn = self._withdrawals()
         self._uplink.undelivered.clear()
         self._behind.clear()
         if not welcome.remembered:
@@ -244,6 +249,22 @@ class Requests:
         self._submit()
         for body in [*again, *self._asked.values(), *(Follow(0, job) for job, tasks in self._jobs.items() if tasks)]:
             self._send_behind(body)
+        for body in withdrawn:
+            self._send_behind(body)
+
+    def _withdrawals(self) -> list[Cancel]:
+        """For a broker that may not have heard of them, nor of the tasks; so those are not submitted again."""
+        cancels = []
+        for force in (False, True):
+            tasks = [task for task, by_force in self._withdrawn.items() if by_force is force]
+            cancels += [Cancel(batch, force) for batch in batches(tasks, len)]
+        why = "cancelled; the broker that had the task is gone, or gave this client up"
+        self._finals([Final(task, "cancelled", text=why) for task in list(self._withdrawn) if task in self._open])
+        return cancels
+
+    def _is_worth_saying_again(self, body: Message) -> TypeGuard[_Ordered]:
+        """What the last session did not deliver. What is withdrawn and not answered is said to each new session anyhow."""
+        return isinstance(body, GroupAdd) or (isinstance(body, Cancel) and not self._withdrawn.keys() >= set(body.tasks))
 
     def _job_listed(self, message: JobTasks) -> None:
         """What a job has; or (request 0) what it still has at the next broker, or in the next session."""
@@ -269,6 +290,7 @@ class Requests:
         news = []
         released: Counter[bytes] = Counter()
         for final in finals:
+            self._withdrawn.pop(final.task, None)
             entry = self._open.pop(final.task, None)
             if entry is not None:
                 if self._fresh.pop(final.task, None) is not None:

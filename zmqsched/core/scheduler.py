@@ -85,6 +85,7 @@ from ..protocol import (
     Shape,
     Shutdown,
     Stop,
+    Stopped,
     Submit,
     TaskSpec,
     Welcome,
@@ -322,9 +323,9 @@ class Scheduler:
                 self._submit(session, message)
             case Functions(functions):
                 self._learn(functions)
-            case Cancel(tasks):
+            case Cancel(tasks, force):
                 for task_id in tasks:
-                    self._cancel(session, task_id)
+                    self._cancel(session, task_id, force=force)
             case GroupWait(request, group):
                 self._answer(self._groups.wait(group, Waiter(session.token, request)))
             case GroupForget(request):
@@ -338,7 +339,7 @@ class Scheduler:
             case Shutdown():
                 self._shut_down("a client asked for it", now)
             case Goodbye():
-                self._client_gone(session, "left")
+                self._client_gone(session, "left", force=False)
             case _:
                 self._misplaced(session, message)
 
@@ -513,21 +514,21 @@ class Scheduler:
             if not owner.job:
                 owner.quiet_since = now
 
-    def _client_gone(self, session: Session, why: str) -> None:
-        """For good: nobody will ask for its tasks. Those of jobs go on."""
+    def _client_gone(self, session: Session, why: str, *, force: bool) -> None:
+        """For good: nobody will ask for its tasks. What runs may end; with ``force`` it is ended. Those of jobs go on."""
         owner = session.follows[0]
         self._close_session(session, self._now)
-        dropped = self._owner_gone(owner)
+        dropped = self._owner_gone(owner, force=force)
         who = f"client {session.where.host} pid {session.where.pid}"
         self._out.append(Log("info", f"{who} {why}: {dropped} tasks dropped"))
 
-    def _owner_gone(self, owner: Owner) -> int:
+    def _owner_gone(self, owner: Owner, *, force: bool) -> int:
         self._owners.forget(owner)
         self._load.answers -= sum(map(answer_bytes, (*owner.answers.values(), *owner.unwritten.values())))
         self._record(owner.id, Left())
         mine = [task for task in self._tasks.values() if task.owner is owner]
         for task in mine:
-            self._drop(task, "its client is gone")
+            self._drop(task, "its client is gone", force=force)
         return len(mine)
 
     def _node_joins(self, session: Session, hello: NodeHello, now: float) -> None:
@@ -715,7 +716,7 @@ class Scheduler:
                 continue
             if outcome.ok:
                 if not current and task.node:  # a newer attempt elsewhere is no longer wanted
-                    self._call_back(task)
+                    self._call_back(task, force=False)
                 self._finish(task, Final(task.id, "ok", outcome.value))
                 node.done += 1
             elif outcome.retry and task.failures < task.kind.options.retries and not task.cancelled:
@@ -754,6 +755,23 @@ class Scheduler:
                 self._requeue(task)
         for death in message.deaths:
             self._death(node, death, now)
+        for stopped in message.stopped:
+            self._stopped(node, stopped)
+
+    def _stopped(self, node: Node, stopped: Stopped) -> None:
+        task = self._current(node, Attempt(stopped.task, stopped.attempt))
+        if task is None:
+            return
+        self.counts["stopped"] += 1
+        if task.cancelled or stopped.verdict == "TaskTimeout":
+            self._finish(task, Final(task.id, "cancelled" if task.cancelled else stopped.verdict, text=stopped.text))
+            return
+        # It was cancelled for its client's absence, and the client is back.
+        self._let_go(task, node)
+        if task.kind.options.requeue:
+            self._requeue(task)
+        else:
+            self._fail(task, "it was stopped while its client seemed gone, and requeue=False forbids another try")
 
     def _death(self, node: Node, death: Death, now: float) -> None:
         self.counts["worker deaths"] += 1
@@ -782,22 +800,23 @@ class Scheduler:
         self.counts["late reports"] += 1
         return None
 
-    def _cancel(self, session: Session, task_id: bytes) -> None:
+    def _cancel(self, session: Session, task_id: bytes, *, force: bool) -> None:
         task = self._tasks.get(task_id)
         if task is not None and session in task.owner.sessions:
-            self._drop(task, "cancelled")
+            self._drop(task, "cancelled", force=force)
 
-    def _drop(self, task: Task, why: str) -> None:
-        """Cancel what has not started. An attempt at a node is called back: the node hands it back, or its answer comes."""
+    def _drop(self, task: Task, why: str, *, force: bool = False) -> None:
+        """Cancel what has not started. An attempt at a node is called back: the node hands it back, or its answer comes;
+        with ``force`` the node ends it if it runs."""
         if task.state in (WAITING, QUEUED, DELAYED):
             self._finish(task, Final(task.id, "cancelled", text=why))
-        elif not task.cancelled:
+        elif force or not task.cancelled:
             task.cancelled = True
-            self._call_back(task)
+            self._call_back(task, force=force)
 
-    def _call_back(self, task: Task) -> None:
+    def _call_back(self, task: Task, *, force: bool) -> None:
         session = self._session_of(self._nodes[task.node])
-        self._sessions.send(session, Revoke([Attempt(task.id, task.attempt)]))
+        self._sessions.send(session, Revoke([Attempt(task.id, task.attempt)], force))
 
     def _let_go(self, task: Task, node: Node) -> None:
         """The attempt at this node is over, the task is not."""
@@ -1181,9 +1200,9 @@ class Scheduler:
     def _expire_clients(self, now: float) -> None:
         for session in list(self._sessions):
             if not session.node and now - session.heard_at > self.settings.client_lease_s:
-                self._client_gone(session, f"was silent for {now - session.heard_at:.0f} s")
+                self._client_gone(session, f"was silent for {now - session.heard_at:.0f} s", force=True)
         for owner in self._owners.silent_clients(self.settings.client_lease_s, now):
-            self._owner_gone(owner)
+            self._owner_gone(owner, force=True)
         for owner in self._owners.old_jobs(self.settings.keep_results_s, now):
             self._owners.forget(owner)
             self._record(owner.id, Left())
