@@ -166,6 +166,26 @@ def test_a_reservation_holds_back_nothing_of_higher_priority():
     assert small_tasks_keep_coming(broker, client, node, priority=1) is None
 
 
+def test_a_reservation_that_was_not_needed_holds_back_nobody():
+    broker = Broker()
+    client, kept = broker.client(), broker.node("kept", slots=2, resources={"gpu": 1})
+    client.submits("x", "y", "z")
+    client.submits("wide", resources={"cpu": 2.0})
+    for number in range(20):
+        client.submits(f"s{number}")
+        broker.passes(0.5)
+        if len(kept.holds) == 1:
+            break
+        kept.finishes(kept.holds[0])
+    client.cancels(*[f"s{number}" for number in range(20)])
+    client.submits("gpu", resources={"gpu": 1.0})
+    assert "gpu" not in kept.holds, "it is kept for the wide one"
+    other = broker.node("other", slots=2)
+    assert other.holds == ["wide"]
+    broker.passes(0.01)
+    assert "gpu" in kept.holds
+
+
 def test_a_cancelled_wide_task_gives_its_reservation_back():
     broker = Broker()
     client, node = broker.client(), broker.node(slots=2)

@@ -146,6 +146,8 @@ class Placement:
                 heapq.heapreplace(heap, (-head.kind.options.priority, head.seq, lane))
             else:
                 heapq.heappop(heap)
+        if pairs and self._reserved:
+            self._reconsider()
         return pairs
 
     def adopt(self, task: Task, node: Node, attempt: int) -> None:

@@ -389,7 +389,7 @@ class Scheduler:
             if session.node:
                 self._node_ends(self._nodes[session.node], left=False, why=why)
             else:
-                self._client_gone(session, why)
+                self._client_gone(session, why, force=True)
         self._out.append(Send(event.peer, Envelope(0, 0, 0, event.answer)))
 
     def _beat(self, beat: Beat, now: float) -> None:

@@ -22,6 +22,8 @@ from ..core.events import (
     Exited,
     Finished,
     Give,
+    Interrupt,
+    Kill,
     Leave,
     Log,
     Quit,
@@ -32,15 +34,18 @@ from ..core.events import (
     Send,
     SendBeat,
     Start,
+    Stood,
     TakeBack,
     TakenBack,
     Tell,
+    TellStack,
     ToBroker,
     Undelivered,
     Withdraw,
 )  # fmt: skip
 from ..core.requests import Requests
 from ..core.scheduler import Scheduler, Settings
+from ..core.stops import GRACE_S, LOOK_S
 from ..protocol import (
     Beat,
     ClientHello,
@@ -51,6 +56,7 @@ from ..protocol import (
     GroupDone,
     GroupWait,
     Host,
+    Interrupted,
     NodeHello,
     Options,
     Payload,
@@ -65,13 +71,15 @@ from .world import Deliver, Process, SimulationFailed, World
 
 FUNCTIONS = {digest: b"code of " + digest for digest in (b"function-digest1", b"function-digest2", b"function-digest3")}
 GROUP = b"the-waitgroup-id"
+SIGNAL_S = 0.002  # at most, on an idle host, from the sending of a signal until it has come
 LAST_SENT = 8  # messages that may come late when their connection is replaced
 
 
 class Plan(msgspec.Struct, array_like=True, frozen=True):
     """A task's call: runs ``seconds``, then returns ``number``, raises, raises the first time only, or kills its worker.
 
-    ``once``: it must not run twice. ``retried``: its exception is one of those that a retry may help against.
+    ``once``: it must not run twice. ``retried``: its exception is one of those that a retry may help against. ``limit_s``:
+    its time limit, or 0. ``stubborn``: it ignores interrupts.
     """
 
     number: int
@@ -79,6 +87,8 @@ class Plan(msgspec.Struct, array_like=True, frozen=True):
     ends: str
     once: bool = False
     retried: bool = True
+    limit_s: float = 0.0
+    stubborn: bool = False
 
 
 class SimBroker(Process):
@@ -201,6 +211,8 @@ class SimWorker:
         self.alive = True
         self.pipe: deque[Run] = deque()
         self.running: Run | None = None
+        self._began = 0.0
+        self._pauses = 0  # of its node, when it began
 
     def give(self, run: Run) -> None:
         self.pipe.append(run)
@@ -216,19 +228,58 @@ class SimWorker:
         world.executions[run.task] += 1
         if plan.once and world.executions[run.task] > 1:
             raise SimulationFailed(f"task {run.task.hex()} must not run twice and does")
-        world.at(plan.seconds, lambda: self.finish(plan))
+        self._began = world.now
+        self._pauses = self.node.pauses
+        world.at(plan.seconds, lambda: self.finish(run, plan))
 
-    def finish(self, plan: Plan) -> None:
-        run = self.running
-        if not self.alive or not self.node.alive or run is None:
+    def finish(self, run: Run, plan: Plan) -> None:
+        if not self.alive or not self.node.alive or run is not self.running:
             return
         if self.node.paused:  # the whole host is frozen; it goes on where it stood
-            self.node.at_thaw(lambda: self.finish(plan))
+            self.node.at_thaw(lambda: self.finish(run, plan))
             return
+        self._check_time(plan)
         if plan.ends == "death":
             self.die("killed by SIGSEGV")
             return
         ok = plan.ends == "value" or (plan.ends == "flaky" and self.node.world.executions[run.task] > 1)
+        self._answer(run, plan, ok=ok)
+
+    def interrupt(self) -> None:
+        """SIGINT is on its way, and meant for what runs now."""
+        world, meant = self.node.world, self.running
+        if meant is not None:
+            plan = msgspec.msgpack.decode(_joined(meant.call), type=Plan)
+            if plan.limit_s and world.now - self._began >= plan.limit_s - 1e-6:
+                world.overran.add(meant.task)
+        world.at(SIGNAL_S * world.random.random(), lambda: self._interrupted(meant))
+
+    def kill(self) -> None:
+        """SIGKILL is on its way."""
+        self.node.world.at(SIGNAL_S * self.node.world.random.random(), lambda: self.die("killed by its node"))
+
+    def _interrupted(self, meant: Run | None) -> None:
+        if not self.alive or not self.node.alive:
+            return
+        if self.node.paused:
+            self.node.at_thaw(lambda: self._interrupted(meant))
+            return
+        run = self.running
+        if run is not None and run is not meant:
+            raise SimulationFailed(f"an interrupt was meant for another task and hit {run.task.hex()}")
+        self.node.post(Said(self.number, Interrupted()))
+        if run is not None:
+            plan = msgspec.msgpack.decode(_joined(run.call), type=Plan)
+            if not plan.stubborn:
+                self._answer(run, plan, ok=False)
+
+    def _check_time(self, plan: Plan) -> None:
+        ran_s = self.node.world.now - self._began
+        longest_s = plan.limit_s + LOOK_S + (GRACE_S if plan.stubborn else 0.0) + 5 * SIGNAL_S
+        if plan.limit_s and ran_s > longest_s and self.node.pauses == self._pauses:
+            raise SimulationFailed(f"{plan} ran for {ran_s:.3f} s")
+
+    def _answer(self, run: Run, plan: Plan, *, ok: bool) -> None:
         value = msgspec.msgpack.encode(plan.number)
         self.running = None
         self.next()
@@ -238,7 +289,7 @@ class SimWorker:
     def die(self, how: str) -> None:
         if self.alive:
             self.alive = False
-            if self.running is not None:
+            if self.running is not None and how != "killed by its node":
                 self.node.world.deaths[self.running.task] += 1
             self.node.post(Exited(self.number, self.pid, how, list(self.pipe)))
 
@@ -277,7 +328,7 @@ class SimNode(Peer):
             self.world.at(0.0, act)
 
     def step(self, event: object, now: float) -> None:
-        if isinstance(event, Exited | Said | TakenBack | Born) and event.worker not in self.workers:
+        if isinstance(event, Exited | Said | TakenBack | Stood | Born) and event.worker not in self.workers:
             return
         if isinstance(event, Exited):
             running = self.workers.pop(event.worker).running
@@ -332,6 +383,12 @@ class SimNode(Peer):
                 runs = list(self.workers[number].pipe)
                 self.workers[number].pipe.clear()
                 self.post(TakenBack(number, runs))
+            case TellStack(number):
+                self.post(Stood(number, "somewhere"))
+            case Interrupt(number):
+                self.workers[number].interrupt()
+            case Kill(number):
+                self.workers[number].kill()
             case SendBeat(beat):
                 envelope = Envelope(0, 0, 0, beat)
                 self.world.send(envelope, self._beat_arrives, self.name, "up", f"{self.name.decode()} beat")
@@ -343,6 +400,7 @@ class SimNode(Peer):
     def _reports(self, progress: Progress) -> None:
         self._told_credit = max(self._told_credit, progress.credit)
         self._handed_back.update((attempt.task, attempt.attempt) for attempt in progress.returned)
+        self._answered |= {(stopped.task, stopped.attempt) for stopped in progress.stopped}
         for death in progress.deaths:
             if self._ran[death.worker] != death.task:
                 raise SimulationFailed(f"task {death.task.hex()} is blamed for a death and was not running")
@@ -395,7 +453,7 @@ class SimClient(Peer):
         still = [task for task in self.plans if task not in self.answers]
         chosen = [task for task in still if self.world.random.random() < 0.1]
         self.cancelled.update(chosen)
-        self.post(Withdraw(chosen))
+        self.post(Withdraw(chosen, force=self.world.random.random() < 0.5))
 
     def drain(self, node: str) -> None:
         self.post(Tell(Drain(node)))
@@ -443,6 +501,8 @@ class SimClient(Peer):
                 return plan.once or self.world.deaths[task] >= self.broker.settings.max_deaths
             case "cancelled":
                 return task in self.cancelled
+            case "TaskTimeout":
+                return task in self.world.overran
             case "Unschedulable":
                 return "gpu" in dict(self.options[task].resources)  # its only node may have been away for too long
             case _:

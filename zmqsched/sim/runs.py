@@ -106,7 +106,8 @@ class Cluster:
             ends = random.choices(("value", "error", "flaky", "death"), (86, 6, 4, 4))[0]
             seconds = random.choice(self._seconds) * (0.5 + random.random())
             once = not options.requeue and not options.retries
-            plans.append((Plan(number, seconds, ends, once, random.random() < 0.75), options))
+            retried, stubborn = random.random() < 0.75, random.random() < 0.3
+            plans.append((Plan(number, seconds, ends, once, retried, options.timeout, stubborn), options))
         return plans
 
     # --- what breaks -------------------------------------------------------------------------------------------------
@@ -242,6 +243,8 @@ class Cluster:
             return "has not joined again"
         if record.state is not ALIVE or node.core.held:
             return f"is {record.state} and holds {node.core.held} tasks"
+        if any(worker.ending is not None for worker in node.core._workers.values()):
+            return "does not let go of a worker that it has interrupted"
         if record.credit != node.core._credit or record.credit < record.slots:
             return f"offers {node.core._credit} and is thought to offer {record.credit} for its {record.slots} slots"
         return ""
@@ -252,5 +255,6 @@ def _kinds(random: Random) -> list[Options]:
     kinds.append(Options(resources=(("cpu", 1.0), ("gpu", 1.0)), group=GROUP))
     kinds.append(Options(resources=(("cpu", 2.0),), group=GROUP))
     kinds.append(Options(retries=2, backoff=random.choice((0.01, 3.0)), group=GROUP))
+    kinds.append(Options(retries=1, timeout=random.choice((0.01, 0.3, 1.0)), group=GROUP))
     kinds.append(Options(requeue=False))
     return kinds

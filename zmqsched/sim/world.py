@@ -28,7 +28,7 @@ class World:
     """The clock, the wire and everybody on it.
 
     ``faults``: how likely each is to strike, when it may. ``executions`` and ``deaths`` count, by task, how often one was
-    really started, and how often a worker really died running it.
+    really started, and how often a worker really died running it. ``overran``: tasks that were interrupted over their limit.
     """
 
     def __init__(self, seed: int, *, verbose: bool = False, thorough: bool = True) -> None:
@@ -41,6 +41,7 @@ class World:
         self.faults: dict[str, float] = {}
         self.executions: Counter[bytes] = Counter()
         self.deaths: Counter[bytes] = Counter()
+        self.overran: set[bytes] = set()
         self.processes: dict[bytes, Process] = {}
         self._cut: dict[tuple[bytes, Way], float] = {}  # until when
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
