@@ -395,7 +395,7 @@ def test_many_at_once(client, tmp_path):
     futures = [client.submit(gate.task) for _ in range(200)]
     gate.wait_until_begun()
     eventually(lambda: any(future.running() for future in futures))
-    assert all(future.cancel(force=True) for future in futures)
+    assert all(future.cancel(force=True) for future in reversed(futures))  # the running one last
     worker_of(client)
-    assert gate.begun() <= 2
+    assert gate.begun() == 1
     eventually(lambda: sum(client.status().tasks.values()) == 0)
