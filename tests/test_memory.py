@@ -258,6 +258,34 @@ def test_an_unfinished_future_that_is_dropped_runs_calls_back_and_leaves_nothing
     assert dropped_argument() is None
 
 
+def test_a_client_that_is_dropped_leaves_by_itself(client: Client, cluster: LocalCluster):
+    clients, descriptors = client.status().clients, len(os.listdir("/proc/self/fd"))
+    other = Client(cluster)
+    assert other.submit(abs, -1).result(timeout=30) == 1
+    thread, dropped = other._thread, weakref.ref(other)
+    assert client.status().clients == clients + 1
+    del other
+    gc.collect()
+    thread.join(30)
+    assert dropped() is None
+    eventually(lambda: client.status().clients == clients)
+    assert len(os.listdir("/proc/self/fd")) == descriptors
+
+
+def test_a_client_that_is_dropped_stays_for_its_unfinished_tasks(client: Client, cluster: LocalCluster, gate: Gate):
+    heard: list[int] = []
+    other = Client(cluster)
+    other.submit(gate.task, sum, [3, 4]).add_done_callback(lambda done: heard.append(done.result()))
+    thread = other._thread
+    del other
+    gc.collect()
+    gate.wait_until_begun()
+    assert thread.is_alive()
+    gate.open()
+    eventually(lambda: heard == [7])
+    eventually(lambda: gc.collect() is not None and not thread.is_alive())
+
+
 def test_the_broker_does_not_grow_with_what_was_run(clusters: Home):
     with LocalCluster(2) as cluster, Client(cluster) as client:
         broker = psutil.Process(cluster.broker_pid)

@@ -55,6 +55,8 @@ MAX_MESSAGES_PER_TURN = 100
 MAX_WAITING_BYTES = 64 * 1024 * 1024
 
 _open_clients: weakref.WeakSet[Client] = weakref.WeakSet()
+# Those with unfinished tasks, or a cluster of their own; others last as long as somebody has them or one of their futures.
+_needed_clients: set[Client] = set()
 
 
 class Submission(NamedTuple):
@@ -251,14 +253,15 @@ class Client(Tasks):
         self._inbox: deque[Submission | ClientEvent] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Closed with the object and not before, nor at exit: a late cancel() may still write to it.
-        weakref.finalize(self, os.close, self._wake).atexit = False
+        weakref.finalize(self, _wake_and_close, self._wake).atexit = False
         self._awake = False
         self._began: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._ctx = sockets.context()
         try:
             self._dealer = sockets.connect_dealer(self._ctx, file.reachable("work"), sockets.Keys.of(file), timeout)
             self._core = Requests(ClientHello(secrets.token_bytes(16), 1, where()))
-            self._thread = threading.Thread(target=self._serve, name="zmqsched client", daemon=True)
+            has = (weakref.ref(self), self._core, self._dealer, self._ctx, os.dup(self._wake))
+            self._thread = threading.Thread(target=_serve, args=has, name="zmqsched client", daemon=True)
             self._thread.start()
             self.cluster_name = self._wait_until_begun(file, timeout)
         except BaseException:
@@ -345,6 +348,7 @@ class Client(Tasks):
                 self._wait_for_room()
             self._asked += call_bytes(call)
             self._futures[task] = future
+            _needed_clients.add(self)
             self._inbox.append(Submission(task, Shape(digest, options, short_form(fn)), call, blob))
         self._nudge()
         return future
@@ -422,6 +426,7 @@ class Client(Tasks):
         from .cluster import LocalCluster
 
         self._owned = LocalCluster()
+        _needed_clients.add(self)
         return self._owned.file
 
     def _wait_until_begun(self, file: ConnectionFile, timeout: float) -> str:
@@ -438,6 +443,7 @@ class Client(Tasks):
         if hasattr(self, "_thread"):
             self._close()
         else:
+            _needed_clients.discard(self)
             self._ctx.destroy(linger=0)
             if self._owned:
                 self._owned.close()
@@ -460,25 +466,6 @@ class Client(Tasks):
             self._owned.close()
 
     # --- the I/O thread ------------------------------------------------------------------------------------------------
-
-    def _serve(self) -> None:
-        waiter = sockets.Waiter(self._dealer)
-        waiter.add(self._wake)
-        connections = sockets.Connections(self._dealer)
-        waiter.add(connections.descriptor)
-        try:
-            ready: set[int] = set()
-            while self._turn(nudged=self._wake in ready):
-                ready = waiter.wait(self._core.next_deadline())
-                if connections.descriptor in ready and connections.new():
-                    self._perform(self._core.handle(events.Reconnected(), time.monotonic()))
-        except Exception as error:
-            self._break(ClusterLost(f"the client's I/O thread failed: {error!r}"))
-            raise
-        finally:
-            connections.close()
-            self._dealer.close(linger=1_000)
-            self._ctx.term()
 
     def _turn(self, *, nudged: bool) -> bool:
         """Take in, act, send; False when it is time to go."""
@@ -582,6 +569,8 @@ class Client(Tasks):
         if not self._futures:
             with self._idle:
                 self._idle.notify_all()
+                if not self._futures and not self._owned:
+                    _needed_clients.discard(self)
 
     def _break(self, error: ZmqschedError) -> None:
         """Nothing more will come: everything open fails with the reason."""
@@ -596,6 +585,51 @@ class Client(Tasks):
             if not waiting.done() and (waiting.running() or waiting.set_running_or_notify_cancel()):
                 _settle(waiting, None, type(error)(str(error)))
         self._wake_if_idle()
+
+
+def _serve(
+    reference: weakref.ref[Client], core: Requests, dealer: zmq.Socket[bytes], ctx: zmq.Context[zmq.Socket[bytes]], wake: int
+) -> None:
+    """The I/O thread. It does not keep its client: one that nobody can use any more says goodbye, and the thread ends."""
+    waiter = sockets.Waiter(dealer)
+    waiter.add(wake)
+    try:
+        # A hello before the connection is there would be a hello lost.
+        while not dealer.poll(100, zmq.POLLOUT) and not _is_closed(reference):
+            continue
+        ready: set[int] = set()
+        while (client := reference()) is not None and client._turn(nudged=wake in ready):
+            del client
+            ready = waiter.wait(core.next_deadline())
+        if client is None:
+            _say_goodbye(core, dealer)
+    except Exception as error:
+        if (client := reference()) is not None:
+            client._break(ClusterLost(f"the client's I/O thread failed: {error!r}"))
+        raise
+    finally:
+        _needed_clients.discard(cast("Client", reference()))
+        dealer.close(linger=1_000)
+        ctx.term()
+        os.close(wake)
+
+
+def _is_closed(reference: weakref.ref[Client]) -> bool:
+    client = reference()
+    return client is None or client._closed
+
+
+def _say_goodbye(core: Requests, dealer: zmq.Socket[bytes]) -> None:
+    now = time.monotonic()
+    for action in core.handle(events.Leave(False, "client dropped"), now) + core.handle(events.Tick(), now):
+        if isinstance(action, events.ToBroker):
+            with contextlib.suppress(zmq.Again):
+                sockets.send(dealer, encode(action.envelope))
+
+
+def _wake_and_close(wake: int) -> None:
+    os.eventfd_write(wake, 1)
+    os.close(wake)
 
 
 def _results(futures: list[Future[T]], until: float | None) -> Generator[T, None, None]:
