@@ -9,6 +9,8 @@ import re
 import resource
 import select
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -379,6 +381,17 @@ def test_a_relay_writes_all_in_order_and_what_is_logged(tmp_path):
         handler.handle(logging.makeLogRecord({"msg": "logg\u00e9d"}))
         relay.close()
     assert (tmp_path / "errors").read_text().split() == [*map(str, range(100)), "logg\u00e9d"]
+
+
+def test_a_relay_without_standard_error_writes_to_no_other_file(tmp_path):
+    script = (
+        "import os, sys; from zmqsched.shell import Relay\n"
+        "assert os.open(sys.argv[1], os.O_CREAT | os.O_WRONLY) == 2\n"
+        "relay = Relay(); relay.forward(b'x'); relay.close()"
+    )
+    command = ["sh", "-c", 'exec "$0" -c "$1" "$2" 2>&-', sys.executable, script, str(tmp_path / "other")]
+    subprocess.run(command, check=True, timeout=30)
+    assert (tmp_path / "other").read_bytes() == b""
 
 
 def test_what_a_node_logs_goes_through_its_relay(monkeypatch):

@@ -86,7 +86,8 @@ class Relay:
     """
 
     def __init__(self, descriptor: int = 2) -> None:
-        self._descriptor = descriptor
+        # A process that was started without it has something else of that number.
+        self._descriptor = -1 if descriptor == 2 and sys.stderr is None else descriptor
         self._changed = threading.Condition()
         self._chunks: list[bytes] = []
         self._kept = 0
