@@ -39,7 +39,7 @@ MAY = {
     "records": CORE_MAY,
     "futures": CORE_MAY,
     "options": CORE_MAY,
-    "client": EDGE_MAY | {"futures", "records", "host", "options"},
+    "client": EDGE_MAY | {"worker", "futures", "records", "host", "options"},
     "waitgroup": EDGE_MAY | {"futures", "client", "worker"},
 }
 ASSEMBLY = {"__init__", "__main__", "cluster", "stopping", "easy", "sim", "cli"}

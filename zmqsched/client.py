@@ -41,6 +41,7 @@ from .options import boolean, exception_types, integer, seconds, short_name, tas
 from .payload import Chunk, FunctionPickler, pack_call, pack_kinds, short_form, unpack_exception, unpack_value
 from .protocol import ClientHello, Envelope, Final, Options, Payload, Query, Report, Shape, decode, encode
 from .records import NodeInfo, Status, WorkerInfo, node_infos, status_of, worker_infos
+from .worker import in_worker
 
 if TYPE_CHECKING:
     from .cluster import LocalCluster
@@ -221,6 +222,8 @@ class Client(Tasks):
     ------
     ClusterNotFound, ConnectionFileError, BrokerUnreachable, Refused
         One line each, with what to do.
+    RuntimeError
+        Inside a task.
     """
 
     def __init__(
@@ -229,6 +232,11 @@ class Client(Tasks):
         *,
         timeout: float = CONNECT_TIMEOUT_S,
     ) -> None:
+        if in_worker():
+            raise RuntimeError(
+                "a task cannot be a client: waiting for other tasks, it would keep the worker that they may need. "
+                "Return what is to be done next, and let the program that called it submit that"
+            )
         self._owned: LocalCluster | None = None
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
             raise ValueError(f"timeout is a number of seconds above 0, not {timeout!r}")
@@ -238,7 +246,7 @@ class Client(Tasks):
         self._options = Options()
         self._retry_on = b""
         self._pid = os.getpid()
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler that submits may have interrupted a submit
         self._idle = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)
         self._blocked = 0  # how many threads wait for room

@@ -1,12 +1,14 @@
-"""What is wrong is told at once, to whom it concerns, with what to do; and everybody else goes on.
+"""Cases 46 to 64: what is wrong is told at once, to whom it concerns, with what to do; and everybody else goes on.
 
 Before and after each test another task of the same client succeeds.
 """
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import contextlib
+import functools
 import io
 import logging
 import os
@@ -53,7 +55,7 @@ def within(seconds: float) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("what", [None, 1024, "len", [len]])
-def test_what_cannot_be_called(client, what):
+def test_47_what_cannot_be_called(client, what):
     with pytest.raises(TypeError, match=r"submit needs a callable, not \w+; to run f\(x\) write submit\(f, x\)"):
         client.submit(what)
     with pytest.raises(TypeError, match="map needs a callable"):
@@ -76,7 +78,7 @@ def lock():
         (lambda submit: submit(lock().acquire), "cannot pickle `acquire`"),
     ],
 )
-def test_what_cannot_be_sent(client, call, names):
+def test_48_what_cannot_be_sent(client, call, names):
     future = call(client.submit)
     assert future.done(), "at once"
     with pytest.raises(errors.NotSerializable, match=names) as raised:
@@ -85,7 +87,7 @@ def test_what_cannot_be_sent(client, call, names):
     assert "pass plain data" in str(raised.value)
 
 
-def test_a_closure_that_cannot_be_sent_names_the_variable(client):
+def test_48_a_closure_that_cannot_be_sent_names_the_variable(client):
     guard = threading.Lock()
 
     def careful(number):
@@ -100,7 +102,7 @@ def test_a_closure_that_cannot_be_sent_names_the_variable(client):
         client.submit(lambda: client.status()).result(timeout=0)
 
 
-def test_one_item_of_a_map_cannot_be_sent(client):
+def test_48_one_item_of_a_map_cannot_be_sent(client):
     results = client.map(str, [1, threading.Lock(), 3])
     assert next(results) == "1"
     with pytest.raises(errors.NotSerializable):
@@ -111,7 +113,7 @@ def test_one_item_of_a_map_cannot_be_sent(client):
         next(chunked)
 
 
-def test_what_is_nested_too_deeply(client):
+def test_48_what_is_nested_too_deeply(client):
     nested: list[object] = []
     for _ in range(100_000):
         nested = [nested]
@@ -123,7 +125,7 @@ def test_what_is_nested_too_deeply(client):
             nested = nested.pop()
 
 
-def test_what_is_too_large(client, monkeypatch):
+def test_49_what_is_too_large(client, monkeypatch):
     monkeypatch.setattr("zmqsched.payload.MAX_PAYLOAD", 100_000)
     with pytest.raises(errors.PayloadTooLarge, match="over the limit of 100,000; write it to a file") as raised:
         client.submit(len, b"x" * 100_001).result(timeout=0)
@@ -131,7 +133,7 @@ def test_what_is_too_large(client, monkeypatch):
 
 
 @pytest.mark.parametrize("fails_with", [SystemExit, KeyboardInterrupt])
-def test_what_raises_when_it_is_pickled(client, fails_with):
+def test_48_what_raises_when_it_is_pickled(client, fails_with):
     class Odd:
         def __reduce__(self):
             raise fails_with("in __reduce__")
@@ -159,14 +161,14 @@ def generator():
      (lambda: {"found": [lock()]}, r"the result -> \['found'\] -> \[0\] is a _thread.lock"),
      (lambda: io.BufferedWriter(io.BytesIO()), "the result is a _io.BufferedWriter")],
 )  # fmt: skip
-def test_a_result_that_cannot_be_sent(client, function, names):
+def test_51_a_result_that_cannot_be_sent(client, function, names):
     with pytest.raises(errors.ResultNotSerializable, match=names) as raised:
         client.submit(function).result(timeout=10)
     assert "return plain data" in str(raised.value)
 
 
 @pytest.mark.parametrize("fails_with", [ValueError, SystemExit, KeyboardInterrupt, RecursionError])
-def test_a_result_that_cannot_be_unpickled_here(client, fails_with):
+def test_56_a_result_that_cannot_be_unpickled_here(client, fails_with):
     def task():
         import os
 
@@ -184,7 +186,7 @@ def test_a_result_that_cannot_be_unpickled_here(client, fails_with):
         client.submit(task).result(timeout=5)
 
 
-def test_results_that_were_computed_are_not_lost_by_one_that_cannot_be_sent(client):
+def test_51_results_that_were_computed_are_not_lost_by_one_that_cannot_be_sent(client):
     results = [client.submit(lambda n: lock() if n == 2 else n, number) for number in range(4)]
     assert [type(f.exception(timeout=10)).__name__ for f in results] == [
         "NoneType", "NoneType", "ResultNotSerializable", "NoneType",
@@ -223,7 +225,7 @@ class CannotBeShown(Exception):
         (lambda: CannotBeReduced("odd"), "CannotBeReduced: odd"),
     ],
 )
-def test_an_exception_that_cannot_be_rebuilt(client, make, names):
+def test_55_an_exception_that_cannot_be_rebuilt(client, make, names):
     def raises():
         raise make()  # the user's line
 
@@ -232,7 +234,7 @@ def test_an_exception_that_cannot_be_rebuilt(client, make, names):
     assert "raise make()  # the user's line" in str(raised.value.__cause__)
 
 
-def test_an_exception_without_text(client):
+def test_55_an_exception_without_text(client):
     def raises():
         raise CannotBeShown
 
@@ -241,7 +243,7 @@ def test_an_exception_without_text(client):
     assert "CannotBeShown" in str(error.__cause__)
 
 
-def test_an_exception_of_ten_megabytes(client):
+def test_55_an_exception_of_ten_megabytes(client):
     def raises():
         raise ValueError("x" * 10_000_000)
 
@@ -251,7 +253,7 @@ def test_an_exception_of_ten_megabytes(client):
 
 
 @pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, StopIteration])
-def test_exceptions_that_end_a_program_do_not_end_a_worker(client, kind):
+def test_52_exceptions_that_end_a_program_do_not_end_a_worker(client, kind):
     eventually(lambda: all(worker.state == "idle" for worker in client.workers()))
     before = {worker.pid for worker in client.workers()}
 
@@ -263,16 +265,16 @@ def test_exceptions_that_end_a_program_do_not_end_a_worker(client, kind):
     assert {worker.pid for worker in client.workers()} == before
 
 
-def test_sys_exit_is_an_exception_of_the_task(client):
+def test_52_sys_exit_is_an_exception_of_the_task(client):
     assert type(client.submit(sys.exit, 3).exception(timeout=10)) is SystemExit
 
 
-def test_a_task_that_leaves_without_a_word(client):
+def test_53_a_task_that_leaves_without_a_word(client):
     with pytest.raises(errors.WorkerDied, match="exit code 5"):
         client.options(requeue=False).submit(os._exit, 5).result(timeout=10)
 
 
-def test_endless_recursion(client):
+def test_52_endless_recursion(client):
     def endless(n):
         return endless(n + 1) + 1
 
@@ -284,7 +286,7 @@ def test_endless_recursion(client):
 # --- what tasks do to their worker -------------------------------------------------------------------------------------
 
 
-def test_a_task_that_closes_its_streams(clusters):
+def test_53_a_task_that_closes_its_streams(clusters):
     def closes():
         for descriptor in range(3):
             os.close(descriptor)
@@ -296,14 +298,14 @@ def test_a_task_that_closes_its_streams(clusters):
         assert client.submit(len, bytes(1 << 20)).result(timeout=10) == 1 << 20, "through a descriptor with a low number"
 
 
-def test_a_task_that_closes_what_is_not_its_own(client):
+def test_53_a_task_that_closes_what_is_not_its_own(client):
     future = client.options(name="closer").submit(os.closerange, 3, 1000)
     with pytest.raises(errors.WorkerDied, match="closer failed: 3 workers died running it") as raised:
         future.result(timeout=20)
     assert str(raised.value).count("exit code 70") == 3
 
 
-def test_a_task_that_forks_and_lets_the_child_return(client):
+def test_53_a_task_that_forks_and_lets_the_child_return(client):
     def forks():
         pid = os.fork()
         if pid:
@@ -314,7 +316,7 @@ def test_a_task_that_forks_and_lets_the_child_return(client):
     assert list(client.map(abs, range(50))) == list(range(50))
 
 
-def test_a_task_in_a_directory_that_is_gone(clusters, tmp_path):
+def test_53_a_task_in_a_directory_that_is_gone(clusters, tmp_path):
     directory = tmp_path / "gone"
     directory.mkdir()
     path = str(directory)
@@ -328,7 +330,7 @@ def test_a_task_in_a_directory_that_is_gone(clusters, tmp_path):
         assert list(client.map(abs, range(20))) == list(range(20))
 
 
-def test_a_task_that_changes_signals_limits_and_threads(client):
+def test_53_a_task_that_changes_signals_limits_and_threads(client):
     def changes():
         import signal
         import sys
@@ -346,7 +348,7 @@ def test_a_task_that_changes_signals_limits_and_threads(client):
     assert list(client.map(abs, range(50))) == list(range(50))
 
 
-def test_a_task_that_prints_a_lot(scripts):
+def test_54_a_task_that_prints_a_lot(scripts):
     out, err = scripts.run("""
         import os
         import zmqsched
@@ -370,7 +372,7 @@ def test_a_task_that_prints_a_lot(scripts):
 
 
 @pytest.mark.parametrize("kind", [ValueError, SystemExit, KeyboardInterrupt])
-def test_a_callback_that_raises(client, gate, caplog, kind):
+def test_60_a_callback_that_raises(client, gate, caplog, kind):
     def callback(future):
         raise kind("in the callback")
 
@@ -383,7 +385,7 @@ def test_a_callback_that_raises(client, gate, caplog, kind):
 
 
 @pytest.mark.parametrize("what", ["status", "workers", "nodes", "shutdown"])
-def test_a_callback_that_would_wait_for_itself(cluster, gate, what):
+def test_60_a_callback_that_would_wait_for_itself(cluster, gate, what):
     told: concurrent.futures.Future[str] = concurrent.futures.Future()
 
     def callback(_):
@@ -429,14 +431,14 @@ def test_a_callback_that_would_wait_for_itself(cluster, gate, what):
         ({"listen": "0.0.0.0"}, ValueError, "every interface"),
     ],
 )  # fmt: skip
-def test_clusters_that_cannot_be(clusters, arguments, error, says):
+def test_64_clusters_that_cannot_be(clusters, arguments, error, says):
     before = clusters.processes().keys()
     with within(6), pytest.raises(error, match=says):
         LocalCluster(**{"n_workers": 2, **arguments})
     assert clusters.processes().keys() == before
 
 
-def test_a_name_that_is_taken(cluster):
+def test_64_a_name_that_is_taken(cluster):
     with within(6), pytest.raises(errors.ClusterExists, match=f"'{cluster.name}' is running already.* choose another name"):
         LocalCluster(1, name=cluster.name)
 
@@ -481,7 +483,7 @@ def test_a_name_that_is_taken(cluster):
         ({"nice": 5}, TypeError, "unexpected keyword argument 'nice'"),
     ],
 )
-def test_options_that_cannot_be(client, arguments, error, says):
+def test_29_options_that_cannot_be(client, arguments, error, says):
     with pytest.raises(error, match=says):
         client.options(**arguments)
 
@@ -493,11 +495,11 @@ def test_options_that_cannot_be(client, arguments, error, says):
         {"backoff": 2.0**59}, {"timeout": 2.0**59},
     ],
 )  # fmt: skip
-def test_options_at_the_border(client, arguments):
+def test_29_options_at_the_border(client, arguments):
     assert client.options(**arguments).submit(abs, -1).result(timeout=10) == 1
 
 
-def test_what_no_node_can_hold(client):
+def test_29_what_no_node_can_hold(client):
     wishes = {
         "cpu=1, widget=1": {"resources": {"widget": 1}},
         "cpu=99": {"resources": {"cpu": 99}},
@@ -515,7 +517,7 @@ def test_what_no_node_can_hold(client):
         assert "Ask for less, or start a node that has it" in text
 
 
-def test_after_shutdown(cluster):
+def test_46_after_shutdown(cluster):
     other = Client(cluster)
     other.shutdown()
     with pytest.raises(RuntimeError, match="cannot schedule new futures after shutdown"):
@@ -536,7 +538,7 @@ def private(path: Path, text: str) -> Path:
     return path
 
 
-def test_a_connection_file_that_is_not_there(tmp_path):
+def test_63_a_connection_file_that_is_not_there(tmp_path):
     with within(1), pytest.raises(errors.ConnectionFileError, match=r"there is no connection file .*nothing\.json; is the"):
         Client(tmp_path / "nothing.json")
 
@@ -551,13 +553,13 @@ def test_a_connection_file_that_is_not_there(tmp_path):
         ("{}", "x.json"),
     ],
 )
-def test_a_connection_file_that_is_none(tmp_path, text, says):
+def test_63_a_connection_file_that_is_none(tmp_path, text, says):
     with within(1), pytest.raises(errors.ConnectionFileError, match=says) as raised:
         Client(private(tmp_path / "x.json", text))
     assert "\n" not in str(raised.value)
 
 
-def test_a_connection_file_that_others_can_read(good, tmp_path):
+def test_63_a_connection_file_that_others_can_read(good, tmp_path):
     path = private(tmp_path / "x.json", good.read_text())
     path.chmod(0o644)
     with within(1), pytest.raises(errors.ConnectionFileError, match=f"is open to other users .* chmod 600 {path}"):
@@ -567,13 +569,13 @@ def test_a_connection_file_that_others_can_read(good, tmp_path):
         assert client.submit(abs, -1).result(timeout=10) == 1
 
 
-def test_a_connection_file_that_is_a_link(good, tmp_path):
+def test_63_a_connection_file_that_is_a_link(good, tmp_path):
     (tmp_path / "x.json").symlink_to(good)
     with pytest.raises(errors.ConnectionFileError, match="is a symlink; give the path of the file itself"):
         Client(tmp_path / "x.json")
 
 
-def test_a_connection_file_that_is_stale(clusters, tmp_path):
+def test_63_a_connection_file_that_is_stale(clusters, tmp_path):
     with LocalCluster(1) as gone:
         path = private(tmp_path / "x.json", (cluster_dir(gone.name) / CONNECTION_FILE).read_text())
     for where_ in (path, str(path), gone):
@@ -581,7 +583,7 @@ def test_a_connection_file_that_is_stale(clusters, tmp_path):
             Client(where_)
 
 
-def test_a_connection_file_of_a_broker_that_was_killed(clusters):
+def test_63_a_connection_file_of_a_broker_that_was_killed(clusters):
     with LocalCluster(1) as cluster:
         path = cluster_dir(cluster.name) / CONNECTION_FILE
         os.kill(cluster.broker_pid, signal.SIGKILL)
@@ -592,7 +594,7 @@ def test_a_connection_file_of_a_broker_that_was_killed(clusters):
             Client(cluster.name)
 
 
-def test_a_broker_that_hangs(clusters):
+def test_63_a_broker_that_hangs(clusters):
     with LocalCluster(1) as cluster:
         os.kill(cluster.broker_pid, signal.SIGSTOP)
         try:
@@ -612,7 +614,7 @@ def tcp_file(address: str) -> ConnectionFile:
     )  # fmt: skip
 
 
-def test_a_port_where_nobody_listens(tmp_path):
+def test_63_a_port_where_nobody_listens(tmp_path):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -632,19 +634,19 @@ def test_a_port_where_nobody_listens(tmp_path):
         ("udp://127.0.0.1:5", "neither tcp:// nor ipc://"),
     ],
 )
-def test_a_connection_file_with_an_address_that_cannot_be(tmp_path, address, says):
+def test_63_a_connection_file_with_an_address_that_cannot_be(tmp_path, address, says):
     tcp_file(address).write(tmp_path / "x.json")
     with within(1), pytest.raises(errors.ConnectionFileError, match=says):
         Client(tmp_path / "x.json")
 
 
-def test_a_host_that_does_not_resolve(tmp_path):
+def test_63_a_host_that_does_not_resolve(tmp_path):
     tcp_file("tcp://no.such.host.invalid:5555").write(tmp_path / "x.json")
     with within(7), pytest.raises(errors.BrokerUnreachable, match=r"no\.such\.host\.invalid"):
         Client(tmp_path / "x.json")
 
 
-def test_a_cluster_that_is_not_known(cluster, monkeypatch):
+def test_63_a_cluster_that_is_not_known(cluster, monkeypatch):
     says = f"no cluster named 'nope' runs here .*running: .*{cluster.name}.*zmqsched up --name nope"
     with within(1), pytest.raises(errors.ClusterNotFound, match=says):
         Client("nope")
@@ -654,7 +656,7 @@ def test_a_cluster_that_is_not_known(cluster, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["", "a b", ".hidden", "x" * 41])
-def test_names_that_no_cluster_has(name):
+def test_63_names_that_no_cluster_has(name):
     with pytest.raises(errors.ConnectionFileError, match="cannot name a cluster"):
         Client(name)
 
@@ -662,7 +664,7 @@ def test_names_that_no_cluster_has(name):
 # --- other Pythons -----------------------------------------------------------------------------------------------------
 
 
-def test_a_client_with_another_python(client, cluster, monkeypatch):
+def test_64_a_client_with_another_python(client, cluster, monkeypatch):
     mine = where()
     monkeypatch.setattr("zmqsched.client.where", lambda: Host(mine.host, mine.pid, OTHER_PYTHON, mine.versions))
     minor = ".".join(map(str, sys.version_info[:2]))
@@ -672,7 +674,7 @@ def test_a_client_with_another_python(client, cluster, monkeypatch):
     assert client.status().counts["refused: python"] == 1
 
 
-def test_a_node_with_another_python(client, cluster):
+def test_64_a_node_with_another_python(client, cluster):
     before = client.nodes()
     source = (
         "import platform, sys\n"
@@ -692,7 +694,7 @@ def test_a_node_with_another_python(client, cluster):
     assert [node.id for node in client.nodes()] == [node.id for node in before]
 
 
-def test_a_node_without_a_cluster(client, cluster, tmp_path):
+def test_63_a_node_without_a_cluster(client, cluster, tmp_path):
     file = find_cluster(cluster.name)
     assert file.name == cluster.name
     done = subprocess.run(
@@ -702,3 +704,230 @@ def test_a_node_without_a_cluster(client, cluster, tmp_path):
     assert done.returncode == 1
     assert done.stderr.startswith("zmqsched: there is no connection file")
     assert done.stderr.count("\n") == 1
+
+
+# --- what else users do ------------------------------------------------------------------------------------------------
+
+
+def test_47_whatever_can_be_called(client):
+    class Adder:
+        def __init__(self, by):
+            self.by = by
+
+        def add(self, to):
+            return to + self.by
+
+    def outer():
+        number = 5
+        return lambda: number
+
+    calls = {len: ("four",), functools.partial(pow, 2): (2,), Adder(1).add: (3,), (lambda: 4): (), Adder(4).by.__abs__: ()}
+    assert [client.submit(fn, *arguments).result(timeout=10) for fn, arguments in calls.items()] == [4] * 5
+    assert client.submit(outer()).result(timeout=10) == 5
+
+
+@pytest.mark.parametrize(("function", "kind"), [(generator, "generator"), (coroutine, "coroutine")])
+def test_47_a_generator_or_coroutine_function_says_what_to_do(client, function, kind):
+    with pytest.raises(errors.ResultNotSerializable, match=f"the result is a {kind}.*return plain data"):
+        client.submit(function).result(timeout=10)
+
+
+@pytest.mark.parametrize("make", [socket.socket, lambda: io.FileIO(os.devnull, "w"), threading.Event])
+def test_48_what_holds_something_of_this_process(client, make):
+    thing = make()
+    with contextlib.closing(thing) if hasattr(thing, "close") else contextlib.nullcontext():
+        future = client.submit(lambda: thing)
+        assert future.done(), "at once"
+        with pytest.raises(errors.NotSerializable, match="closure variable `thing`"):
+            future.result(timeout=0)
+    with pytest.raises(errors.NotSerializable, match="argument 1"):
+        client.submit(id, client.submit(abs, -1)).result(timeout=0)
+
+
+@pytest.mark.parametrize("chunksize", [1, 3])
+def test_50_odd_iterables(client, chunksize):
+    def breaks():
+        yield from range(4)
+        raise KeyError("item 4")
+
+    with pytest.raises(KeyError, match="item 4"):
+        client.map(abs, breaks(), chunksize=chunksize)
+    assert list(client.map(pow, [2, 3, 4], [2, 2], chunksize=chunksize)) == [4, 9], "as long as the shortest"
+    assert list(client.map(abs, [], chunksize=chunksize)) == []
+    for wrong in (0, -1):
+        with pytest.raises(ValueError, match=f"chunksize must be at least 1, not {wrong}"):
+            client.map(abs, [1], chunksize=wrong)
+
+
+def test_51_a_module_comes_back_as_itself(client):
+    assert client.submit(lambda: os.path).result(timeout=10) is os.path
+
+
+def test_51_a_result_over_the_limit_says_so(client):
+    def large():
+        from zmqsched import payload
+
+        payload.MAX_PAYLOAD, kept = 100_000, payload.MAX_PAYLOAD
+        try:
+            return payload.pack_value(bytes(200_000))
+        finally:
+            payload.MAX_PAYLOAD = kept
+
+    with pytest.raises(errors.PayloadTooLarge, match=r"what the task returned takes .* write it to a file"):
+        client.submit(large).result(timeout=10)
+
+
+def test_52_a_base_exception_of_ones_own_does_not_end_a_worker(client):
+    class Odd(BaseException):
+        pass
+
+    def raises():
+        raise Odd(7)
+
+    before = {worker.pid for worker in client.workers()}
+    error = client.submit(raises).exception(timeout=10)
+    assert (type(error).__name__, error.args) == ("Odd", (7,))
+    assert {worker.pid for worker in client.workers()} == before
+
+
+def test_53_a_task_that_crashes_its_worker(client):
+    def crashes():
+        import ctypes
+
+        ctypes.string_at(0)
+
+    with pytest.raises(errors.WorkerDied, match="SIGSEGV"):
+        client.options(requeue=False).submit(crashes).result(timeout=20)
+
+
+def test_55_an_exception_of_a_class_that_is_only_there(client, tmp_path):
+    (tmp_path / "only_there.py").write_text("class Strange(Exception):\n    pass\n")
+    path = str(tmp_path)
+
+    def raises():
+        sys.path.insert(0, path)
+        try:
+            import only_there
+
+            raise only_there.Strange("a text")
+        finally:
+            sys.path.remove(path)
+
+    with pytest.raises(errors.RemoteError, match="Strange: a text"):
+        client.submit(raises).result(timeout=10)
+
+
+def test_58_a_signal_handler_may_submit(client):
+    """Also one that interrupts a submit of the same thread."""
+    futures = []
+
+    def handler(number, frame):
+        futures.append(client.submit(abs, -1))
+        signal.setitimer(signal.ITIMER_REAL, 0.0005)
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0005)
+        while len(futures) < 2_000:
+            futures.append(client.submit(abs, -1))
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert {future.result(timeout=20) for future in futures} == {1}
+
+
+def test_58_inside_an_event_loop(client):
+    async def main():
+        one, two = client.submit(pow, 2, 3), client.submit(pow, 2, 4)
+        return await one + await two, await asyncio.wait_for(client.submit(abs, -1), 10)
+
+    assert asyncio.run(main()) == (24, 1)
+
+
+def test_58_a_task_that_would_be_a_client_is_told_so(client, cluster):
+    """It would wait, on the worker that the others need."""
+    name = cluster.name
+
+    def nested():
+        import zmqsched
+
+        return zmqsched.Client(name)
+
+    with pytest.raises(RuntimeError, match=r"a task cannot be a client.*let the program that called it submit"):
+        client.submit(nested).result(timeout=10)
+
+
+def test_59_odd_timeouts(client, gate):
+    future = client.submit(gate.task)
+    for timeout in (0, -1, float("nan"), -float("inf")):
+        with pytest.raises(concurrent.futures.TimeoutError):
+            future.result(timeout=timeout)
+    gate.open()
+    assert future.result(timeout=10) is None
+    assert future.result(timeout=-1) is None, "it is there"
+    assert concurrent.futures.wait([]) == (set(), set())
+
+
+def test_59_futures_of_two_clients_may_be_mixed(client, cluster):
+    with Client(cluster) as other:
+        futures = [owner.submit(abs, -number) for number, owner in enumerate([client, other] * 5)]
+        done = concurrent.futures.as_completed(futures, timeout=10)
+        assert sorted(future.result() for future in done) == list(range(10))
+
+
+def test_60_a_callback_that_submits_again_and_one_that_takes_its_time(client):
+    ends: concurrent.futures.Future[int] = concurrent.futures.Future()
+
+    def again(future):
+        number = future.result()
+        if number == 20:
+            ends.set_result(number)
+        else:
+            client.submit(abs, -number - 1).add_done_callback(again)
+
+    client.submit(abs, 0).add_done_callback(again)
+    client.submit(abs, 0).add_done_callback(lambda future: time.sleep(0.2))
+    assert ends.result(timeout=20) == 20
+
+
+def test_61_an_interrupt_in_the_middle_of_a_map(client, gate):
+    def interrupt():
+        gate.wait_until_begun()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            list(client.map(gate.task, range(50)))
+    finally:
+        signal.signal(signal.SIGINT, before)
+        interrupter.join()
+    eventually(lambda: sum(client.status().tasks.values()) == gate.begun())  # the others were called back
+    began = gate.begun()
+    gate.open()
+    assert client.submit(abs, -1).result(timeout=10) == 1
+    assert gate.begun() == began <= 2, "what had not started never will"
+
+
+def test_62_twenty_clients(cluster):
+    """A thousand are in ../core: here each is a thread of its own."""
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Client(cluster)) for _ in range(20)]
+        futures = [owner.submit(pow, number, 2) for number, owner in enumerate(clients)]
+        assert [future.result(timeout=20) for future in futures] == [number**2 for number in range(20)]
+
+
+def test_63_a_connection_file_of_another_user_or_a_damaged_address_is_one_line(tmp_path):
+    tcp_file("tcp://[::1:5555").write(tmp_path / "x.json")
+    with within(1), pytest.raises(errors.ConnectionFileError) as raised:
+        Client(tmp_path / "x.json")
+    assert "\n" not in str(raised.value)
+
+
+def test_30_a_future_is_no_argument(client):
+    """There are no dependencies between tasks, so none on oneself, in a circle, or on what failed."""
+    first = client.submit(abs, -1)
+    with pytest.raises(errors.NotSerializable, match="argument 1"):
+        client.submit(abs, first).result(timeout=0)

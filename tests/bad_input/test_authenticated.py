@@ -14,7 +14,7 @@ import msgspec
 import pytest
 from core.builders import PYTHON, Broker, digest, task_id, token
 
-from zmqsched.core.events import BeatArrived
+from zmqsched.core.events import Arrived, BeatArrived, Send
 from zmqsched.errors import ProtocolError, VersionMismatch
 from zmqsched.protocol import (
     MAJOR,
@@ -24,6 +24,7 @@ from zmqsched.protocol import (
     Attempt,
     Beat,
     Cancel,
+    ClientHello,
     Drain,
     Envelope,
     Function,
@@ -446,3 +447,25 @@ def test_43_every_bit_flipped_once(body: object):
             continue
         broker.hears(Envelope(peer.link.session, 0, 0, message.body), peer.address.decode())
     goes_on(broker)
+
+
+def test_62_two_clients_with_one_id_and_a_thousand_with_their_own():
+    """An incarnation is 16 random bytes. Who repeats one takes that session over, as after a reconnect; not so under another
+    key."""
+    broker = Broker()
+    first = broker.client("one", user="key")
+    broker.hears(Envelope(0, 0, 0, first.hello), address="another key's", user="another key")
+    assert broker.scheduler._sessions.known(first.hello.incarnation).peer == first.address  # type: ignore[union-attr]
+    node = broker.node(slots=1_000)
+    where = first.hello.where
+    for number in range(1_000):
+        peer, hello = b"client %d" % number, ClientHello(b"%016d" % number, 1, where)
+        sent = broker.scheduler.handle(Arrived(peer, "", Envelope(0, 0, 0, hello)), broker.now)
+        (session,) = [action.envelope.session for action in sent if isinstance(action, Send)]
+        submit = Submit([Shape(digest("f"))], [TaskSpec(b"%016d" % number, 0, b"")], [Function(digest("f"), b"code")])
+        broker.scheduler.handle(Arrived(peer, "", Envelope(session, 1, 0, submit)), broker.now)
+    broker.turn()
+    assert len(node.orders) == 1_000
+    outcomes = [Outcome(order.task, order.attempt, True, b"value", 1) for order in node.orders.values()]
+    node.says(Results(outcomes))
+    assert broker.counts["ok"] == 1_000
