@@ -59,7 +59,7 @@ from zmqsched.protocol import (
     WorkerState,
 )
 
-from .builders import Broker, Peer, blob, digest, options, task_id, token
+from .builders import Broker, Client, Node, Peer, blob, digest, options, task_id, token
 
 # --- placing ---------------------------------------------------------------------------------------------------------
 
@@ -452,6 +452,36 @@ def test_what_was_stopped_for_a_client_that_is_back_is_run_again(requeue, answer
     if requeue:
         node.finishes("a")
     assert client.answers == answers
+
+
+def run_before_a_crash(**asked: object) -> tuple[Broker, Client, Node]:
+    """A task that may have been running when a broker died and that must not run twice; its node is back and holds it not as
+    wanted, but as begun."""
+    broker = Broker()
+    client = broker.client()
+    client.submits("a", requeue=False, **asked)
+    task = broker.scheduler._tasks[task_id("a")]
+    broker.scheduler._placement.withdraw(task)
+    task.state = TaskState.WAITING
+    broker.scheduler._limbo[task.id] = task
+    return broker, client, broker.node(credit=0)
+
+
+@pytest.mark.parametrize("backoff", [0.0, 1.0])
+def test_an_error_of_a_run_from_before_a_crash_is_retried(backoff):
+    broker, client, node = run_before_a_crash(retries=1, backoff=backoff)
+    node.says(Results([Outcome(task_id("a"), 1, False, b"the user's error", 1)]))
+    assert client.answers == {}
+    node.asks_for(1)
+    broker.passes(backoff + 0.1)
+    node.finishes("a")
+    assert client.answers == {"a": "ok"}
+
+
+def test_a_run_from_before_a_crash_that_was_stopped_is_answered():
+    _, client, node = run_before_a_crash(timeout=1.0)
+    node.says(Progress(0, stopped=[Stopped(task_id("a"), 1, "TaskTimeout", "how it was")]))
+    assert client.answers == {"a": "TaskTimeout"}
 
 
 def test_a_late_stop_decides_nothing():

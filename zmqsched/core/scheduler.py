@@ -723,7 +723,8 @@ class Scheduler:
                 task.failures += 1
                 self._record(b"", Charged(task.id, 0, task.failures, task.deaths))
                 self.counts["retried"] += 1
-                self._let_go(task, node)
+                if self._limbo.pop(task.id, None) is None:
+                    self._let_go(task, node)
                 self._retry(task, now)
             else:
                 self._finish(task, Final(task.id, "error", outcome.value))
@@ -759,7 +760,7 @@ class Scheduler:
             self._stopped(node, stopped)
 
     def _stopped(self, node: Node, stopped: Stopped) -> None:
-        task = self._current(node, Attempt(stopped.task, stopped.attempt))
+        task = self._limbo.get(stopped.task) or self._current(node, Attempt(stopped.task, stopped.attempt))
         if task is None:
             return
         self.counts["stopped"] += 1
@@ -767,7 +768,8 @@ class Scheduler:
             self._finish(task, Final(task.id, "cancelled" if task.cancelled else stopped.verdict, text=stopped.text))
             return
         # It was cancelled for its client's absence, and the client is back.
-        self._let_go(task, node)
+        if task.node:
+            self._let_go(task, node)
         if task.kind.options.requeue:
             self._requeue(task)
         else:

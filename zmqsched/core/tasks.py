@@ -5,15 +5,15 @@ States
 ::
 
     WAITING ──► QUEUED ──► ASSIGNED ──► RUNNING
-       │          │ ▲         │  │        │ │
-       │          │ └─────────┘──┼────────┘ │      back to the queue: retry, node lost, worker died, handed back
-       │          │ ▲         └── DELAYED ─┘      before a retry with back-off
-       │          │ └──────────────┘ │
-       ▼          ▼              ▼   ▼      ▼
-                         FINISHED
+                 ▲  ▲          │           │
+                 │  └──────────┼───────────┤      back to the queue: retry, node lost, worker died, handed back
+                 └── DELAYED ◄─┴───────────┘      before a retry with back-off
 
-* WAITING: its function has not arrived. QUEUED: in its lane. ASSIGNED: one attempt lies at one node. RUNNING: that node
-  said that a worker has it. DELAYED: it failed and is retried after a while. FINISHED: answered; the record is forgotten.
+    and from each of them to FINISHED
+
+* WAITING: its function has not arrived; or it may have run when the broker died, and must not run twice: what its node says
+  decides. QUEUED: in its lane. ASSIGNED: one attempt lies at one node. RUNNING: that node said that a worker has it.
+  DELAYED: it failed and is retried after a while. FINISHED: answered; the record is forgotten.
 * Each step to ASSIGNED is a new attempt, numbered from 1; numbers only grow. An answer names its attempt, so a late one
   is recognised rather than reasoned about.
 * A **lane** holds the queued tasks that ask for the same resources and tags: they fit on the same nodes, so one look at
@@ -46,7 +46,7 @@ class TaskState(IntEnum):
 WAITING, QUEUED, ASSIGNED, RUNNING, FINISHED, DELAYED = TaskState
 
 MOVES: dict[TaskState, frozenset[TaskState]] = {
-    WAITING: frozenset({QUEUED, FINISHED}),
+    WAITING: frozenset({QUEUED, DELAYED, FINISHED}),
     QUEUED: frozenset({ASSIGNED, FINISHED}),
     ASSIGNED: frozenset({RUNNING, QUEUED, DELAYED, FINISHED}),
     RUNNING: frozenset({QUEUED, DELAYED, FINISHED}),
