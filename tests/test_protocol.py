@@ -311,8 +311,8 @@ BYTES = {
     ],
     "run": [
         (
-            "983cc4107369787465656e20627974652069642e01c41066756e6374696f6e2d64696765737421c404636f6465c40463"
-            "616c6cc39192b4435544415f56495349424c455f44455649434553a130"
+            "993cc4107369787465656e20627974652069642e01c41066756e6374696f6e2d64696765737421c404636f6465c40463"
+            "616c6cc39192b4435544415f56495349424c455f44455649434553a130cb4004000000000000"
         ),
     ],
     "done": [
@@ -328,7 +328,7 @@ def test_the_bytes_are_those_of_this_version(name):
 
 
 def test_the_bytes_are_those_of_this_version_on_a_pipe():
-    run = Run(TASK, 1, DIGEST, b"code", b"call", True, (("CUDA_VISIBLE_DEVICES", "0"),))
+    run = Run(TASK, 1, DIGEST, b"code", b"call", True, (("CUDA_VISIBLE_DEVICES", "0"),), 2.5)
     assert [bytes(frame).hex() for frame in encode_pipe(run)] == BYTES["run"]
     assert [bytes(frame).hex() for frame in encode_pipe(Done(TASK, 1, True, b"value", 0.5))] == BYTES["done"]
 

@@ -18,7 +18,7 @@ from zmqsched.errors import PayloadTooLarge, ProtocolError, RemoteTraceback, Res
 from zmqsched.nursery import Exited, Nursery
 from zmqsched.payload import FunctionPickler, pack_call, unpack_exception, unpack_value
 from zmqsched.pipes import pair
-from zmqsched.protocol import Done, GroupAdd, Run, decode_pipe, encode_pipe
+from zmqsched.protocol import Done, GroupAdd, Late, Run, decode_pipe, encode_pipe
 
 TASK = bytes(15)
 PATIENCE_S = 20.0
@@ -98,6 +98,15 @@ def test_runs_are_answered_in_order(wired):
     for number in range(100):
         wired.send(lambda x: x, number)
     assert [unpack_value(wired.hear().value) for _ in range(100)] == list(range(100))
+
+
+def test_a_run_that_comes_too_late_is_not_begun_and_its_function_is_kept(wired):
+    def identity(x):
+        return x
+
+    wired.send(identity, 1, until=time.monotonic() - 1.0)
+    assert wired.hear() == Late(TASK + b"t")
+    assert wired.value(identity, 2, function=b"") == 2
 
 
 def test_what_has_not_started_can_be_taken_back(wired):

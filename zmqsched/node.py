@@ -28,6 +28,7 @@ from .protocol import (
     Envelope,
     GroupAdd,
     Interrupted,
+    Late,
     NodeHello,
     Remains,
     Run,
@@ -240,7 +241,7 @@ class Node:
                 continue
             if box.asked and isinstance(message, Done):
                 box.clear()  # or it would be told of the next task when that kills the worker
-            if isinstance(message, Done | GroupAdd | Interrupted):
+            if isinstance(message, Done | Late | GroupAdd | Interrupted):
                 self._step(Said(worker, message))
 
     def _untaken(self, worker: int) -> list[Run]:

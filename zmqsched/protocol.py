@@ -473,7 +473,8 @@ class Adopt(_Wire, tag=47):
 class Run(_Wire, tag=60):
     """Run one attempt. ``function`` is empty when the worker has it by digest; ``fresh`` says forget the others first.
 
-    ``env`` is set for this task alone (``CUDA_VISIBLE_DEVICES``).
+    ``env`` is set for this task alone (``CUDA_VISIBLE_DEVICES``). It is not to be begun after ``until``, by the monotonic
+    clock of the host that node and worker share.
     """
 
     task: TaskId
@@ -483,6 +484,13 @@ class Run(_Wire, tag=60):
     call: _Inline
     fresh: bool = False
     env: tuple[tuple[str, str], ...] = ()
+    until: float = math.inf
+
+
+class Late(_Wire, tag=63):
+    """The run was taken from the pipe after its ``until``, and not begun."""
+
+    task: TaskId
 
 
 class Done(_Wire, tag=61):
@@ -556,7 +564,7 @@ Message: TypeAlias = (
     | Beat | Fact
 )  # fmt: skip
 RecordMessage: TypeAlias = Submit | Functions | Finals | GroupAdd | Charged | Forgotten | Left | Present
-PipeMessage: TypeAlias = Run | Done | GroupAdd | Interrupted
+PipeMessage: TypeAlias = Run | Done | Late | GroupAdd | Interrupted
 
 
 class Envelope(Struct, array_like=True, frozen=True, gc=False):

@@ -67,7 +67,10 @@ _HEARTBEAT_MS, _HEARTBEAT_TIMEOUT_MS = 15_000, 60_000
 # The kernel asks a silent network ever less often: after 30 s it waits another 20 s, however soon the network is well
 # again. A new connection is quicker.
 _UNACKNOWLEDGED_MS = 10_000
-_RECONNECT_TCP_MS, _RECONNECT_IPC_MS, _RECONNECT_MAX_MS = 100, 20, 5000
+# How soon a healed network, or a new broker, is noticed: an attempt to connect is given up after a while, and the next one
+# comes after a pause that grows to the last of these. Together less than what a user should wait.
+_ATTEMPT_MS = 2_000
+_RECONNECT_TCP_MS, _RECONNECT_IPC_MS, _RECONNECT_MAX_MS = 100, 20, 2_000
 
 # What the monitor of a connecting socket says of a handshake that failed. A CURVE server that cannot decrypt what a peer
 # says closes the connection without a word; so does one that dies, but not several times in a row.
@@ -370,7 +373,7 @@ def _connect(made: Socket, addresses: Sequence[str], keys: Keys | None, timeout_
         made.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_IPC_MS)
         if address.startswith("tcp://"):
             made.setsockopt(zmq.RECONNECT_IVL, _RECONNECT_TCP_MS)
-            made.setsockopt(zmq.CONNECT_TIMEOUT, int(config.CONNECT_TIMEOUT_S * 1000))
+            made.setsockopt(zmq.CONNECT_TIMEOUT, _ATTEMPT_MS)
             _tcp_options(made, address)
             _use_curve(made, keys)
         made.connect(address)

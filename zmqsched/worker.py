@@ -4,6 +4,7 @@ Rules
 -----
 * One Run is taken at a time and answered at once. So what a dead worker had taken and not answered is exactly the task
   it was running, and no result waits behind the next task.
+* A run is not begun after its ``until``: its node may have been frozen, and the task be another's by now.
 * Whatever a task raises is its answer: SystemExit and KeyboardInterrupt too. Only losing the pipe ends a worker.
 * SIGINT raises KeyboardInterrupt in code of the task's, and nowhere else: a worker that is between two tasks ignores it. The
   node is told that it came, in any case.
@@ -21,14 +22,14 @@ import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
-from time import perf_counter
+from time import monotonic, perf_counter
 from types import FrameType
 from typing import Any
 
 from .errors import ProtocolError
 from .payload import may_retry, pack_exception, pack_value, unpack_call, unpack_function
 from .pipes import EXIT_PIPE_LOST, Pipe
-from .protocol import Done, Interrupted, Payload, PipeMessage, Run, decode_pipe, encode_pipe
+from .protocol import Done, Interrupted, Late, Payload, PipeMessage, Run, decode_pipe, encode_pipe
 from .surroundings import Surroundings
 
 _pipe: Pipe | None = None
@@ -73,6 +74,10 @@ def run_worker(pipe: Pipe, stack: int) -> None:
             message = decode_pipe(frames)
             if not isinstance(message, Run):
                 raise ProtocolError(f"a worker is sent runs, not {type(message).__name__}")
+            if monotonic() > message.until:
+                functions.accept(message)
+                pipe.send(encode_pipe(Late(message.task)))
+                continue
             if not faulthandler.is_enabled():
                 faulthandler.enable(stack)
             pipe.send(encode_pipe(_attempt(message, functions, interrupts)))

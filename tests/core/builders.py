@@ -72,6 +72,7 @@ from zmqsched.protocol import (
     GroupAdd,
     Host,
     Interrupted,
+    Late,
     Message,
     No,
     NodeHello,
@@ -558,6 +559,12 @@ class Workplace:
 
     def worker_of(self, label: str) -> int:
         return next(worker for worker in self.pipes if label in self.at(worker))
+
+    def finds_too_late(self, label: str) -> None:
+        """The worker takes it from the pipe after its time."""
+        worker = next(worker for worker in self.pipes if self.running(worker) == label)
+        self.step(Said(worker, Late(self.pipes[worker].pop(0).task)))
+        self.turn()
 
     def finishes(self, label: str, *, took: float = 0.0, ok: bool = True) -> None:
         """The worker that runs it is done with it; the clock is the caller's business."""

@@ -326,6 +326,25 @@ def test_a_node_that_was_frozen_starts_nothing_before_it_has_asked():
     assert place.all_running == ["wide"]
 
 
+def test_a_run_may_be_begun_as_long_as_the_lease_lasts():
+    place = Workplace()
+    place.broker_orders("a")
+    assert place.now < place.runs["a"].until <= place.now + LEASE_S
+
+
+def test_a_run_that_its_worker_took_too_late_waits_for_the_lease_again():
+    place = used_to_short_tasks()
+    place.broker_orders("a", "b")
+    place.now += 60
+    place.cut = True
+    place.finishes("a")
+    place.finds_too_late("b")
+    assert place.all_running == []
+    place.cut = False
+    place.passes(1.1)
+    assert place.all_running == ["b"]
+
+
 def test_a_message_that_lay_in_a_buffer_is_no_lease():
     place = with_a_task_waiting()
     place.now += 60

@@ -49,6 +49,7 @@ from ..protocol import (
     Goodbye,
     GroupAdd,
     Interrupted,
+    Late,
     Message,
     NeedFunctions,
     No,
@@ -397,9 +398,9 @@ class Agent:
 
     # --- from the workers --------------------------------------------------------------------------------------------
 
-    def _said(self, number: int, message: Done | GroupAdd | Interrupted, now: float) -> None:
+    def _said(self, number: int, message: Done | Late | GroupAdd | Interrupted, now: float) -> None:
         worker = self._workers[number]
-        if not isinstance(message, Done):
+        if not isinstance(message, Done | Late):
             if isinstance(message, GroupAdd):
                 self._additions += 1
                 self._uplink.send(GroupAdd(message.deltas, self._additions))
@@ -411,21 +412,27 @@ class Agent:
         if message.task != next(iter(worker.runs), None):  # a task can write to its worker's pipe, and anything
             self._offences.note("answer to what is not running", f"worker {number}")
             return
+        worker.since = now
+        if isinstance(message, Late):
+            self._take_from(worker, message.task)
+        else:
+            self._done(worker, message)
+        if worker.ending is not None and worker.ending.over:
+            worker.ending = None
+
+    def _done(self, worker: Worker, message: Done) -> None:
         held = worker.runs.pop(message.task)
         worker.done += 1
-        worker.since = now
         self._early_deaths = 0
         took = message.seconds + TASK_OVERHEAD_S
         self._task_s = took if self._task_s is None else self._task_s + 0.1 * (took - self._task_s)
         if worker.ending is not None and worker.ending.interrupted and not message.ok:
             self._stopped.append(self._stop_report(worker, held, worker.ending))
         else:
-            self._outcomes.append(Outcome(held.task, held.attempt, message.ok, message.value, number, message.retry))
+            self._outcomes.append(Outcome(held.task, held.attempt, message.ok, message.value, worker.id, message.retry))
         self._forget(held)
         if not worker.runs:
             self._idle(worker)
-        if worker.ending is not None and worker.ending.over:
-            worker.ending = None
 
     def _exited(self, worker: Worker, exited: Exited, now: float) -> None:
         _, pid, how, untaken, remains = exited
@@ -457,20 +464,24 @@ class Agent:
     def _taken_back(self, worker: Worker, runs: list[Run], now: float) -> None:
         worker.taking_back = False
         for run in reversed(runs):
-            held = worker.runs.pop(run.task, None)
-            if held is None:  # a task answered in its name
+            if run.task not in worker.runs:  # a task answered in its name
                 continue
             if run.function:
                 worker.functions.discard(run.digest)
-            held.worker = 0
-            if held.orphan:
-                self._forget(held)
-            elif held.revoked:
-                self._forget(held)
-                self._returned.append(Attempt(held.task, held.attempt))
-            else:
-                self._queue.push(held.task, held, held.options.priority, first=True)
-        if runs and not worker.runs:
+            self._take_from(worker, run.task)
+
+    def _take_from(self, worker: Worker, task: bytes) -> None:
+        """This run was given to the worker and has not begun."""
+        held = worker.runs.pop(task)
+        held.worker = 0
+        if held.orphan:
+            self._forget(held)
+        elif held.revoked:
+            self._forget(held)
+            self._returned.append(Attempt(held.task, held.attempt))
+        else:
+            self._queue.push(held.task, held, held.options.priority, first=True)
+        if not worker.runs:
             self._idle(worker)
 
     # --- acting --------------------------------------------------------------------------------------------------------
@@ -603,7 +614,8 @@ class Agent:
         function: Payload = b"" if digest in worker.functions else self._functions[digest]
         worker.functions.add(digest)
         env = (("CUDA_VISIBLE_DEVICES", ",".join(worker.gpus)),) if worker.gpus else ()
-        self._out.append(Give(worker.id, Run(held.task, held.attempt, digest, function, held.call, fresh, env)))
+        until = self._uplink.lease_ends
+        self._out.append(Give(worker.id, Run(held.task, held.attempt, digest, function, held.call, fresh, env, until)))
 
     def _pin(self, demand: tuple[tuple[str, float], ...]) -> tuple[str, ...]:
         """The least loaded GPUs for this task: whole ones, or a share of one."""

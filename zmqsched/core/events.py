@@ -22,6 +22,7 @@ from ..protocol import (
     GroupWait,
     Interrupted,
     JobTasks,
+    Late,
     No,
     Payload,
     Query,
@@ -160,7 +161,7 @@ class Exited(NamedTuple):
 
 class Said(NamedTuple):
     worker: int
-    message: Done | GroupAdd | Interrupted
+    message: Done | Late | GroupAdd | Interrupted
 
 
 class Stood(NamedTuple):

@@ -12,6 +12,8 @@ Rules
 
 from __future__ import annotations
 
+import math
+
 from msgspec.structs import replace
 
 from ..protocol import Attempt, ClientHello, Envelope, Message, No, NodeHello, SayHello, Welcome
@@ -31,8 +33,12 @@ class Uplink:
         self._hello_at = 0.0
         self._ping_at = 0.0
 
+    @property
+    def lease_ends(self) -> float:
+        return -math.inf if self.link is None else self.link.confirmed_at + self._lease_s
+
     def has_lease(self, now: float) -> bool:
-        return self.link is not None and now < self.link.confirmed_at + self._lease_s
+        return now < self.lease_ends
 
     def hold(self, attempts: list[Attempt]) -> None:
         """Name these in the next hello: they were begun for the session that is over."""

@@ -57,6 +57,7 @@ from ..protocol import (
     GroupWait,
     Host,
     Interrupted,
+    Late,
     NodeHello,
     Options,
     Payload,
@@ -220,11 +221,13 @@ class SimWorker:
             self.next()
 
     def next(self) -> None:
+        world = self.node.world
+        while self.pipe and world.now > self.pipe[0].until:
+            self.node.post(Said(self.number, Late(self.pipe.popleft().task)))
         if not self.pipe:
             return
         run = self.running = self.pipe.popleft()
         plan = msgspec.msgpack.decode(_joined(run.call), type=Plan)
-        world = self.node.world
         world.executions[run.task] += 1
         if plan.once and world.executions[run.task] > 1:
             raise SimulationFailed(f"task {run.task.hex()} must not run twice and does")
@@ -282,9 +285,9 @@ class SimWorker:
     def _answer(self, run: Run, plan: Plan, *, ok: bool) -> None:
         value = msgspec.msgpack.encode(plan.number)
         self.running = None
-        self.next()
         done = Done(run.task, run.attempt, ok, value, plan.seconds, retry=plan.retried)
         self.node.post(Said(self.number, done))
+        self.next()
 
     def die(self, how: str) -> None:
         if self.alive:
