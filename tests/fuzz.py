@@ -49,8 +49,10 @@ from zmqsched.protocol import (
     Welcome,
     decode,
     decode_pipe,
+    decode_record,
     encode,
     encode_pipe,
+    encode_record,
 )
 
 MESSAGES = get_args(protocol.Message)
@@ -324,7 +326,10 @@ class AroundScheduler(World):
 
     def __init__(self, random: Random, counts: Counter[str]) -> None:
         super().__init__(random, counts)
-        self.core = Scheduler(Settings(), Random(1))
+        self.settings = Settings(journal=random.random() < 0.5)
+        self.core = Scheduler(self.settings, Random(1))
+        self.journal: list[protocol.Record] = []
+        self.commits: list[events.Write] = []  # on their way into the journal
         self.received: Counter[int] = Counter()  # numbered messages that each session has taken
         self.orders: list[tuple[int, Any]] = []
         self.lives = 0
@@ -351,6 +356,10 @@ class AroundScheduler(World):
         if rolled < 0.04:
             no = self.random.choice([None, protocol.No("malformed", "no"), protocol.No("version", "other")])
             return events.Malformed(self.random.choice([b"client", b"node", b""]), "malformed message", no)
+        if rolled < 0.045 and self.settings.journal:
+            return self.begins_again()
+        if rolled < 0.15 and self.commits:
+            return self.writes()
         session, body = self.random.choice(self.maker.numbers or [0]), None
         if rolled < 0.15 and self.orders:
             session, order = self.random.choice(self.orders)
@@ -365,6 +374,23 @@ class AroundScheduler(World):
         peer = self.random.choice([b"client", b"node", b"node", b"other"])
         return events.Arrived(peer, "" if rolled > 0.1 else self.random.choice(["", "client"]), envelope)
 
+    def writes(self) -> events.Written | events.Troubled:
+        if self.random.random() < 0.2:
+            return events.Troubled("no space left")
+        for commit in self.commits:
+            kept = [] if commit.anew else self.journal
+            self.journal = kept + [decode_record([bytes(part) for part in encode_record(one)]) for one in commit.records]
+        number = self.commits[-1].number
+        self.commits.clear()
+        return events.Written(number, 1_000 * len(self.journal))
+
+    def begins_again(self) -> events.Tick:
+        """The broker was killed, and the next has what was written."""
+        self.core = Scheduler(self.settings, Random(1))
+        self.core.restore(self.journal, 1_000 * len(self.journal), self.now)
+        self.commits.clear()
+        return events.Tick()
+
     def act(self, action: Any) -> None:
         match action:
             case events.Send(_, envelope):
@@ -375,6 +401,8 @@ class AroundScheduler(World):
                     self.maker.numbers.remove(envelope.session)
                 elif isinstance(body, Dispatch):
                     self.orders = [*self.orders, *((envelope.session, order) for order in body.orders)][-20:]
+            case events.Write():
+                self.commits.append(action)
             case events.Publish(fact):
                 over_the_wire(Envelope(0, 0, 0, fact))
             case events.Quit():
