@@ -32,8 +32,7 @@ from __future__ import annotations
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
-from itertools import zip_longest
-from typing import Any, Literal
+from typing import Literal
 
 from ..config import BEAT_INTERVAL_S, SUSPECT_AFTER_BEATS
 from ..protocol import (
@@ -693,12 +692,10 @@ class Agent:
             self._uplink.send(Workers(self._worker_states()))
 
     def _progress(self, credit: int) -> list[Progress]:
-        """One message, unless there is very much to tell. What was returned goes last part first: the broker puts each
-        before what waits there."""
-        returned = list(batches(self._returned, _attempt_bytes))[::-1]
-        started = batches(self._started, _attempt_bytes)
-        parts: Iterable[Any] = zip_longest(started, returned, fillvalue=[])
-        return [Progress(credit, *part) for part in parts] or [Progress(credit)]
+        """One message, unless very much was returned: that goes last part first, as the broker puts each before what waits
+        there."""
+        last, *earlier = list(batches(self._returned, _attempt_bytes))[::-1] or [[]]
+        return [Progress(credit, self._started, last), *(Progress(credit, returned=part) for part in earlier)]
 
     def _notice_silence(self, now: float) -> None:
         silent_s = now - self._uplink.heard_at
