@@ -544,7 +544,6 @@ def test_a_client_dies_and_its_tasks_with_it():
           broker > n1: Revoke a#1
         # 2 s pass
         # 38 s pass
-          n1 > broker: Results a#1
         """,
     )
 

@@ -21,6 +21,7 @@ exactly one final answer                               ``Watch``, at each final;
 no node exceeds its credit                             ``Node.take``, at each dispatch; ``SimNode``, after each turn
 a node that leaves or is suspect gets nothing new      ``Watch``, at each dispatch
 what was handed back is not started                    ``SimNode``, at each run given to a worker
+what was cancelled is not started again                ``Watch``, at each dispatch
 no task waits while an eligible node has credit        ``Placement.check_nothing_waits``
 a lost node holds nothing                              ``Scheduler.sanity_check``
 a node is lost only if it was silent, and soon then    ``Watch``, at each verdict and each turn
@@ -31,6 +32,7 @@ the answer is the right one; retries are not deaths    ``SimClient``, at each an
 a WaitGroup is zero when its tasks are answered        ``SimClient``, at each reply
 all are answered, nothing is kept, both ends agree     ``runs.Cluster.complaint``, at the end
 no message raises                                      everywhere: an exception of a core ends the run
+nobody talks without end                               ``World.run_until``: the steps of a run are counted
 executions per task do not creep up                    ``tally.MOST_EXECUTIONS``, over many seeds
 =====================================================  ==============================================================
 

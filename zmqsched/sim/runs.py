@@ -52,7 +52,7 @@ class Cluster:
         self.quiet_at = random.uniform(3.0, 12.0)
         settings = Settings(
             policy=policy,
-            client_lease_s=random.choice((4.0, 8.0)),  # a minute would make long runs
+            client_lease_s=random.choice((2.0, 6.0)),  # a minute would make long runs
             max_queued_bytes=random.choice((2_000, 10_000, 1 << 30)),  # 3 tasks, 15, no limit
         )
         self.broker = SimBroker(world, settings)
@@ -65,7 +65,7 @@ class Cluster:
         self.kinds = _kinds(random)
         # How many are asked for at once, at most, and how long they take: what is left when it is quiet is soon done.
         self._burst, self._seconds = random.choice(
-            ((30, (0.001, 0.005, 0.01)), (20, (0.0001, 0.02, 0.3)), (6, (0.1, 1.0, 2.0)))
+            ((15, (0.001, 0.005, 0.01)), (10, (0.0001, 0.02, 0.3)), (3, (0.1, 1.0, 2.0)))
         )
         self.clients = [self._client() for _ in range(random.randint(1, 2))]
         world.faults = {fault: random.random() ** 2 * 0.5 for fault in FAULTS if random.random() < 0.5}
@@ -86,7 +86,7 @@ class Cluster:
         def burst() -> None:
             client.ask(self._plans(client, random.randint(1, self._burst)))
 
-        for _ in range(random.randint(1, 3)):
+        for _ in range(random.randint(2, 6)):
             self.world.at(random.random() * left * 0.8, burst)
         self.world.at(random.random() * left, client.cancel_some)
 
@@ -103,7 +103,7 @@ class Cluster:
         plans = []
         for number in range(len(client.plans), len(client.plans) + count):
             options = random.choice(self.kinds)
-            ends = random.choices(("value", "error", "flaky", "death"), (86, 6, 4, 4))[0]
+            ends = random.choices(("value", "error", "flaky", "death"), (76, 10, 8, 6))[0]
             seconds = random.choice(self._seconds) * (0.5 + random.random())
             once = not options.requeue and not options.retries
             retried, stubborn = random.random() < 0.75, random.random() < 0.3
@@ -152,7 +152,7 @@ class Cluster:
         if world.chance("kill node"):
             node.kill()
         if world.chance("pause node"):
-            random.choice(self.nodes).pause(random.expovariate(0.3))
+            random.choice(self.nodes).pause(random.uniform(0.5, 8.0))
         if world.chance("drain node", 0.5):
             leaver = random.choice(self.nodes)
             if random.random() < 0.5:
@@ -251,10 +251,10 @@ class Cluster:
 
 
 def _kinds(random: Random) -> list[Options]:
-    kinds = [Options(priority=random.randint(-1, 1), retries=random.randint(0, 2), group=GROUP) for _ in range(3)]
+    kinds = [Options(priority=random.randint(-1, 1), retries=random.choice((0, 1, 3)), group=GROUP) for _ in range(3)]
     kinds.append(Options(resources=(("cpu", 1.0), ("gpu", 1.0)), group=GROUP))
     kinds.append(Options(resources=(("cpu", 2.0),), group=GROUP))
     kinds.append(Options(retries=2, backoff=random.choice((0.01, 3.0)), group=GROUP))
     kinds.append(Options(retries=1, timeout=random.choice((0.01, 0.3, 1.0)), group=GROUP))
-    kinds.append(Options(requeue=False))
+    kinds += [Options(requeue=False), Options(requeue=False, priority=1)]
     return kinds

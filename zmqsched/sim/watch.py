@@ -110,6 +110,8 @@ class Watch:
                 raise SimulationFailed(f"task {order.task.hex()}: attempt {order.attempt} was there before")
             if order.task in self._answered:
                 raise SimulationFailed(f"task {order.task.hex()} was answered and runs again")
+            if self._core._tasks[order.task].cancelled:
+                raise SimulationFailed(f"task {order.task.hex()} was cancelled and is started again")
             self._attempts[order.task] = order.attempt
 
     def _published(self, kind: str, node: str, by_clock: bool, listened: float) -> None:

@@ -14,6 +14,7 @@ from ..core.events import Tick
 from ..protocol import Dispatch, Envelope, Finals, Message, Progress, Results, Revoke, Submit, decode, encode
 
 DELAY_S = 0.0002
+MOST_STEPS = 30_000  # of a run; usual are 1,000
 SELDOM = 8  # turns from one sanity check to the next, in a seed that is not thorough
 
 Deliver = Callable[[Envelope], None]
@@ -57,6 +58,8 @@ class World:
                 return False
             self.now = max(self.now, at)
             self.steps += 1
+            if self.steps > MOST_STEPS:
+                raise SimulationFailed(f"{MOST_STEPS} steps: somebody never stops talking")
             act()
         return done()
 

@@ -1,0 +1,220 @@
+"""Known bugs, to be planted in the cores, and the search for the first seed at which the simulator finds each.
+
+A mutant replaces text of one module, in a process of its own. Text that is not there exactly once is an error: a gate
+whose bugs cannot be planted any more must not stand open.
+
+    python tests/mutants.py            tell for each mutant how many seeds it took
+    python tests/mutants.py NAME 100   search with this one, within so many seeds
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from pathlib import Path
+from types import CodeType
+from typing import NamedTuple
+
+ROOT = Path(__file__).parent.parent
+NOTHING = "nothing"  # the name of a bug that is none
+WITHIN = 1_000  # seeds, from 0 on: half of what each run of the tests simulates. Most are found among the first 10
+
+
+class Mutant(NamedTuple):
+    module: str  # in zmqsched.core
+    replaced: tuple[tuple[str, str], ...]
+
+
+def _one(module: str, old: str, new: str) -> Mutant:
+    return Mutant(module, ((old, new),))
+
+
+MUTANTS = {
+    # delivery
+    "a message that was lost is not sent again": _one(
+        "link", "for seq, body in self._unacked if seq > after]", "for seq, body in self._unacked if False]"
+    ),
+    "a pong that proves a loss is ignored": _one("link", "self._resend_after = pong.received", "pass"),
+    "a message that comes twice is taken twice": _one(
+        "link", "if envelope.seq != self.received + 1:", "if envelope.seq > self.received + 1:"
+    ),
+    "a task that is submitted again is another task": _one(
+        "scheduler", "if spec.task in tasks or owner.has_answered(spec.task):", "if False:"
+    ),
+    "a client does not submit again to another broker": _one(
+        "requests", "self._fresh = dict(self._open)", "self._fresh = dict(self._fresh)"
+    ),
+    "a client does not ask again what it waits for": _one("requests", "[*again, *self._asked.values(),", "[*again,"),
+    "a client hands out an answer twice": _one(
+        "requests", "entry = self._open.pop(final.task, None)", "entry = self._open.get(final.task)"
+    ),
+    "a function that a node has forgotten is not sent again": _one(
+        "scheduler", "known = [Function(d, self._functions[d]) for d in digests if d in self._functions]", "known = []"
+    ),
+    "a function that the broker has forgotten is not sent again": _one(
+        "requests",
+        "known = [Function(digest, self._functions[digest]) for digest in digests if digest in self._functions]",
+        "known = []",
+    ),
+    # answers
+    "a late result answers a task that was answered": Mutant(
+        "scheduler",
+        (
+            (
+                "        del self._tasks[task.id]\n",
+                "        self.__dict__.setdefault('_gone', {})[task.id] = task\n        del self._tasks[task.id]\n",
+            ),
+            (
+                '                self.counts["zombie results"] += 1\n',
+                '                self.counts["zombie results"] += 1\n'
+                "                gone = self.__dict__.get('_gone', {}).get(outcome.task)\n"
+                "                if task is None and gone is not None and self._owners.knows(gone.owner):\n"
+                "                    self._keep(gone.owner, Final(gone.id, 'ok', outcome.value))\n",
+            ),
+        ),
+    ),
+    "the attempt that a result names is not looked at": _one(
+        "scheduler",
+        "current = task is not None and task.node == node.id and task.attempt == outcome.attempt",
+        "current = task is not None and task.node == node.id",
+    ),
+    "an error of an attempt that was given up decides": _one(
+        "scheduler", "if task is None or not (current or outcome.ok):", "if task is None:"
+    ),
+    "a retry is counted on the WaitGroup again": _one(
+        "scheduler",
+        'self.counts["retried"] += 1',
+        'self.counts["retried"] += 1; task.kind.options.group and self._groups.add(task.kind.options.group, 1)',
+    ),
+    "a cancelled task is queued again and runs": _one(
+        "scheduler",
+        "        if task.cancelled:\n            self._finish(task",
+        "        if False:\n            self._finish(task",
+    ),
+    # death and blame
+    "all that lay in a dead worker's pipe is blamed": _one(
+        "agent",
+        "        self._taken_back(worker, untaken, now)\n",
+        "        self._deaths += [Death(worker.id, pid, how, run.task, run.attempt) for run in untaken]\n"
+        "        self._taken_back(worker, untaken, now)\n",
+    ),
+    "a task may kill workers for ever": _one(
+        "scheduler", "elif len(task.deaths) >= self.settings.max_deaths:", "elif False:"
+    ),
+    "a retry is counted as a death": _one(
+        "scheduler",
+        "                self._retry(task, now)\n",
+        "                task.deaths += ('retried',)\n"
+        "                if len(task.deaths) >= self.settings.max_deaths:\n"
+        "                    self._retry(task, now) or self._fail(task, 'it died too often')\n"
+        "                else:\n"
+        "                    self._retry(task, now)\n",
+    ),
+    "what a lost node held is not queued again": _one(
+        "scheduler", "for task in reversed(list(node.tasks.values())):", "for task in []:"
+    ),
+    "a task that must not run twice is queued again when its node is lost": _one(
+        "scheduler", "if task.kind.options.requeue or task.cancelled:", "if True:"
+    ),
+    "a client that submits again forgets what must not run twice": _one(
+        "requests", "if not welcome.remembered:", "if False:"
+    ),
+    # life
+    "a node starts work without a lease": _one("agent", "elif self._uplink.has_lease(now):", "else:"),
+    "a pause of the broker is taken for silence of the nodes": _one(
+        "scheduler", "if gap > 1.5 * self.settings.beat_interval_s:", "if False:"
+    ),
+    "a node is given up before it could answer the ping": _one(
+        "scheduler", "due = now + self.settings.ping_grace_s", "due = now; node.pinged_at -= self._grace()"
+    ),
+    "a silent client is never given up": _one("scheduler", "now - session.heard_at > self.settings.client_lease_s", "False"),
+    # credit
+    "what a node hands back is not taken back": _one(
+        "scheduler", "for attempt in reversed(message.returned):", "for attempt in []:"
+    ),
+    "credit falls and never rises": _one(
+        "scheduler", "if message.credit != node.credit:", "if message.credit < node.credit:"
+    ),
+    "a node is given more than its credit": _one("nodes", "self.state is ALIVE and len(self.tasks) < self.credit", "True"),
+    "a node that drains is given new tasks": _one(
+        "nodes", "self.state is ALIVE and len", "self.state in (ALIVE, DRAINING) and len"
+    ),
+    "a node counts orphans that have ended": _one(
+        "agent", "        self._orphans -= held.orphan\n        self._functions", "        self._functions"
+    ),
+    "a node that drains goes by the time when it was idle last": _one(
+        "agent", "self._go_at = math.inf\n            return", "return"
+    ),
+}
+
+
+class Planter(MetaPathFinder):
+    def __init__(self, mutant: Mutant) -> None:
+        self._mutant = mutant
+
+    def find_spec(self, name: str, path: object, target: object = None) -> ModuleSpec | None:
+        if name != f"zmqsched.core.{self._mutant.module}":
+            return None
+        spec = PathFinder.find_spec(name, path)
+        assert spec is not None
+        assert spec.origin is not None
+        spec.loader = Planted(name, spec.origin, self._mutant)
+        return spec
+
+
+class Planted(SourceFileLoader):
+    def __init__(self, name: str, path: str, mutant: Mutant) -> None:
+        super().__init__(name, path)
+        self._mutant = mutant
+
+    def get_code(self, fullname: str) -> CodeType:
+        return compile(planted(self._mutant), self.path, "exec")
+
+
+def planted(mutant: Mutant) -> str:
+    """The module's source with the bug in it."""
+    source = (ROOT / "zmqsched" / "core" / f"{mutant.module}.py").read_text()
+    for old, new in mutant.replaced:
+        if (times := source.count(old)) != 1:
+            raise LookupError(f"core/{mutant.module}.py has this {times} times, not once: {old!r}")
+        source = source.replace(old, new)
+    return source
+
+
+def search(name: str, within: int = WITHIN) -> tuple[int, str]:
+    """How many seeds it took, and what was found; or raise AssertionError."""
+    command = [sys.executable, __file__, name, str(within)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
+    seeds, _, what = done.stdout.partition(" ")
+    return int(seeds), what.strip()
+
+
+def main() -> int:
+    if len(sys.argv) == 1:
+        for name in MUTANTS:
+            seeds, what = search(name)
+            print(f"{seeds:4}  {name}: {what}"[:180], flush=True)
+        return 0
+    name, within = sys.argv[1], int(sys.argv[2])
+    sys.path.insert(0, str(ROOT))
+    if name != NOTHING:
+        sys.meta_path.insert(0, Planter(MUTANTS[name]))
+    from zmqsched.sim import simulate
+
+    for seed in range(within):
+        try:
+            simulate(seed)
+        except (NameError, AttributeError, TypeError):
+            raise  # the planted code is wrong in another way than it is meant to be
+        except Exception as error:  # noqa: BLE001 - whatever a core raises is a find
+            print(seed + 1, f"{type(error).__name__}: {error}".replace("\n", " "))
+            return 0
+    print(f"not found within {within} seeds")
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
