@@ -46,7 +46,8 @@ def killed_often(tasks: int = 10_000, every_s: float = 0.2, seconds: float = 0.0
         took = time.monotonic() - began
         load.finish(60)
         load.assert_broker_agrees()
-        assert load.counts()["worker deaths"] == len(kills)
+        deaths = load.counts()["worker deaths"]
+        assert deaths == len(kills), f"{deaths} deaths were told of, {len(kills)} workers killed"
         assert kills, "nobody was killed: the test shows nothing"
         return [
             Figure("workers killed", "", [len(kills)]),
@@ -65,7 +66,7 @@ def _kill_one(fleet: Fleet, random: Random, hits: Counter[int]) -> list[Kill]:
             os.kill(pid, signal.SIGSTOP)
             eventually(lambda pid=pid: stopped(pid) or not alive(pid))
             run = fleet.ledger.last_of(pid)
-            if run is not None and run.ended is None and hits[run.task] < 2:
+            if stopped(pid) and run is not None and run.ended is None and hits[run.task] < 2:
                 os.kill(pid, signal.SIGKILL)
                 return [Kill(run.task, pid, time.monotonic())]
             os.kill(pid, signal.SIGCONT)
