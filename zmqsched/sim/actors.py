@@ -72,7 +72,7 @@ from .world import Deliver, Process, SimulationFailed, World
 
 FUNCTIONS = {digest: b"code of " + digest for digest in (b"function-digest1", b"function-digest2", b"function-digest3")}
 GROUP = b"the-waitgroup-id"
-SIGNAL_S = 0.002  # at most, on an idle host, from the sending of a signal until it has come
+SIGNAL_S = 0.03  # at most, from the sending of a signal until it has come; long, so that tasks end meanwhile
 LAST_SENT = 8  # messages that may come late when their connection is replaced
 
 
@@ -278,7 +278,7 @@ class SimWorker:
 
     def _check_time(self, plan: Plan) -> None:
         ran_s = self.node.world.now - self._began
-        longest_s = plan.limit_s + LOOK_S + (GRACE_S if plan.stubborn else 0.0) + 5 * SIGNAL_S
+        longest_s = plan.limit_s + LOOK_S + (GRACE_S if plan.stubborn else 0.0) + 2 * SIGNAL_S
         if plan.limit_s and ran_s > longest_s and self.node.pauses == self._pauses:
             raise SimulationFailed(f"{plan} ran for {ran_s:.3f} s")
 

@@ -8,8 +8,9 @@ from random import Random
 from ..core.nodes import ALIVE
 from ..core.policy import POLICIES
 from ..core.scheduler import Settings
+from ..core.stops import LOOK_S
 from ..protocol import Options
-from .actors import GROUP, Plan, SimBroker, SimClient, SimNode
+from .actors import GROUP, SIGNAL_S, Plan, SimBroker, SimClient, SimNode
 from .world import SimulationFailed, World
 
 THOROUGH = 4  # each so manieth seed is
@@ -105,6 +106,8 @@ class Cluster:
             options = random.choice(self.kinds)
             ends = random.choices(("value", "error", "flaky", "death"), (76, 10, 8, 6))[0]
             seconds = random.choice(self._seconds) * (0.5 + random.random())
+            if options.timeout and random.random() < 0.5:  # it ends about when it is interrupted
+                seconds = options.timeout + LOOK_S + random.uniform(-SIGNAL_S, SIGNAL_S)
             once = not options.requeue and not options.retries
             retried, stubborn = random.random() < 0.75, random.random() < 0.3
             plans.append((Plan(number, seconds, ends, once, retried, options.timeout, stubborn), options))
