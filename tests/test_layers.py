@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "zmqsched"
 
 CORE_MAY = {"errors", "config", "protocol"}
 SHELL_MAY = CORE_MAY | {
-    "core", "sockets", "pipes", "broker", "monitor", "node", "nursery", "orphans", "blackbox", "shell", "host", "version",
+    "core", "sockets", "pipes", "broker", "journal", "monitor", "node", "nursery", "orphans", "blackbox", "shell", "host", "version",
 }  # fmt: skip
 EDGE_MAY = CORE_MAY | {"core", "payload", "sockets", "pipes"}
 
@@ -26,6 +26,7 @@ MAY = {
     "sockets": CORE_MAY | {"core"},
     "pipes": CORE_MAY | {"core"},
     "broker": SHELL_MAY,
+    "journal": CORE_MAY | {"core"},
     "monitor": SHELL_MAY,
     "node": SHELL_MAY,
     "nursery": SHELL_MAY,
@@ -56,6 +57,7 @@ NEVER = {
     "sockets": PICKLERS,
     "pipes": PICKLERS,
     "broker": PICKLERS,
+    "journal": PICKLERS,
     "monitor": PICKLERS,
     "node": PICKLERS,
     "nursery": PICKLERS,

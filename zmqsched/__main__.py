@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .config import ConnectionFile
+from .config import ConnectionFile, journal_path
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .errors import ZmqschedError
 from .options import resource_argument, size_argument
@@ -52,6 +52,14 @@ def _broker(arguments: list[str]) -> int:
         type=_size,
         help="hold as much of tasks and results (500M, 2G), then ask clients to wait (a quarter of the memory)",
     )
+    parser.add_argument(
+        "--journal",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="keep a journal, so that a broker that follows this one knows its tasks; without FILE in the user's state "
+        "directory",
+    )
     options = parser.parse_args(arguments)
     _return_memory_by_page(arguments)
     set_up_logging(options.log_level)
@@ -62,7 +70,8 @@ def _broker(arguments: list[str]) -> int:
         from .broker import Broker
 
         listen = None if options.listen is None else sockets.listen_address(options.listen)
-        broker = Broker(options.name, options.policy, listen, options.max_queued)
+        journal = journal_path(options.name) if options.journal == "" else options.journal and Path(options.journal)
+        broker = Broker(options.name, options.policy, listen, journal or None, options.max_queued)
     except ValueError as error:
         return starter.failed(error if isinstance(error, ZmqschedError) else ZmqschedError(str(error)))
     except ZmqschedError as error:

@@ -2,6 +2,9 @@
 
 One thread, one loop. A turn reads what has come in on ROUTER and SUB, hands it to the core, ticks the core, and sends what
 the core says. An unexpected error ends the process loudly. It never unpickles: payloads pass through as bytes.
+
+With a journal, a broker that follows one that died is the same to everybody: it has the tasks, and over TCP the addresses
+and the keys, which lie in the journal for that.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from pathlib import Path
 from random import Random
 from time import monotonic
 
+import msgspec
 import zmq
 
 from . import host, sockets
@@ -32,9 +36,11 @@ from .core.events import (
     Shrunk,
     Tick,
     Undelivered,
+    Write,
 )
 from .core.scheduler import Scheduler, Settings
 from .errors import ProtocolError, VersionMismatch
+from .journal import Journal
 from .monitor import Monitor
 from .protocol import Envelope, No, decode, encode
 from .shell import Starter, StopSignals, log, return_memory, tune_garbage_collection
@@ -42,27 +48,68 @@ from .version import __version__
 
 MAX_MESSAGES_PER_TURN = 200
 LINGER_MS = 1_000
+SETTLE_S = 2.0  # nodes ping each second, hear that their session is over, and join anew
 ROLES = ("work", "beats", "status")
+
+
+class _Identity(msgspec.Struct):
+    """What a cluster over TCP is known by: whoever follows its broker must have the same."""
+
+    cluster_id: str
+    listen: str
+    addresses: Addresses
+    keys: sockets.Keys | None
+
+    @classmethod
+    def read(cls, journal: Journal | None, listen: str | None) -> _Identity | None:
+        """That of the broker before, if it listened as this one is to."""
+        if journal is None or not listen or not journal.identity:
+            return None
+        identity = msgspec.json.decode(journal.identity, type=cls)
+        return identity if identity.listen == listen else None
 
 
 class Broker:
     """A bound broker. ``run`` serves until told to stop; everything it made is gone when it returns."""
 
-    def __init__(self, name: str, policy: str, listen: str | None = None, max_queued: int | None = None) -> None:
-        """Take the name, bind the sockets and write the connection file.
+    def __init__(
+        self,
+        name: str,
+        policy: str,
+        listen: str | None = None,
+        journal: Path | None = None,
+        max_queued: int | None = None,
+    ) -> None:
+        """Take the name, open the journal, bind the sockets and write the connection file.
 
         ``listen`` is a ``tcp://`` address (``sockets.listen_address``); None is Unix sockets in the cluster's directory.
         ``max_queued``: bytes held before clients are asked to hold back; by default what the host has room for.
+
+        Raises
+        ------
+        ClusterExists, JournalError, StartError
+            Another broker has the name, the journal cannot be used, or an address is taken.
         """
         self.lock = ClusterLock.acquire(name)
+        self._journal: Journal | None = None
+        try:
+            self._journal = Journal(journal, name) if journal else None
+            self._core = self._restored(name, policy, max_queued)
+        except BaseException:
+            self._let_go(journal_is_done=False)
+            raise
+        before = _Identity.read(self._journal, listen)
+        self._keys = None if not listen else before.keys if before else sockets.Keys.generate()
         self._ctx = sockets.context()
-        self._keys = sockets.Keys.generate() if listen else None
         self._authenticator: sockets.Authenticator | None = None
         if self._keys:
             self._authenticator = sockets.Authenticator(self._ctx, {self._keys.client_public: sockets.CLIENT_USER})
             self._authenticator.start()
 
         def addresses(role: str) -> list[str]:
+            if before:
+                found: list[str] = getattr(before.addresses, role)
+                return found
             return [_port_of(listen, role) if listen else ipc_address(self.lock.directory, role)]
 
         try:
@@ -73,18 +120,30 @@ class Broker:
             if self._authenticator:  # its socket is its thread's: closed from here, libzmq aborts the process
                 self._authenticator.stop()
             self._ctx.destroy(linger=0)
-            self.lock.remove()
+            self._let_go(journal_is_done=False)
             raise
-        self.file = self._write_file(name, Addresses(work, self._monitor.addresses, status))
-        epoch = secrets.randbits(48)
+        cluster_id = before.cluster_id if before else secrets.token_hex(16)
+        identity = _Identity(cluster_id, listen or "", Addresses(work, self._monitor.addresses, status), self._keys)
+        self.file = self._write_file(name, identity)
+        if self._journal:
+            self._journal.identity = msgspec.json.encode(identity)
+            self._journal.start()
+
+    def _restored(self, name: str, policy: str, max_queued: int | None) -> Scheduler:
+        journal = self._journal
         settings = Settings(
             name=name,
-            epoch=epoch,
+            epoch=secrets.randbits(48),
             python=".".join(platform.python_version_tuple()[:2]),
             policy=policy,
+            journal=journal is not None,
             max_queued_bytes=host.room_for_tasks() if max_queued is None else max_queued,
+            settle_s=SETTLE_S if self.lock.was_left or journal else 0.0,
         )
-        self._core = Scheduler(settings, Random(secrets.randbits(64)))
+        core = Scheduler(settings, Random(secrets.randbits(64)))
+        if journal:
+            core.restore(journal.read(), monotonic())
+        return core
 
     @property
     def path(self) -> Path:
@@ -93,7 +152,8 @@ class Broker:
     def run(self, starter: Starter, *, until_eof: bool) -> None:
         stop = StopSignals(until_eof=until_eof)
         waiter = sockets.Waiter(self._router, self._monitor.socket)
-        for descriptor in stop.descriptors:
+        news = [self._journal.fileno()] if self._journal else []
+        for descriptor in (*stop.descriptors, *news):
             waiter.add(descriptor)
         starter.ready({"pid": os.getpid(), "file": str(self.path)})
         tune_garbage_collection()
@@ -120,6 +180,8 @@ class Broker:
         """Take in, act, send. Returns why to end, if the core says so."""
         now = monotonic()
         why = ""
+        for event in self._journal.news() if self._journal else ():
+            why = self._perform(self._core.handle(event, now), now) or why
         for frames in sockets.receive_all(self._router, MAX_MESSAGES_PER_TURN):
             why = self._perform(self._core.handle(self._event(frames), now), now) or why
         if beats:
@@ -150,6 +212,8 @@ class Broker:
                 case Publish(fact):
                     with suppress(zmq.Again):  # facts are for observers; a slow one misses some
                         self._pub.send_multipart(encode(Envelope(0, 0, 0, fact)), zmq.NOBLOCK)
+                case Write() if self._journal:
+                    self._journal.write(action)
                 case Log(level, text):
                     getattr(log, level)(text)
                 case Shrunk():
@@ -170,16 +234,16 @@ class Broker:
             return Undelivered(peer, "unreachable")
         return None
 
-    def _write_file(self, name: str, addresses: Addresses) -> ConnectionFile:
+    def _write_file(self, name: str, identity: _Identity) -> ConnectionFile:
         keys = self._keys
         file = ConnectionFile(
             name=name,
-            cluster_id=secrets.token_hex(16),
+            cluster_id=identity.cluster_id,
             host=this_host(),
             pid=os.getpid(),
             python=platform.python_version(),
             zmqsched=__version__,
-            addresses=addresses,
+            addresses=identity.addresses,
             server_key=keys.server_public.decode() if keys else "",
             client_public=keys.client_public.decode() if keys else "",
             client_secret=keys.client_secret.decode() if keys else "",
@@ -194,6 +258,11 @@ class Broker:
         if self._authenticator:
             self._authenticator.stop()
         self._ctx.term()
+        self._let_go(journal_is_done=self._core.keeps_nothing)
+
+    def _let_go(self, *, journal_is_done: bool) -> None:
+        if self._journal:
+            self._journal.close(remove=journal_is_done)
         self.lock.remove()
 
 

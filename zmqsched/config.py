@@ -94,6 +94,20 @@ def _configured_runtime_dir() -> Path:
     return Path(f"/tmp/zmqsched-{os.geteuid()}")
 
 
+def journal_path(name: str) -> Path:
+    """Where the journal of the cluster of this name lies unless told otherwise: where it survives a reboot.
+
+    ``$ZMQSCHED_DIR/.journals``, else ``$XDG_STATE_HOME/zmqsched``, else ``~/.local/state/zmqsched``.
+    """
+    if chosen := os.environ.get("ZMQSCHED_DIR"):
+        directory = Path(chosen).expanduser().absolute() / ".journals"
+    elif state := os.environ.get("XDG_STATE_HOME"):
+        directory = Path(state, "zmqsched")
+    else:
+        directory = Path.home() / ".local" / "state" / "zmqsched"
+    return directory / f"{check_name(name)}.journal"
+
+
 def make_private(directory: Path) -> None:
     """Make the directory with mode 0700, or check that it is one that only this user can enter.
 
@@ -396,8 +410,9 @@ class ClusterLock:
     the broker's death. The broker forks nothing; its children are exec-ed, which closes the file.
     """
 
-    def __init__(self, directory: Path, fd: int) -> None:
+    def __init__(self, directory: Path, fd: int, *, was_left: bool) -> None:
         self.directory = directory
+        self.was_left = was_left  # a broker died here and was not followed by another so far
         self._fd = fd
 
     @classmethod
@@ -421,8 +436,9 @@ class ClusterLock:
             except OSError as error:
                 raise ConnectionFileError(_not_made(directory, error)) from None
             if fd is not None:
+                was_left = (directory / CONNECTION_FILE).exists()
                 (directory / CONNECTION_FILE).unlink(missing_ok=True)
-                return cls(directory, fd)
+                return cls(directory, fd, was_left=was_left)
             time.sleep(_LOCK_PAUSE_S)
         raise ClusterExists(
             f"a cluster named {name!r} is running already: stop it (zmqsched down {name}) or choose another name"
@@ -537,7 +553,7 @@ def _remove_stale(directory: Path) -> None:
     with contextlib.suppress(OSError, ConnectionFileError):
         fd = _try_lock(directory)
         if fd is not None:
-            ClusterLock(directory, fd).remove()
+            ClusterLock(directory, fd, was_left=False).remove()
 
 
 def remove_cluster_dir(name: str) -> None:

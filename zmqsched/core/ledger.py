@@ -75,10 +75,6 @@ class Ledger:
         """Something is to be written, or is being written."""
         return bool(self._records or self._finals or self._commits)
 
-    def opened(self, size: int) -> None:
-        """The journal was there, of this many bytes."""
-        self._bytes = size
-
     def record(self, owner: bytes, body: RecordMessage) -> None:
         self._records.append(Record(owner, body))
 

@@ -1001,8 +1001,8 @@ class Scheduler:
         records.append(Record(b"", Present(list(self._by_incarnation))))
         return records
 
-    def restore(self, records: Iterable[Record], size: int, now: float) -> None:
-        """Play a journal of this many bytes; before the first event.
+    def restore(self, records: Iterable[Record], now: float) -> None:
+        """Play a journal; before the first event.
 
         What it cannot know is learned from the peers: nodes say what they run, clients ask again for what they wait for.
         """
@@ -1022,7 +1022,6 @@ class Scheduler:
         if not self._expected:
             self._settled_at = min(self._settled_at, now)
         self._load.answers = self._kept_for_clients()
-        ledger.opened(size)
         self._ledger = ledger
         self._out.append(Log("info", f"journal: {len(self._tasks)} unfinished tasks, {len(self._expected)} nodes expected"))
 
