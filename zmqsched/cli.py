@@ -106,6 +106,12 @@ class _Wanted:
     tags: tuple[str, ...]
     listen: str | None
     max_queued: int | None
+    journal: str | None
+
+    @property
+    def keeps_journal(self) -> bool | str:
+        """As LocalCluster takes it. No word of it is the usual place, an empty one none."""
+        return True if self.journal is None else self.journal or False
 
 
 def _count(ctx: click.Context, parameter: click.Parameter, number: int | None) -> int | None:
@@ -167,6 +173,11 @@ def _size(ctx: click.Context, parameter: click.Parameter, text: str | None) -> i
     "--max-queued", metavar="SIZE", callback=_size,
     help="What the broker holds of tasks and results (500M, 2G) before clients wait.  [default: a quarter of the memory]",
 )  # fmt: skip
+@click.option(
+    "--journal", metavar="FILE",
+    help="Keep tasks and answers there, for when the broker dies.  [default: in your state directory]",
+)  # fmt: skip
+@click.option("--no-journal", "journal", flag_value="", help="Keep them in memory alone.")
 @click.option("--detach", is_flag=True, help="Return when it is ready; it runs on in the background.")
 @click.option("--ready-fd", type=int, hidden=True)
 def up(workers: int | None, nodes: int, detach: bool, ready_fd: int | None, **settings: Any) -> int:
@@ -188,10 +199,11 @@ def _stay_up(wanted: _Wanted, starter: Starter) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     with LocalCluster(
         wanted.workers, name=wanted.name, n_nodes=wanted.nodes, policy=wanted.policy, resources=wanted.resources,
-        tags=wanted.tags, listen=wanted.listen, max_queued=wanted.max_queued,
+        tags=wanted.tags, listen=wanted.listen, journal=wanted.keeps_journal, max_queued=wanted.max_queued,
     ) as cluster:  # fmt: skip
         stop = StopSignals(until_eof=False)  # from here on nothing is interrupted, the clean-up least of all
         signal.signal(signal.SIGCHLD, _nothing)
+        cluster._changed = stop.wake
         _greet(wanted, cluster.file)
         starter.ready({"pid": os.getpid(), "file": str(_path(cluster.file))})
         why = _watch(cluster, stop)
@@ -232,7 +244,7 @@ def _watch(cluster: LocalCluster, stop: StopSignals) -> str:
     """Until the cluster is to end: a signal's name, or how the broker ended. Nodes that die meanwhile are told of."""
     nodes = list(cluster.node_pids)
     while True:
-        if how := _ended(cluster.broker_pid):
+        if how := cluster.broker_death:
             return "zmqsched down" if how == "exit code 0" else how
         dead = {pid: how for pid in nodes if (how := _ended(pid))}
         ready = select.select(stop.descriptors, [], [], STOPPING_S if dead else None)[0]
@@ -292,6 +304,8 @@ def _arguments(wanted: _Wanted) -> list[str]:
     arguments = ["up", f"-n{wanted.workers}", f"--nodes={wanted.nodes}", f"--policy={wanted.policy}"]
     arguments += [f"--resource={name}={amount}" for name, amount in wanted.resources.items()]
     arguments += [f"--tag={tag}" for tag in wanted.tags]
+    if wanted.journal is not None:
+        arguments.append(f"--journal={wanted.journal}" if wanted.journal else "--no-journal")
     if wanted.listen is not None:  # bare, it would take a word that follows for its address
         arguments.append(f"--listen={wanted.listen}" if wanted.listen else "--listen")
     if wanted.max_queued is not None:

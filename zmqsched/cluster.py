@@ -2,6 +2,9 @@
 
 Nothing is left behind: the children read their standard input, which ends when this process does, however it ends; each
 removes what it made. The children are sessions of their own, so a Ctrl-C in a terminal or notebook does not reach them.
+
+A broker that dies is followed by another: with a journal that one knows the tasks, without one the clients submit again
+what is unanswered. One that keeps dying is given up.
 """
 
 from __future__ import annotations
@@ -18,23 +21,26 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from . import errors
-from .config import CONNECTION_FILE, ConnectionFile, check_name, cluster_dir, is_held, remove_cluster_dir
+from .config import CONNECTION_FILE, STOPPING_FILE, ConnectionFile, check_name, cluster_dir, is_held, remove_cluster_dir
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .errors import StartError, ZmqschedError
 from .host import usable_cpus
 from .options import amounts, integer, task_tags
-from .shell import BROKER_ENVIRONMENT
+from .shell import BROKER_ENVIRONMENT, log
 from .sockets import listen_address
 
 START_TIMEOUT_S = 20.0
 MAX_WORKERS = 10_000
 MAX_QUEUED = 1 << 60
 STOP_TIMEOUT_S = 3.0
+# A broker that dies more often than so is not followed by another: whatever kills it would go on.
+MAX_RESTARTS, RESTARTS_WITHIN_S = 5, 60.0
 
 _numbers = itertools.count(1)
 _running: weakref.WeakSet[LocalCluster] = weakref.WeakSet()
@@ -61,6 +67,9 @@ class LocalCluster:
     max_queued
         Bytes of tasks and results that the broker holds before ``submit`` waits; by default a quarter of the memory, at
         least 256 MiB.
+    journal
+        Whether tasks and answers survive the broker's death by themselves: True (if the cluster is given a name), False,
+        or a file to keep them in, instead of one in the user's state directory.
 
     Raises
     ------
@@ -83,6 +92,7 @@ class LocalCluster:
         tags: Iterable[str] = (),
         listen: str | None = None,
         max_queued: int | None = None,
+        journal: bool | str | os.PathLike[str] | None = None,
     ) -> None:
         n_workers = usable_cpus() if n_workers is None else n_workers
         integer("n_workers", n_workers, 1, MAX_WORKERS)
@@ -99,18 +109,26 @@ class LocalCluster:
         self._path = cluster_dir(self.name) / CONNECTION_FILE
         self._processes: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
+        self._fate = ""
+        self._changed: Callable[[], None] = _nothing
+        self._closing = os.eventfd(0, os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._closing).atexit = False  # close() still needs it then
         offers = [f"--resource={key}={amount}" for key, amount in amounts(resources or {}).items()]
         offers += [f"--tag={tag}" for tag in task_tags(tags)]
-        broker = ["broker", "--name", self.name, "--policy", policy, *(["--listen", listen] if listen is not None else [])]
-        broker += [f"--max-queued={max_queued}"] if max_queued is not None else []
+        self._broker = ["broker", f"--name={self.name}", f"--policy={policy}"]
+        self._broker += ["--listen", listen] if listen is not None else []
+        self._broker += _journal_option(name is not None if journal is None else journal)
+        self._broker += [f"--max-queued={max_queued}"] if max_queued is not None else []
         starting: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
         try:
             check_free(self.name)
             # Nodes start beside the broker and wait for its file: a start costs one interpreter's time, not two.
-            starting.append(self._start(broker, {**os.environ, **BROKER_ENVIRONMENT}))
+            starting.append(self._start_broker())
+            self._processes.append(starting[-1][0])
             for index in range(n_nodes):
                 slots = n_workers // n_nodes + (index < n_workers % n_nodes)
-                starting.append(self._start(_node_command(self._path, slots, offers), _node_environment()))
+                starting.append(_start(_node_command(self._path, slots, offers), _node_environment()))
+                self._processes.append(starting[-1][0])
             ready = [wait_until_ready(process, pipe) for process, pipe in starting]
         except BaseException:
             self.close()
@@ -121,10 +139,12 @@ class LocalCluster:
         self.broker_pid: int = ready[0]["pid"]
         self.node_pids: list[int] = [facts["pid"] for facts in ready[1:]]
         self.file = ConnectionFile.load(self._path)
+        threading.Thread(target=_supervise, args=(weakref.ref(self),), name="zmqsched cluster", daemon=True).start()
         _running.add(self)
 
     def close(self) -> None:
         """Stop everything, and wait for it: no process, file or socket is left. Idempotent."""
+        os.eventfd_write(self._closing, 1)
         with self._lock:
             processes, self._processes = self._processes, []
         for process in reversed(processes):  # nodes first: they say goodbye
@@ -142,16 +162,8 @@ class LocalCluster:
 
     @property
     def broker_death(self) -> str:
-        """How the broker ended, if it did without being told to; "" while it runs, and after :meth:`close`."""
-        processes = self._processes
-        code = processes[0].poll() if processes else None
-        if code is None:
-            return ""
-        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-
-    def wait(self) -> None:
-        """Return when the broker has ended."""
-        self._processes[0].wait()
+        """How the broker ended, if it did and none has followed it; "" while one runs, and after :meth:`close`."""
+        return self._fate if self._processes else ""
 
     def __enter__(self) -> LocalCluster:
         return self
@@ -166,18 +178,83 @@ class LocalCluster:
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(f"a LocalCluster cannot be pickled: it owns processes; elsewhere use Client({self.name!r})")
 
-    def _start(self, command: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-        read, write = os.pipe()
-        with os.fdopen(write, "wb"):
-            process = subprocess.Popen(
-                [sys.executable, "-m", "zmqsched", *command, "--until-eof", "--log-level=error", f"--ready-fd={write}"],
-                stdin=subprocess.PIPE,
-                pass_fds=[write],
-                start_new_session=True,
-                env=environment,
-            )
-        self._processes.append(process)
-        return process, os.fdopen(read, "rb")
+    def _start_broker(self) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+        return _start(self._broker, {**os.environ, **BROKER_ENVIRONMENT})
+
+    def _follow(self, died: str) -> None:
+        """The broker died: start the next, or say why there is none."""
+        process, pipe = self._start_broker()
+        with self._lock:
+            if not self._processes:  # closed meanwhile
+                process.kill()
+                process.wait()
+                return
+            self._processes[0] = process
+        try:
+            facts = wait_until_ready(process, pipe)
+        except ZmqschedError as error:
+            self._give_up(f"{died}, and no other could be started: {error}")
+            return
+        self.broker_pid = facts["pid"]
+        self.file = ConnectionFile.load(self._path)
+        log.warning("zmqsched: the broker of cluster %s died (%s); another follows it, pid %d", self.name, died, self.broker_pid)
+        self._changed()
+
+    def _give_up(self, why: str) -> None:
+        self._fate = why
+        self._changed()
+
+
+def _supervise(reference: weakref.ref[LocalCluster]) -> None:
+    """Until the cluster is closed, given up, or forgotten."""
+    deaths: deque[float] = deque(maxlen=MAX_RESTARTS)
+    while (cluster := reference()) is not None and cluster._processes:
+        broker, closing = cluster._processes[0], cluster._closing
+        del cluster
+        closed = _wait_for_end(broker.pid, closing)
+        cluster = reference()
+        if closed or cluster is None:
+            return
+        code = broker.wait()
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        often = len(deaths) == MAX_RESTARTS and time.monotonic() - deaths[0] < RESTARTS_WITHIN_S
+        if code == 0 or often or (cluster_dir(cluster.name) / STOPPING_FILE).exists():
+            cluster._give_up(f"{how}, the {MAX_RESTARTS + 1}th within {RESTARTS_WITHIN_S:.0f} s" if often else how)
+            return
+        deaths.append(time.monotonic())
+        cluster._follow(how)
+
+
+def _wait_for_end(child: int, closing: int) -> bool:
+    """Wait until the child has ended, or (True) the cluster is closed."""
+    process = os.pidfd_open(child)
+    try:
+        return closing in select.select([process, closing], [], [])[0]
+    finally:
+        os.close(process)
+
+
+def _nothing() -> None:
+    """Nobody else wants to know."""
+
+
+def _journal_option(journal: bool | str | os.PathLike[str]) -> list[str]:
+    if journal is True:
+        return ["--journal"]
+    return [f"--journal={os.fspath(journal)}"] if journal else []
+
+
+def _start(command: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
+    read, write = os.pipe()
+    with os.fdopen(write, "wb"):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "zmqsched", *command, "--until-eof", "--log-level=error", f"--ready-fd={write}"],
+            stdin=subprocess.PIPE,
+            pass_fds=[write],
+            start_new_session=True,
+            env=environment,
+        )
+    return process, os.fdopen(read, "rb")
 
 
 def _node_command(path: Path, slots: int, offers: list[str]) -> list[str]:

@@ -56,6 +56,8 @@ STALE_AFTER_S = 5.0
 DEFAULT_CLUSTER = "default"
 LOCK_FILE = "lock"
 CONNECTION_FILE = "connection.json"
+# There while somebody ends the cluster by force: no broker is to follow the one that is killed.
+STOPPING_FILE = "stopping"
 # Raised when a field changes its meaning; new fields with defaults leave it alone.
 FILE_FORMAT = 1
 # sockaddr_un holds 108 bytes and libzmq wants one for the closing zero.

@@ -43,6 +43,11 @@ class StopSignals:
         signal.signal(signal.SIGINT, _nothing)
         self.descriptors = [self._read.fileno(), *([0] if until_eof else [])]
 
+    def wake(self) -> None:
+        """From another thread: make the first descriptor readable, with no reason to stop."""
+        with contextlib.suppress(BlockingIOError):  # it is
+            self._write.send(b"\0")
+
     def read(self, descriptor: int) -> str:
         """Why to stop: "SIGTERM", "SIGINT", "end of input", or "" if there is no reason."""
         if descriptor == 0:

@@ -17,7 +17,7 @@ import psutil
 
 from .client import Client
 from .cluster import STOP_TIMEOUT_S
-from .config import CONNECTION_FILE, ConnectionFile, cluster_dir, is_held, remove_cluster_dir, this_host
+from .config import CONNECTION_FILE, STOPPING_FILE, ConnectionFile, cluster_dir, is_held, remove_cluster_dir, this_host
 from .core.events import Tell
 from .errors import BrokerUnreachable, ClusterExists, ClusterLost, ConnectionFileError, ZmqschedError
 from .protocol import Query, Shutdown
@@ -45,6 +45,7 @@ def stop_cluster(file: ConnectionFile) -> None:
                 f"the cluster {file.name!r} does not react, and its broker (process {file.pid} of host {file.host}) "
                 "cannot be ended from here"
             )
+        (cluster_dir(file.name) / STOPPING_FILE).touch(mode=0o600)
         with contextlib.suppress(psutil.Error):
             processes[0].terminate()
     for process in _running(processes, END_TIMEOUT_S):

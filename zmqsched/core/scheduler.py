@@ -364,6 +364,7 @@ class Scheduler:
                 self._progress(node, message, now)
             case Workers(workers):
                 node.workers = workers
+                self._is_back(node, now)
             case NeedFunctions(digests):
                 known = [Function(d, self._functions[d]) for d in digests if d in self._functions]
                 for batch in batches(known, _function_bytes):
@@ -422,7 +423,11 @@ class Scheduler:
             if line := self._offences.line(now):
                 self._out.append(Log("warning", line))
             self._shrink()
-        if now >= self._settled_at:
+        ends = self._end_at < math.inf and (now >= self._end_at or self._sessions.empty)
+        if ends:  # what clients wanted ends with the cluster, what jobs hold does not
+            for owner in [owner for owner in self._owners if not owner.job]:
+                self._owner_gone(owner)
+        elif now >= self._settled_at:
             self._dispatch()
         elif self._settled_at == math.inf:  # the first moment of this broker
             self._settled_at = now + self.settings.settle_s
@@ -430,7 +435,7 @@ class Scheduler:
         if self._ledger is not None:
             self._commit(self._ledger, now, hurry=begins_round)
         self._flush(now)
-        if self._end_at < math.inf and (now >= self._end_at or self._sessions.empty):
+        if ends:
             self._out.append(Quit(self._end_why))
 
     # --- hello and goodbye -------------------------------------------------------------------------------------------
@@ -546,6 +551,9 @@ class Scheduler:
             if (task := self._tasks.get(attempt.task)) is not None:
                 self._adopt(task)
         self._record(b"", Present(list(self._by_incarnation)))
+
+    def _is_back(self, node: Node, now: float) -> None:
+        """What it had to say of its last session it has said by now."""
         if self._expected is not None:
             self._expected.discard(node.incarnation)
             if not self._expected:
@@ -979,8 +987,8 @@ class Scheduler:
 
     @property
     def keeps_nothing(self) -> bool:
-        """No task is open and no answer kept: a journal of this state is empty."""
-        return not self._tasks and not any(owner.answers or owner.unwritten for owner in self._owners)
+        """No task that anybody wants is open, and no answer kept: a journal of this state is empty."""
+        return not any(owner.open or owner.answers or owner.unwritten for owner in self._owners)
 
     def _snapshot(self) -> list[Record]:
         """Records that ``restore`` makes the present state of."""
