@@ -20,6 +20,7 @@ import psutil
 import pytest
 
 from zmqsched import Client, LocalCluster
+from zmqsched.config import STOPPING_FILE, cluster_dir
 
 # What is waited for comes within milliseconds; on a machine that does other things too, later. Nobody waits so long for
 # what has to happen, only for what a bug keeps from happening.
@@ -41,6 +42,12 @@ def alive(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def end_broker(cluster: LocalCluster) -> None:
+    """Kill the broker for good: no other follows it, as when somebody ends the cluster by force."""
+    (cluster_dir(cluster.name) / STOPPING_FILE).touch()
+    os.kill(cluster.broker_pid, signal.SIGKILL)
 
 
 def processes_knowing(directory: Path) -> dict[int, str]:

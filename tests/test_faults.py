@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import Gate, alive, eventually, processes_knowing
+from conftest import Gate, alive, end_broker, eventually, processes_knowing
 
 from zmqsched import Client, LocalCluster, WaitGroup, errors
 from zmqsched.core.requests import Requests
@@ -259,7 +259,37 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("impatient")
-def test_a_broker_is_killed(clusters, gate):
+@pytest.mark.parametrize("journal", [False, True])
+def test_a_broker_is_killed_and_followed(journal, clusters, gate, tmp_path):
+    with LocalCluster(1, journal=tmp_path / "journal" if journal else False) as cluster, Client(cluster) as client:
+        running, queued = client.submit(gate.task, abs, -1), client.submit(abs, -2)
+        group = WaitGroup(client)
+        group.go(abs, -1)
+        gate.wait_until_begun()
+        killed = cluster.broker_pid
+        kill(killed)
+        eventually(lambda: cluster.broker_pid != killed)
+        counts = eventually(lambda: (found := client.status().counts).get("adopted") and found)
+        gate.open()
+        assert (running.result(15), queued.result(15)) == (1, 2)
+        group.wait(timeout=15)
+        assert gate.begun() == 1, "the running task was adopted, not run again"
+        assert counts["submitted again" if journal else "accepted"] == 3
+        assert client.submit(abs, -3).result(15) == 3
+
+
+def test_answers_that_came_while_the_broker_was_dead(clusters, gate, tmp_path):
+    with LocalCluster(2, journal=tmp_path / "journal") as cluster, Client(cluster) as client:
+        futures = [client.submit(gate.task, abs, -n) for n in range(2)]
+        gate.wait_until_begun(2)
+        os.kill(cluster.broker_pid, signal.SIGSTOP)
+        gate.open()
+        kill(cluster.broker_pid)
+        assert [future.result(15) for future in futures] == [0, 1]
+        assert gate.begun() == 2
+
+
+def test_a_broker_is_killed_for_good(clusters, gate):
     with LocalCluster(1) as cluster:
         client = Client(cluster)
         running, queued = client.submit(gate.task), client.submit(abs, -1)
@@ -269,7 +299,7 @@ def test_a_broker_is_killed(clusters, gate):
         waiting = threading.Thread(target=lambda: outcome.append(_outcome(lambda: group.wait(timeout=15))))
         waiting.start()
         gate.wait_until_begun()
-        kill(cluster.broker_pid)
+        end_broker(cluster)
         for future in (running, queued):
             with pytest.raises(errors.ClusterLost, match=r"silent|SIGKILL") as raised:
                 future.result(timeout=15)
@@ -465,6 +495,6 @@ def test_a_gate_holds(gate: Gate, client):
 def test_a_local_clusters_client_learns_soon_how_its_broker_died():
     with LocalCluster(1) as cluster, Client(cluster) as client:
         future = client.submit(time.sleep, 30)
-        kill(cluster.broker_pid)
+        end_broker(cluster)
         with pytest.raises(errors.ClusterLost, match="SIGKILL"):
             future.result(timeout=15)

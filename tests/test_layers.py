@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "zmqsched"
 
 CORE_MAY = {"errors", "config", "protocol"}
 SHELL_MAY = CORE_MAY | {
-    "core", "sockets", "pipes", "broker", "journal", "monitor", "node", "nursery", "orphans", "blackbox", "shell", "host", "version",
+    "core", "sockets", "pipes", "broker", "journal", "monitor", "node", "nursery", "orphans", "blackbox", "shell", "host",
+    "version",
 }  # fmt: skip
 EDGE_MAY = CORE_MAY | {"core", "payload", "sockets", "pipes"}
 

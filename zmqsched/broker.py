@@ -120,7 +120,7 @@ class Broker:
             if self._authenticator:  # its socket is its thread's: closed from here, libzmq aborts the process
                 self._authenticator.stop()
             self._ctx.destroy(linger=0)
-            self._let_go(journal_is_done=False)
+            self._let_go(journal_is_done=self._core.keeps_nothing)
             raise
         cluster_id = before.cluster_id if before else secrets.token_hex(16)
         identity = _Identity(cluster_id, listen or "", Addresses(work, self._monitor.addresses, status), self._keys)

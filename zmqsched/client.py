@@ -33,13 +33,13 @@ from .config import CONNECT_TIMEOUT_S, ConnectionFile, find_cluster
 from .core import events
 from .core.events import ClientAction, ClientEvent
 from .core.load import call_bytes
-from .core.requests import Requests
-from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, ProtocolError, Refused, ZmqschedError
+from .core.requests import DELIVERY_TIMEOUT_S, Requests
+from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, JobNotFound, ProtocolError, Refused, ZmqschedError
 from .futures import Future
 from .host import where
 from .options import boolean, exception_types, integer, seconds, short_name, task_resources, task_tags, time_limit
 from .payload import Chunk, FunctionPickler, pack_call, pack_kinds, short_form, unpack_exception, unpack_value
-from .protocol import ClientHello, Envelope, Final, Options, Payload, Query, Report, Shape, decode, encode
+from .protocol import ClientHello, Envelope, Final, Follow, JobTasks, Options, Payload, Query, Report, Shape, decode, encode
 from .records import NodeInfo, Status, WorkerInfo, node_infos, status_of, worker_infos
 from .worker import in_worker
 
@@ -143,6 +143,7 @@ class Tasks(concurrent.futures.Executor):
         retry_on: type[BaseException] | tuple[type[BaseException], ...] | None = None,
         backoff: float | None = None,
         timeout: float | None = None,
+        job: str | None = None,
     ) -> TaskOptions:
         """A view of this client that submits with these settings; what is not given stays as it is here.
 
@@ -171,6 +172,9 @@ class Tasks(concurrent.futures.Executor):
         requeue
             False: never run a second time after a worker or node died while it may have been running; with
             ``retries=0`` the task is executed at most once.
+        job
+            Submit under this name: the tasks outlive this client, and :meth:`Client.job` of any client gives their
+            futures. Results are kept for 24 hours after the last of them.
         """
         return TaskOptions(
             self._client,
@@ -184,6 +188,7 @@ class Tasks(concurrent.futures.Executor):
                 requeue=self._options.requeue if requeue is None else boolean("requeue", requeue),
                 backoff=self._options.backoff if backoff is None else seconds("backoff", backoff),
                 timeout=self._options.timeout if timeout is None else time_limit("timeout", timeout),
+                job=self._options.job if job is None else short_name(job),
             ),
             self._retry_on if retry_on is None else pack_kinds(exception_types(retry_on)),
         )
@@ -257,12 +262,14 @@ class Client(Tasks):
         self._prefix = secrets.token_bytes(8)
         self._numbers = itertools.count(1)
         self._futures: dict[bytes, Future[Any]] = {}
+        self._kept: set[bytes] = set()  # those that are a job's: they outlive this client
         self._requests: dict[int, concurrent.futures.Future[Any]] = {}
         self._inbox: deque[Submission | ClientEvent] = deque()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         # Closed with the object and not before, nor at exit: a late cancel() may still write to it.
         weakref.finalize(self, _wake_and_close, self._wake).atexit = False
         self._awake = False
+        self._parted = False  # the core has said goodbye
         self._began: concurrent.futures.Future[str] = concurrent.futures.Future()
         self._ctx = sockets.context()
         try:
@@ -293,6 +300,21 @@ class Client(Tasks):
     def status(self) -> Status:
         """The cluster at this moment: nodes, tasks by state, and what has happened so far."""
         return status_of(self._report())
+
+    def job(self, name: str) -> list[Future[Any]]:
+        """The futures of all tasks that any client has submitted under this name (``options(job=name)``), those of one
+        client in the order of their submission. Tasks that have ended are done, or about to be.
+
+        Raises
+        ------
+        JobNotFound
+            The cluster knows no task of that job.
+        """
+        name = short_name(name)
+        futures: list[Future[Any]] = self._ask(lambda request: Follow(request, name))
+        if not futures:
+            raise JobNotFound(f"the cluster {self.cluster_name!r} knows no task of a job {name!r}")
+        return futures
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As ``Executor.shutdown``: take nothing more, and (``wait``) return when all futures are done.
@@ -342,7 +364,7 @@ class Client(Tasks):
     ) -> Future[T]:
         self._check_usable()
         task = self._prefix + next(self._numbers).to_bytes(8, "big")
-        future: Future[T] = Future(task, self._withdraw, self._check_may_wait)
+        future: Future[T] = self._future(task)
         try:
             digest, blob = self._functions.pack(fn, retry_on if options.retries else b"")
             call = pack_call(args, kwargs)
@@ -357,9 +379,14 @@ class Client(Tasks):
             self._asked += call_bytes(call)
             self._futures[task] = future
             _needed_clients.add(self)
+            if options.job:
+                self._kept.add(task)
             self._inbox.append(Submission(task, Shape(digest, options, short_form(fn)), call, blob))
         self._nudge()
         return future
+
+    def _future(self, task: bytes) -> Future[Any]:
+        return Future(task, self._withdraw, self._check_may_wait)
 
     @property
     def _waiting(self) -> int:
@@ -412,9 +439,13 @@ class Client(Tasks):
         return request, reply
 
     def _report(self) -> Report:
-        request, reply = self._request(Query)
+        return cast(Report, self._ask(Query))
+
+    def _ask(self, make: Callable[[int], Any]) -> Any:
+        """What the broker answers to the message that ``make(request)`` is."""
+        request, reply = self._request(make)
         try:
-            return cast(Report, reply.result(QUERY_TIMEOUT_S))
+            return reply.result(QUERY_TIMEOUT_S)
         except concurrent.futures.TimeoutError:
             self._requests.pop(request, None)
             raise BrokerUnreachable(f"the broker did not answer within {QUERY_TIMEOUT_S:.0f} s") from None
@@ -467,8 +498,8 @@ class Client(Tasks):
             self._closed = True
             self._room.notify_all()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
-            self._post(events.Leave(False, "client closed"))
-            self._thread.join(CLOSE_TIMEOUT_S)
+            self._post(events.Leave(bool(self._kept), "client closed"))
+            self._thread.join(CLOSE_TIMEOUT_S + (DELIVERY_TIMEOUT_S if self._kept else 0.0))
         _open_clients.discard(self)
         if self._owned:
             self._owned.close()
@@ -480,7 +511,7 @@ class Client(Tasks):
         now = time.monotonic()
         if nudged:
             os.eventfd_read(self._wake)
-        stay = self._take_inbox(now)
+        self._take_inbox(now)
         for frames in sockets.receive_all(self._dealer, MAX_MESSAGES_PER_TURN):
             try:
                 envelope = decode([frame.buffer for frame in frames])
@@ -492,11 +523,10 @@ class Client(Tasks):
         if self._blocked and self._waiting < MAX_WAITING_BYTES:
             with self._lock:
                 self._room.notify_all()
-        return stay and self._broken is None
+        return not self._parted and self._broken is None
 
-    def _take_inbox(self, now: float) -> bool:
+    def _take_inbox(self, now: float) -> None:
         self._awake = False  # before the inbox is read: who finds it raised has put its item in before that
-        stay = True
         tasks: list[tuple[bytes, Shape, Payload]] = []
         functions: dict[bytes, Payload] = {}
         for _ in range(len(self._inbox)):
@@ -510,10 +540,8 @@ class Client(Tasks):
                 self._perform(self._core.handle(events.Ask(tasks, functions), now))
                 tasks, functions = [], {}
             self._perform(self._core.handle(item, now))
-            stay = stay and not isinstance(item, events.Leave)
         if tasks:
             self._perform(self._core.handle(events.Ask(tasks, functions), now))
-        return stay
 
     def _perform(self, actions: list[ClientAction]) -> None:
         for action in actions:
@@ -530,7 +558,9 @@ class Client(Tasks):
                 case events.Replied(message):
                     reply = self._requests.pop(message.request, None)
                     if reply is not None:
-                        reply.set_result(message)
+                        reply.set_result(self._followed(message) if isinstance(message, JobTasks) else message)
+                case events.Quit():
+                    self._parted = True
                 case events.Began(welcome):
                     if not self._began.done():
                         self._began.set_result(welcome.name)
@@ -564,6 +594,13 @@ class Client(Tasks):
         except KeyboardInterrupt:  # raised by what was unpickled: Ctrl-C reaches the main thread only
             error = errors.ResultDecodeError("unpickling the task's result raised KeyboardInterrupt")
         _settle(future, value, error)
+
+    def _followed(self, listed: JobTasks) -> list[Future[Any]]:
+        """Futures for all of a job's tasks, before any of their answers is looked at."""
+        with self._lock:
+            self._kept.update(listed.tasks)
+            known = self._futures
+            return [known.get(task) or known.setdefault(task, self._future(task)) for task in listed.tasks]
 
     def _now_running(self, task: bytes) -> None:
         future = self._futures.get(task)
@@ -696,9 +733,11 @@ def _failure(final: Final) -> BaseException:
 
 
 def _close_all() -> None:
-    """At exit nothing waits: what is unfinished is cancelled, and said."""
+    """At exit nothing waits: what is unfinished is cancelled, and said. What was submitted under a job's name goes on."""
     for client in list(_open_clients):
-        unfinished = sum(not future.done() for future in client._futures.values())
-        if unfinished:
-            warnings.warn(f"zmqsched: the program ends with {unfinished} tasks unfinished; they are cancelled", stacklevel=1)
-        client.shutdown(wait=False, cancel_futures=True)
+        mine = [future for task, future in list(client._futures.items()) if task not in client._kept and not future.done()]
+        if mine:
+            warnings.warn(f"zmqsched: the program ends with {len(mine)} tasks unfinished; they are cancelled", stacklevel=1)
+        for future in mine:
+            future.cancel()
+        client._close()

@@ -189,6 +189,7 @@ class LocalCluster:
                 process.kill()
                 process.wait()
                 return
+            _close_input(self._processes[0])
             self._processes[0] = process
         try:
             facts = wait_until_ready(process, pipe)
@@ -197,7 +198,7 @@ class LocalCluster:
             return
         self.broker_pid = facts["pid"]
         self.file = ConnectionFile.load(self._path)
-        log.warning("zmqsched: the broker of cluster %s died (%s); another follows it, pid %d", self.name, died, self.broker_pid)
+        log.warning("zmqsched: the broker of cluster %s died (%s); pid %d follows it", self.name, died, self.broker_pid)
         self._changed()
 
     def _give_up(self, why: str) -> None:

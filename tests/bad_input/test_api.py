@@ -23,7 +23,7 @@ from pathlib import Path
 
 import pytest
 import zmq
-from conftest import eventually
+from conftest import end_broker, eventually
 
 from zmqsched import Client, LocalCluster, errors
 from zmqsched.config import CONNECTION_FILE, Addresses, ConnectionFile, cluster_dir, find_cluster
@@ -586,8 +586,9 @@ def test_63_a_connection_file_that_is_stale(clusters, tmp_path):
 def test_63_a_connection_file_of_a_broker_that_was_killed(clusters):
     with LocalCluster(1) as cluster:
         path = cluster_dir(cluster.name) / CONNECTION_FILE
-        os.kill(cluster.broker_pid, signal.SIGKILL)
-        eventually(lambda: path.exists())
+        end_broker(cluster)
+        eventually(lambda: cluster.broker_death)
+        assert path.exists()
         with within(3), pytest.raises(errors.BrokerUnreachable):
             Client(path, timeout=1)
         with within(1), pytest.raises(errors.ClusterNotFound, match=f"no cluster named '{cluster.name}' runs here"):

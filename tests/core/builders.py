@@ -800,7 +800,7 @@ class Desk:
             if isinstance(action, ToBroker):
                 self._hear(over_the_wire(action.envelope))
             else:
-                assert isinstance(action, Began | Finished | NowRunning | Replied | Warned | Broken)
+                assert isinstance(action, Began | Finished | NowRunning | Replied | Warned | Broken | Quit)
                 self.actions.append(action)
 
     def turn(self) -> None:

@@ -65,7 +65,7 @@ class Undelivered(NamedTuple):
 
 class Leave(NamedTuple):
     """Somebody wants this process to end, in order: a node when it has finished what it runs, or now; a broker with its
-    cluster, as soon as everybody was told."""
+    cluster, as soon as everybody was told; a client when what it submitted is accepted, or now."""
 
     drain: bool
     reason: str
@@ -282,4 +282,4 @@ class Broken(NamedTuple):
 
 
 ClientEvent = Ask | Withdraw | Tell | Reached | Reconnected | Unreadable | Leave | Tick
-ClientAction = ToBroker | Began | Finished | NowRunning | Replied | Warned | Broken
+ClientAction = ToBroker | Began | Finished | NowRunning | Replied | Warned | Broken | Quit

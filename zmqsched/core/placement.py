@@ -156,6 +156,7 @@ class Placement:
         task.move(ASSIGNED)
         task.attempt = attempt
         task.node = node.id
+        node.credit = max(node.credit, node.assigned + 1)  # it did not count what it ran for nobody
         self._turn += 1
         node.take(task, self._turn)
         self.changed(node)

@@ -11,6 +11,7 @@ overtake the tasks asked for before it (all about WaitGroups) waits behind them.
 
 from __future__ import annotations
 
+import math
 from collections import Counter, deque
 from collections.abc import Callable
 from itertools import islice
@@ -60,6 +61,7 @@ from .events import (
     Finished,
     Leave,
     NowRunning,
+    Quit,
     Reached,
     Reconnected,
     Replied,
@@ -77,6 +79,7 @@ from .uplink import Uplink
 
 MAX_SENT_FUNCTIONS = 4_096  # digests remembered as sent; past it, functions are sent again
 WARN_AFTER_S = 5.0
+DELIVERY_TIMEOUT_S = 10.0  # for a job's tasks to be accepted, when their client leaves
 _Ordered: TypeAlias = GroupAdd | GroupWait | GroupForget | Cancel | Query | Follow
 WINDOW_BYTES = 32 * 1024 * 1024  # what a client sends before it hears that it arrived, and whether the broker takes more
 
@@ -103,6 +106,8 @@ class Requests:
         self._heard_at: float | None = None
         self._ticked_at: float | None = None
         self._warned = False
+        self._leave_by = math.inf
+        self._leave_why = ""
         self._ended = False
         self._out: list[ClientAction] = []
         self.counts: Counter[str] = Counter()
@@ -133,15 +138,16 @@ class Requests:
                     self._send_behind(self._numbered(message) if isinstance(message, GroupAdd) else message)
                 else:
                     self._uplink.send(message)
-            case Leave(_, reason):
-                self._uplink.send(Goodbye(reason))
+            case Leave(drain, reason):
+                self._leave_by = now + (DELIVERY_TIMEOUT_S if drain else 0.0)
+                self._leave_why = reason
         out, self._out = self._out, []
         return out
 
     def next_deadline(self) -> float:
         if self._fresh and self._may_submit:
             return 0.0
-        return min(self._uplink.deadline(), self._warn_at())
+        return min(self._uplink.deadline(), self._warn_at(), self._leave_by)
 
     def sanity_check(self) -> None:
         assert self._fresh.keys() <= self._open.keys(), "a task to submit is not open"
@@ -317,6 +323,17 @@ class Requests:
         self._watch(now)
         self._submit()
         self._out.extend(ToBroker(envelope) for envelope in self._uplink.flush(now))
+        if self._leave_by < math.inf and (now >= self._leave_by or self._delivered):
+            self._uplink.send(Goodbye(self._leave_why))
+            self._out.extend(ToBroker(envelope) for envelope in self._uplink.flush(now))
+            self._ended = True
+            self._out.append(Quit(self._leave_why))
+
+    @property
+    def _delivered(self) -> bool:
+        """The broker has accepted all that was asked for."""
+        link = self._uplink.link
+        return not self._fresh and link is not None and not link.unfinished()
 
     @property
     def _may_submit(self) -> bool:

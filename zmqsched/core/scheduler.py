@@ -426,7 +426,7 @@ class Scheduler:
         ends = self._end_at < math.inf and (now >= self._end_at or self._sessions.empty)
         if ends:  # what clients wanted ends with the cluster, what jobs hold does not
             for owner in [owner for owner in self._owners if not owner.job]:
-                self._owner_gone(owner)
+                self._owner_gone(owner, force=False)
         elif now >= self._settled_at:
             self._dispatch()
         elif self._settled_at == math.inf:  # the first moment of this broker
@@ -564,8 +564,7 @@ class Scheduler:
         node_id, attempt = self._offers.pop(task.id)
         node = self._nodes[node_id]
         free = task.state is QUEUED or task.id in self._limbo
-        room = node.open and node.fits(task.kind.options.resources)
-        if task.cancelled or not free or not room or attempt < task.attempt:
+        if task.cancelled or not free or attempt < task.attempt or not node.fits(task.kind.options.resources):
             return
         if self._limbo.pop(task.id, None) is not None:
             task.move(QUEUED)
