@@ -466,6 +466,7 @@ def test_a_cluster_whose_broker_was_killed_with_its_owner(scripts):
     assert owner.stdout.readline() == "ready\n"
     processes = psutil.Process(owner.pid).children(recursive=True)
     broker = next(process for process in processes if "broker" in process.cmdline())
+    owner.send_signal(signal.SIGSTOP)  # or it would start another broker
     broker.kill()
     owner.kill()
     owner.communicate()
