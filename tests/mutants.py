@@ -147,6 +147,21 @@ MUTANTS = {
     "a node that drains goes by the time when it was idle last": _one(
         "agent", "self._go_at = math.inf\n            return", "return"
     ),
+    # time limits and cancels by force
+    "an interrupted worker is given a task before its interrupt has come": _one(
+        "stops", "(self.acknowledged and self.step < KILLED)", "self.step < KILLED"
+    ),
+    "a task is charged with the death of a worker that its node has killed": _one(
+        "agent", "if worker.ending is not None and worker.ending.interrupted:\n", "if False:\n"
+    ),
+    "a worker that ignores its interrupt is not killed": _one("stops", "return [Kill(worker)]", "return []"),
+    "a time limit is forgotten": _one("agent", "if age >= first.limit_s and worker.ending is None:", "if False:"),
+    "an interrupted task's error is its own": _one(
+        "agent", "if worker.ending is not None and worker.ending.interrupted and not message.ok:", "if False:"
+    ),
+    "a retry that is waited for is forgotten": _one(
+        "scheduler", "self._delayed.set(task.id, now + wait_s", "(task.id, now + wait_s"
+    ),
 }
 
 
