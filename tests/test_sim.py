@@ -39,6 +39,7 @@ SEEDS = 100  # in each part; a run takes about 40 ms of one CPU. `make sim SEEDS
 PARTS = 5  # for each policy
 
 
+@pytest.mark.timeout(240)  # two or three seconds on an idle machine; a busy one takes many times that
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("part", range(PARTS))
 def test_every_promise_holds_whatever_breaks(part, policy):
@@ -154,6 +155,8 @@ class Story:
                 self.client.kill()
             case ["broker", "dies", "and", "another", "begins", seconds, "s", "later"]:
                 self.broker.crash(float(seconds))
+            case ["client", "freezes", "for", seconds]:
+                self.client.pause(float(seconds))
             case ["broker", "freezes", "for", seconds]:
                 self.broker.pause(float(seconds))
             case [node, "freezes", "for", seconds]:
@@ -523,6 +526,70 @@ def test_another_broker_follows_a_dead_one_and_the_same_futures_are_answered():
           broker > client: Running b
           n1 > broker: Results b#1
           broker > client: Finals b ok
+        """,
+    )
+
+
+def test_a_worker_dies_before_the_client_tells_another_broker_what_it_was_running():
+    check(
+        Story(nodes=1),
+        """
+        # client asks a 3 that kills
+          client > broker: Submit a
+          broker > n1: Dispatch a#1
+        # 1 s pass
+          n1 > broker: Progress started a#1
+          broker > client: Running a
+        # client freezes for 4
+        # broker dies and another begins 0.1 s later
+        # 3 s pass
+          broker > n1: SayHello
+          n1 > broker: NodeHello life 2
+          broker > n1: Welcome n1
+          n1 > broker: Progress died running a#1
+        # 2 s pass
+          broker > client: SayHello
+          broker > client: Welcome cluster
+          client > broker: Submit a
+          broker > n1: Dispatch a#1
+          n1 > broker: Progress started a#1
+          broker > client: Running a
+        # 4 s pass
+          n1 > broker: Progress died running a#1
+          broker > n1: Dispatch a#2
+          n1 > broker: Progress started a#2
+          broker > client: Running a
+        """,
+    )
+
+
+def test_a_worker_dies_while_its_node_has_no_session_and_the_next_broker_hears_of_it():
+    check(
+        Story(nodes=1),
+        """
+        # client asks a 3.5 that kills
+          client > broker: Submit a
+          broker > n1: Dispatch a#1
+        # 2 s pass
+          n1 > broker: Progress started a#1
+          broker > client: Running a
+        # client freezes for 4
+        # the wire loses the next Welcome
+        # broker dies and another begins 0.1 s later
+        # 3 s pass
+          broker > n1: SayHello
+          n1 > broker: NodeHello life 2
+          broker > n1: Welcome n1 (lost)
+          n1 > broker: NodeHello life 2
+          broker > n1: Welcome n1
+          n1 > broker: Progress died running a#1
+        # 3 s pass
+          broker > client: SayHello
+          broker > client: Welcome cluster
+          client > broker: Submit a
+          broker > n1: Dispatch a#1
+          n1 > broker: Progress started a#1
+          broker > client: Running a
         """,
     )
 

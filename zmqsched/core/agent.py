@@ -318,6 +318,8 @@ class Agent:
         for body in self._uplink.undelivered:  # what the last session did not deliver and is still worth something
             if isinstance(body, Results | GroupAdd):
                 self._uplink.send(body)
+            elif isinstance(body, Progress) and (body.deaths or body.stopped):  # of what the hello offered, it may be
+                self._uplink.send(Progress(self._credit, deaths=body.deaths, stopped=body.stopped))
         self._uplink.undelivered.clear()
         if self._leaving:
             self._uplink.send(Draining())

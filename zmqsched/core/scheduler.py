@@ -559,6 +559,11 @@ class Scheduler:
             if not self._expected:
                 self._settled_at = min(self._settled_at, now)
 
+    def _end_offer(self, node: Node, task_id: bytes, attempt: int) -> None:
+        """The attempt came to its end before anybody wanted it."""
+        if self._offers.get(task_id) == (node.id, attempt):
+            del self._offers[task_id]
+
     def _adopt(self, task: Task) -> None:
         """A node runs this task already, for a session that is over: that attempt counts again, unless there is another."""
         node_id, attempt = self._offers.pop(task.id)
@@ -767,6 +772,7 @@ class Scheduler:
             self._stopped(node, stopped)
 
     def _stopped(self, node: Node, stopped: Stopped) -> None:
+        self._end_offer(node, stopped.task, stopped.attempt)
         task = self._limbo.get(stopped.task) or self._current(node, Attempt(stopped.task, stopped.attempt))
         if task is None:
             return
@@ -785,6 +791,7 @@ class Scheduler:
     def _death(self, node: Node, death: Death, now: float) -> None:
         self.counts["worker deaths"] += 1
         self._fact("worker died", node, f"worker {death.worker} pid {death.pid}: {death.how}")
+        self._end_offer(node, death.task, death.attempt)
         task = self._current(node, Attempt(death.task, death.attempt)) if death.task else None
         if task is None:
             return

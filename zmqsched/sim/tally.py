@@ -16,6 +16,7 @@ from .runs import simulate
 
 # Measured over 10,000 seeds: 1.22. More means that work is thrown away which was not before.
 MOST_EXECUTIONS = 1.4
+FEW_TASKS = 1_000  # of which nothing follows
 CHUNK = 200
 SHOWN = 5
 
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
     if total.failures:
         print(f"{len(total.failures)} seeds failed")
         return 1
-    if total.executions_per_task > MOST_EXECUTIONS:
+    if total.tasks > FEW_TASKS and total.executions_per_task > MOST_EXECUTIONS:
         print(f"more than {MOST_EXECUTIONS} executions a task")
         return 1
     print("every promise held")
