@@ -18,7 +18,7 @@ from zmqsched.errors import PayloadTooLarge, ProtocolError, RemoteTraceback, Res
 from zmqsched.nursery import Exited, Nursery
 from zmqsched.payload import FunctionPickler, pack_call, unpack_exception, unpack_value
 from zmqsched.pipes import pair
-from zmqsched.protocol import Done, GroupAdd, Late, Run, decode_pipe, encode_pipe
+from zmqsched.protocol import Declined, Done, GroupAdd, Run, decode_pipe, encode_pipe
 
 TASK = bytes(15)
 PATIENCE_S = 20.0
@@ -105,8 +105,14 @@ def test_a_run_that_comes_too_late_is_not_begun_and_its_function_is_kept(wired):
         return x
 
     wired.send(identity, 1, until=time.monotonic() - 1.0)
-    assert wired.hear() == Late(TASK + b"t")
+    assert wired.hear() == Declined(TASK + b"t")
     assert wired.value(identity, 2, function=b"") == 2
+
+
+def test_a_run_whose_function_was_taken_back_before_it_is_not_begun(wired):
+    wired.send(abs, 1, function=b"")
+    assert wired.hear() == Declined(TASK + b"t")
+    assert wired.value(abs, -2) == 2
 
 
 def test_what_has_not_started_can_be_taken_back(wired):
@@ -190,7 +196,8 @@ def test_functions_are_kept_by_digest(wired):
 
     assert wired.value(fn) == 5
     assert wired.value(fn, function=b"") == 5
-    assert isinstance(wired.error(fn, function=b"", fresh=True), ProtocolError)
+    wired.send(fn, function=b"", fresh=True)
+    assert wired.hear() == Declined(TASK + b"t")
     assert wired.value(fn, fresh=True) == 5
 
 

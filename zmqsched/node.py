@@ -24,11 +24,11 @@ from .errors import ProtocolError, Refused, StartError
 from .nursery import KILLED, Born, Exited, Gone, Nursery, Wires
 from .protocol import (
     Beat,
+    Declined,
     Done,
     Envelope,
     GroupAdd,
     Interrupted,
-    Late,
     NodeHello,
     Remains,
     Run,
@@ -241,7 +241,7 @@ class Node:
                 continue
             if box.asked and isinstance(message, Done):
                 box.clear()  # or it would be told of the next task when that kills the worker
-            if isinstance(message, Done | Late | GroupAdd | Interrupted):
+            if isinstance(message, Done | Declined | GroupAdd | Interrupted):
                 self._step(Said(worker, message))
 
     def _untaken(self, worker: int) -> list[Run]:

@@ -487,8 +487,9 @@ class Run(_Wire, tag=60):
     until: float = math.inf
 
 
-class Late(_Wire, tag=63):
-    """The run was taken from the pipe after its ``until``, and not begun."""
+class Declined(_Wire, tag=63):
+    """The run was taken from the pipe and not begun: it came after its ``until``, or the run that brought its function was
+    taken back before it."""
 
     task: TaskId
 
@@ -564,7 +565,7 @@ Message: TypeAlias = (
     | Beat | Fact
 )  # fmt: skip
 RecordMessage: TypeAlias = Submit | Functions | Finals | GroupAdd | Charged | Forgotten | Left | Present
-PipeMessage: TypeAlias = Run | Done | Late | GroupAdd | Interrupted
+PipeMessage: TypeAlias = Run | Done | Declined | GroupAdd | Interrupted
 
 
 class Envelope(Struct, array_like=True, frozen=True, gc=False):

@@ -4,7 +4,8 @@ Rules
 -----
 * One Run is taken at a time and answered at once. So what a dead worker had taken and not answered is exactly the task
   it was running, and no result waits behind the next task.
-* A run is not begun after its ``until``: its node may have been frozen, and the task be another's by now.
+* A run is declined after its ``until``: its node may have been frozen, and the task be another's by now. And without its
+  function: the node takes back from the front of the pipe while this worker does, perhaps the run that brought it.
 * Whatever a task raises is its answer: SystemExit and KeyboardInterrupt too. Only losing the pipe ends a worker.
 * SIGINT raises KeyboardInterrupt in code of the task's, and nowhere else: a worker that is between two tasks ignores it. The
   node is told that it came, in any case.
@@ -29,7 +30,7 @@ from typing import Any
 from .errors import ProtocolError
 from .payload import may_retry, pack_exception, pack_value, unpack_call, unpack_function
 from .pipes import EXIT_PIPE_LOST, Pipe
-from .protocol import Done, Interrupted, Late, Payload, PipeMessage, Run, decode_pipe, encode_pipe
+from .protocol import Declined, Done, Interrupted, Payload, PipeMessage, Run, decode_pipe, encode_pipe
 from .surroundings import Surroundings
 
 _pipe: Pipe | None = None
@@ -74,9 +75,9 @@ def run_worker(pipe: Pipe, stack: int) -> None:
             message = decode_pipe(frames)
             if not isinstance(message, Run):
                 raise ProtocolError(f"a worker is sent runs, not {type(message).__name__}")
-            if monotonic() > message.until:
-                functions.accept(message)
-                pipe.send(encode_pipe(Late(message.task)))
+            functions.accept(message)
+            if monotonic() > message.until or not functions.has(message.digest):
+                pipe.send(encode_pipe(Declined(message.task)))
                 continue
             if not faulthandler.is_enabled():
                 faulthandler.enable(stack)
@@ -107,16 +108,16 @@ class _Functions:
         if run.function and run.digest not in self._loaded:
             self._pickled[run.digest] = _joined(run.function)
 
+    def has(self, digest: bytes) -> bool:
+        return digest in self._loaded or digest in self._pickled
+
     def get(self, digest: bytes) -> Callable[..., Any]:
         fn = self._loaded.get(digest)
         return fn if fn is not None else self._load(digest)
 
     def _load(self, digest: bytes) -> Callable[..., Any]:
-        blob = self._pickled.get(digest)
-        if blob is None:
-            raise ProtocolError(f"the node names a function this worker was never given: {digest.hex()}")
         try:
-            fn = unpack_function(blob)
+            fn = unpack_function(self._pickled[digest])
         except BaseException as error:
             error.add_note("(raised in the worker while it loaded the task's function, before the call)")
             raise
@@ -150,7 +151,6 @@ def _attempt(run: Run, functions: _Functions, interrupts: _Interrupts) -> Done:
     fn = None
     retry = True
     try:
-        functions.accept(run)
         before = _set_environment(run.env) if run.env else None
         interrupts.wanted = True
         try:

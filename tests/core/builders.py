@@ -60,6 +60,7 @@ from zmqsched.protocol import (
     Cancel,
     ClientHello,
     Death,
+    Declined,
     Dispatch,
     Done,
     Envelope,
@@ -72,7 +73,6 @@ from zmqsched.protocol import (
     GroupAdd,
     Host,
     Interrupted,
-    Late,
     Message,
     No,
     NodeHello,
@@ -560,10 +560,10 @@ class Workplace:
     def worker_of(self, label: str) -> int:
         return next(worker for worker in self.pipes if label in self.at(worker))
 
-    def finds_too_late(self, label: str) -> None:
-        """The worker takes it from the pipe after its time."""
+    def declines(self, label: str) -> None:
+        """The worker takes it from the pipe and does not begin it."""
         worker = next(worker for worker in self.pipes if self.running(worker) == label)
-        self.step(Said(worker, Late(self.pipes[worker].pop(0).task)))
+        self.step(Said(worker, Declined(self.pipes[worker].pop(0).task)))
         self.turn()
 
     def finishes(self, label: str, *, took: float = 0.0, ok: bool = True) -> None:

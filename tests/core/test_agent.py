@@ -338,11 +338,19 @@ def test_a_run_that_its_worker_took_too_late_waits_for_the_lease_again():
     place.now += 60
     place.cut = True
     place.finishes("a")
-    place.finds_too_late("b")
+    place.declines("b")
     assert place.all_running == []
     place.cut = False
     place.passes(1.1)
     assert place.all_running == ["b"]
+
+
+def test_a_worker_that_declines_a_run_is_given_its_function_with_it():
+    place = Workplace()
+    place.broker_orders("a")
+    place.declines("a")
+    assert place.all_running == ["a"]
+    assert place.runs["a"].function == blob("f")
 
 
 def test_a_message_that_lay_in_a_buffer_is_no_lease():

@@ -40,6 +40,7 @@ from ..protocol import (
     Attempt,
     Beat,
     Death,
+    Declined,
     Dispatch,
     Done,
     Draining,
@@ -48,7 +49,6 @@ from ..protocol import (
     Goodbye,
     GroupAdd,
     Interrupted,
-    Late,
     Message,
     NeedFunctions,
     No,
@@ -399,9 +399,9 @@ class Agent:
 
     # --- from the workers --------------------------------------------------------------------------------------------
 
-    def _said(self, number: int, message: Done | Late | GroupAdd | Interrupted, now: float) -> None:
+    def _said(self, number: int, message: Done | Declined | GroupAdd | Interrupted, now: float) -> None:
         worker = self._workers[number]
-        if not isinstance(message, Done | Late):
+        if not isinstance(message, Done | Declined):
             if isinstance(message, GroupAdd):
                 self._additions += 1
                 self._uplink.send(GroupAdd(message.deltas, self._additions))
@@ -414,7 +414,8 @@ class Agent:
             self._offences.note("answer to what is not running", f"worker {number}")
             return
         worker.since = now
-        if isinstance(message, Late):
+        if isinstance(message, Declined):
+            worker.functions.discard(worker.runs[message.task].shape.function)
             self._take_from(worker, message.task)
         else:
             self._done(worker, message)

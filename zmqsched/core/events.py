@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 from ..protocol import (
     Beat,
+    Declined,
     Done,
     Drain,
     Envelope,
@@ -22,7 +23,6 @@ from ..protocol import (
     GroupWait,
     Interrupted,
     JobTasks,
-    Late,
     No,
     Payload,
     Query,
@@ -161,7 +161,7 @@ class Exited(NamedTuple):
 
 class Said(NamedTuple):
     worker: int
-    message: Done | Late | GroupAdd | Interrupted
+    message: Done | Declined | GroupAdd | Interrupted
 
 
 class Stood(NamedTuple):

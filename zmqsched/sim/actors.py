@@ -49,6 +49,7 @@ from ..core.stops import GRACE_S, LOOK_S
 from ..protocol import (
     Beat,
     ClientHello,
+    Declined,
     Dispatch,
     Done,
     Drain,
@@ -57,7 +58,6 @@ from ..protocol import (
     GroupWait,
     Host,
     Interrupted,
-    Late,
     NodeHello,
     Options,
     Payload,
@@ -223,7 +223,7 @@ class SimWorker:
     def next(self) -> None:
         world = self.node.world
         while self.pipe and world.now > self.pipe[0].until:
-            self.node.post(Said(self.number, Late(self.pipe.popleft().task)))
+            self.node.post(Said(self.number, Declined(self.pipe.popleft().task)))
         if not self.pipe:
             return
         run = self.running = self.pipe.popleft()
