@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from chaos.scenarios import SCENARIOS
 from conftest import Scripts
 
 ROOT = Path(__file__).parent.parent
 README, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "architecture.md"
+RELIABILITY = ROOT / "docs" / "reliability.md"
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 PACKAGE = ROOT / "zmqsched"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -79,6 +81,17 @@ def test_commands_exist(page: Path):
         assert re.search(rf"^  {command} ", help_of(), re.MULTILINE), f"zmqsched {command}"
         for option in {word.partition("=")[0] for word in words[1:] if word.startswith("-")}:
             assert re.search(rf"(?<![\w-]){option}(?![\w-])", help_of(command)), f"zmqsched {command} {option}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_tests_that_are_named_exist(page: Path):
+    missing = [name for name in re.findall(r"`(tests/[\w/]+\.py)`", page.read_text()) if not (ROOT / name).exists()]
+    assert missing == []
+
+
+def test_each_chaos_scenario_has_its_row_in_the_table_of_promises():
+    rows = re.findall(r"\| `make chaos ONLY=([\w-]+)` \| \S.*$", RELIABILITY.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(SCENARIOS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
