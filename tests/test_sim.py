@@ -518,6 +518,7 @@ def test_another_broker_follows_a_dead_one_and_the_same_futures_are_answered():
           broker > client: SayHello
           broker > client: Welcome cluster
           client > broker: Submit a b
+          broker > client: Running a
         # 3 s pass
           n1 > broker: Results a#1
           broker > n1: Dispatch b#1

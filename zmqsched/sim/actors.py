@@ -47,6 +47,7 @@ from ..core.requests import Requests
 from ..core.scheduler import Scheduler, Settings
 from ..core.stops import GRACE_S, LOOK_S
 from ..protocol import (
+    Adopt,
     Beat,
     ClientHello,
     Declined,
@@ -306,6 +307,7 @@ class SimNode(Peer):
         self._ran: dict[int, bytes] = {}  # what each dead worker was running
         self._handed_back: set[tuple[bytes, int]] = set()
         self._revoked: set[bytes] = set()  # what nobody waits for any more, though it may run
+        self._adopted: set[bytes] = set()
         self._answered: set[tuple[bytes, int]] = set()  # in this session
         self._told_credit = slots  # the most it told in this session
         self._thaw: list[Callable[[], None]] = []
@@ -349,9 +351,9 @@ class SimNode(Peer):
             raise SimulationFailed(f"{self.core.name} holds {wanted} tasks, its credit was {self._told_credit}")
 
     def _wanted(self) -> int:
-        """How many tasks it holds, except those that the broker rightly takes for finished."""
+        """How many tasks it holds, except those that the broker rightly takes for finished, or has adopted."""
         return sum(
-            not (held.orphan or held.task in self._revoked or (held.task, held.attempt) in self._answered)
+            not (held.orphan or held.task in self._revoked | self._adopted or (held.task, held.attempt) in self._answered)
             for held in self.core._held.values()
         )
 
@@ -360,6 +362,8 @@ class SimNode(Peer):
             case Dispatch(_, orders):
                 self._revoked -= {order.task for order in orders}
                 self._handed_back -= {(order.task, order.attempt) for order in orders}
+            case Adopt(attempts):  # it ran already: the broker books it on top of what it may have sent before
+                self._adopted |= {attempt.task for attempt in attempts}
             case Revoke(attempts):
                 self._revoked |= {attempt.task for attempt in attempts}
             case _:
