@@ -67,8 +67,9 @@ def _kill_one(fleet: Fleet, random: Random, hits: Counter[int]) -> list[Kill]:
             eventually(lambda pid=pid: stopped(pid) or not alive(pid))
             run = fleet.ledger.last_of(pid)
             if stopped(pid) and run is not None and run.ended is None and hits[run.task] < 2:
+                at = time.monotonic()
                 os.kill(pid, signal.SIGKILL)
-                return [Kill(run.task, pid, time.monotonic())]
+                return [Kill(run.task, pid, at)]
             os.kill(pid, signal.SIGCONT)
     return []
 

@@ -258,6 +258,16 @@ def test_a_silence_that_lasts_breaks_the_client(joined):
     assert "silent for 12 s" in broken.reason
 
 
+def test_what_is_answered_right_behind_the_welcome_is_not_submitted_again():
+    desk = Desk()
+    desk.asks("a", "b")
+    desk.broker_forgets()
+    desk.told.clear()
+    desk.broker_welcomes("a")
+    assert desk.answered == ["a"]
+    assert desk.submitted == ["b"]
+
+
 def test_a_new_connection_is_used_at_once():
     desk = Desk()
     desk.cut = True

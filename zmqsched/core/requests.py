@@ -252,7 +252,8 @@ class Requests:
         self._window = WINDOW_BYTES
         self._fresh = dict(self._open)
         self.waiting = sum(call_bytes(call) for _, _, call in self._fresh.values())
-        self._submit()
+        # Submitted with the next tick: what is answered before that must not be, or a broker that hears of both at once
+        # forgets the answers first and takes the tasks for new ones.
         for body in [*again, *self._asked.values(), *(Follow(0, job) for job, tasks in self._jobs.items() if tasks)]:
             self._send_behind(body)
         for body in withdrawn:
