@@ -14,7 +14,7 @@ import zmqsched
 from .figures import Figure, merged
 from .scenarios import SCENARIOS, Scenario
 
-LINE = "{:<15} {:<6} {:<58} {:>9} {:>9} {:>9} {:<3} {}"
+LINE = "{:<22} {:<6} {:<58} {:>9} {:>9} {:>9} {:<3} {}"
 
 
 def main() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from random import Random
+from typing import NamedTuple
 
 from conftest import eventually
 
@@ -15,24 +16,46 @@ from .load import Load
 
 def killed_without_journal(times: int = 10, queued: int = 5_000) -> list[Figure]:
     """SIGKILL at random moments, and a new broker under the same name at once: clients submit again what has no answer."""
+    return _killed(times, queued, journal=False)[1]
+
+
+def killed_with_journal(times: int = 50, queued: int = 100_000) -> list[Figure]:
+    """The same with a journal: the new broker knows all that the old one had accepted, and adopts what runs."""
+    again, figures = _killed(times, queued, journal=True)
+    assert again.run <= again.running, f"{again.run} tasks ran again, {again.running} ran at the kills"
+    return figures
+
+
+class Again(NamedTuple):
+    """Tasks that ran again; executions that were under way at the kills."""
+
+    run: int
+    running: int
+
+
+def _killed(times: int, queued: int, *, journal: bool) -> tuple[Again, list[Figure]]:
     random = Random(1)
-    down, again = [], 0
-    with Fleet(slots=(2, 2)) as fleet:
+    down, kills = [], []
+    with Fleet((2, 2), journal=journal) as fleet:
         client = fleet.client()
         load = Load(client, fleet.ledger, nap(0.002))
+        load.submit(queued)
         for _ in range(times):
             load.keep_for(random.uniform(0.2, 1.5), queued)
-            fleet.broker.kill()
+            kills.append(fleet.broker.kill())
             restarted = time.monotonic()
             fleet.start_broker()
             answered = len(load.done_at)
             eventually(lambda answered=answered: load.keep(queued) or len(load.done_at) > answered, 30)
             down.append(time.monotonic() - restarted)
-        load.finish(120)
-        again = fleet.ledger.began() - len(load.futures)
-        return [
+        load.finish(600)
+        runs = fleet.ledger.runs()
+        running = sum(run.began <= at and (run.ended is None or run.ended > at) for run in runs for at in kills)
+        again = Again(len(runs) - len(load.futures), running)
+        return again, [
             Figure("from restart to the first answer", "s", down, 3.0),
-            Figure("tasks run again, for each kill", "", [again / times]),
+            Figure("tasks run again, for each kill", "", [again.run / times]),
+            Figure("tasks running, at each kill", "", [again.running / times]),
             load.executions(),
         ]
 

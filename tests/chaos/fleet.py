@@ -92,6 +92,7 @@ class Fleet:
         listen: str | None = None,
         config: Mapping[str, float] | None = None,
         environment: Mapping[str, str] | None = None,
+        journal: bool = False,
         prefix: Sequence[str] = (),
     ) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="zs", dir="/tmp"))
@@ -101,6 +102,7 @@ class Fleet:
         self.ledger = Ledger(self.root / "ledger")
         self._listen = listen
         self._config = config or {}
+        self._journal = ["--journal", str(self.root / "journal")] if journal else []
         self._prefix = prefix
         # Workers must not find a test's modules by accident, nor another cluster.
         kept = {name: value for name, value in os.environ.items() if not name.startswith("ZMQSCHED_")}
@@ -149,7 +151,8 @@ class Fleet:
 
     def _broker(self) -> tuple[Part, IO[bytes]]:
         listen = [] if self._listen is None else ["--listen", self._listen]
-        return self._start("broker", ["broker", "--name", NAME, *listen], {**self._environment, **BROKER_ENVIRONMENT})
+        words = ["broker", "--name", NAME, *self._journal, *listen]
+        return self._start("broker", words, {**self._environment, **BROKER_ENVIRONMENT})
 
     def _node(
         self, slots: int, *options: str, file: Path | None = None, prefix: Sequence[str] | None = None

@@ -36,6 +36,7 @@ SCENARIOS: dict[str, Scenario] = {
     "host-frozen": Scenario("P3", nodes.frozen_and_back, {"times": 1, "seconds": 4.5, "whole": True}, {"whole": True}),
     "gil-held": Scenario("P4", workers.holding_the_gil, {"seconds": 4.5}),
     "broker-killed": Scenario("P5", brokers.killed_without_journal, {"times": 2, "queued": 500}),
+    "broker-killed-journal": Scenario("P5", brokers.killed_with_journal, {"times": 2, "queued": 1_000}),
     "client-killed": Scenario("P7", clients.killed, {"lease_s": 2.0}),
     "node-cut-off": Scenario(
         "P8", networks.partitioned_node, {"seconds": [1.0, 4.5], "directions": ["in", "both"]}, why_not=hosts.why_not
