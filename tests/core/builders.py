@@ -6,8 +6,11 @@ The actors have names, tasks have labels ("a", "b"), and every step of a core is
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace as replace_settings
 from random import Random
 from typing import Literal, TypeVar
+
+from msgspec.structs import replace
 
 from zmqsched.config import BEAT_INTERVAL_S, CLUSTER_LOST_AFTER_S
 from zmqsched.core.agent import Agent
@@ -48,13 +51,17 @@ from zmqsched.core.events import (
     TellStack,
     Tick,
     ToBroker,
+    Troubled,
     Warned,
     Withdraw,
+    Write,
+    Written,
 )  # fmt: skip
 from zmqsched.core.link import Link
 from zmqsched.core.requests import Requests
 from zmqsched.core.scheduler import Scheduler, Settings
 from zmqsched.protocol import (
+    Adopt,
     Attempt,
     Beat,
     Cancel,
@@ -67,12 +74,14 @@ from zmqsched.protocol import (
     Fact,
     Final,
     Finals,
+    Follow,
     Function,
     Functions,
     Goodbye,
     GroupAdd,
     Host,
     Interrupted,
+    JobTasks,
     Message,
     No,
     NodeHello,
@@ -80,6 +89,7 @@ from zmqsched.protocol import (
     Order,
     Outcome,
     Progress,
+    Record,
     Remains,
     Results,
     Revoke,
@@ -91,9 +101,12 @@ from zmqsched.protocol import (
     Submit,
     TaskSpec,
     Welcome,
+    Workers,
     WorkerState,
     decode,
+    decode_record,
     encode,
+    encode_record,
 )  # fmt: skip
 
 M = TypeVar("M")
@@ -158,8 +171,7 @@ class Peer:
     def says_hello(self, life: int | None = None, address: str | None = None) -> None:
         """The hello as it is, or one of another life of the same process."""
         if life is not None:
-            kept = {field: getattr(self.hello, field) for field in self.hello.__struct_fields__}
-            self.hello = type(self.hello)(**{**kept, "life": life})
+            self.hello = replace(self.hello, life=life)
         if address is not None:
             self.address = address.encode()
         self._put(Envelope(0, 0, 0, self.hello))
@@ -171,6 +183,10 @@ class Peer:
             self.link.send(message)
         self.flush()
         self.world.turn()
+
+    def comes_back(self) -> None:
+        """A new session of the same process: the broker has given it up, or is another."""
+        self.says_hello(life=self.hello.life + 1)
 
     def freezes(self) -> None:
         """It neither hears nor speaks, and neither does its host."""
@@ -250,6 +266,11 @@ class Client(Peer):
         calls = [TaskSpec(task_id(label), 0, b"call of " + label.encode()) for label in labels]
         self.says(Submit([shape], calls, functions))
 
+    def follows(self, job: str) -> list[str]:
+        """What the broker says the job has."""
+        self.says(Follow(7, job))
+        return [label_of(task) for listed in self.all(JobTasks) if listed.request == 7 for task in listed.tasks]
+
     def teaches(self, function: str) -> None:
         self.says(Functions([Function(digest(function), blob(function))]))
 
@@ -316,6 +337,19 @@ class Node(Peer):
     def starts(self, *labels: str) -> None:
         self.says(Progress(self.credit, started=[self._attempt(label) for label in labels]))
 
+    def comes_back(self, *, reports: bool = True) -> None:
+        """It names what it runs; ``reports``: and has said all that was left to say."""
+        held = [self._attempt(label) for label in self.orders]
+        self.hello = replace(self.hello, life=self.hello.life + 1, holding=held)
+        self.functions.clear()
+        self.says_hello()
+        if reports:
+            self.says(Workers([WorkerState(1, 4711, "idle")]))
+
+    @property
+    def adopted(self) -> list[str]:
+        return [label_of(attempt.task) for message in self.all(Adopt) for attempt in message.attempts]
+
     def hands_back(self, *labels: str) -> None:
         returned = [self._attempt(label) for label in labels]
         for label in labels:
@@ -376,12 +410,34 @@ class Node(Peer):
         return Outcome(task_id(label), self.orders.pop(label).attempt, ok, value, 1, retry)
 
 
+class Disk:
+    """Where a journal's commits go, at the end of each turn; of a ``slow`` disk, when it is told to write."""
+
+    def __init__(self) -> None:
+        self.commits: list[Write] = []
+        self.under_way: list[Write] = []
+        self.slow = False
+
+    def records(self, commits: int | None = None) -> list[Record]:
+        """What a broker reads that finds the first so many commits; all, unless told."""
+        found: list[Record] = []
+        for commit in self.commits[:commits]:
+            read = [decode_record([bytes(part) for part in encode_record(record)]) for record in commit.records]
+            found = read if commit.anew else [*found, *read]
+        return found
+
+    def bodies(self, kind: type[M]) -> list[M]:
+        return [record.body for record in self.records() if isinstance(record.body, kind)]
+
+
 class Broker:
     """The scheduler, its clock, and everybody who speaks to it. The wire loses nothing: see test_link.py."""
 
     def __init__(self, **settings: object) -> None:
         self.now = 100.0
-        self.scheduler = Scheduler(Settings(python="3.11", **settings), Random(1))  # type: ignore[arg-type]
+        self.settings = Settings(python="3.11", **settings)  # type: ignore[arg-type]
+        self.scheduler = Scheduler(self.settings, Random(1))
+        self.disk = Disk()
         self.peers: list[Peer] = []
         self.facts: list[Fact] = []
         self.log: list[str] = []
@@ -433,13 +489,16 @@ class Broker:
                     self.log.append(text)
                 case Quit(reason):
                     self.quit = reason
+                case Write():
+                    self.disk.under_way.append(action)
         return actions
 
     def turn(self) -> None:
         """The broker acts and the peers answer, until nobody has anything to say at this moment."""
         for _ in range(100):
             self.step(Tick())
-            if not sum(peer.flush() for peer in self.peers):
+            wrote = not self.disk.slow and self._writes()
+            if not sum(peer.flush() for peer in self.peers) and not wrote:
                 return
         raise AssertionError("they never stop talking")
 
@@ -458,6 +517,37 @@ class Broker:
     def sleeps(self, seconds: float) -> None:
         """The broker's own process is stopped, the others are not: what they send arrives when it wakes."""
         self.now += seconds
+
+    # a journal's disk
+
+    def writes(self) -> None:
+        """What was on its way to the disk is there."""
+        self._writes()
+        self.turn()
+
+    def is_troubled(self, reason: str = "no space left") -> None:
+        self.disk.slow = True
+        self.step(Troubled(reason))
+        self.turn()
+
+    def dies(self, *, settle_s: float = 2.0, commits: int | None = None) -> None:
+        """It is killed, and the next has what was on disk by then."""
+        self.disk.under_way.clear()
+        settings = replace_settings(self.settings, epoch=self.scheduler.settings.epoch + 1, settle_s=settle_s)
+        self.scheduler = Scheduler(settings, Random(settings.epoch))
+        if settings.journal:
+            self.scheduler.restore(self.disk.records(commits), self.now)
+        self.scheduler.sanity_check()
+        for peer in self.peers:
+            peer.link = None
+        self.turn()
+
+    def _writes(self) -> bool:
+        wrote, self.disk.under_way = self.disk.under_way, []
+        self.disk.commits += wrote
+        if wrote:
+            self.step(Written(wrote[-1].number, 1_000 * len(self.disk.records())))
+        return bool(wrote)
 
     def facts_of(self, kind: str) -> list[str]:
         return [fact.about for fact in self.facts if fact.kind == kind]
@@ -844,6 +934,6 @@ class Desk:
 
 
 __all__ = [
-    "Broker", "Client", "Desk", "Node", "Workplace", "blob", "digest", "label_of", "options",
+    "Broker", "Client", "Desk", "Disk", "Node", "Workplace", "blob", "digest", "label_of", "options",
     "over_the_wire", "task_id", "token",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ CAP_BYTES = 256 * 1024 * 1024
 
 class FunctionStore:
     def __init__(self, cap_bytes: int = CAP_BYTES) -> None:
-        self._cap = cap_bytes
+        self._cap: float = cap_bytes
         self._blobs: OrderedDict[bytes, Payload] = OrderedDict()
         self._held: dict[bytes, int] = {}
         self.bytes = 0
@@ -31,6 +31,11 @@ class FunctionStore:
             self._blobs[digest] = blob
             self.bytes += payload_bytes(blob)
             self._evict()
+
+    def limit(self, cap_bytes: float) -> None:
+        """From now on, what nobody holds is dropped beyond so much."""
+        self._cap = cap_bytes
+        self._evict()
 
     def hold(self, digest: bytes, times: int = 1) -> None:
         self._held[digest] = self._held.get(digest, 0) + times

@@ -58,6 +58,9 @@ class Groups:
     def counts(self) -> dict[bytes, int]:
         return dict(self._counts)
 
+    def broken(self) -> list[bytes]:
+        return sorted(self._broken)
+
     def forget(self, owner: Hashable, request: int | None = None) -> None:
         """The waiter gave up, or (without a request) its owner is gone."""
         for group, waiters in list(self._waiters.items()):

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple
 
-from ..protocol import MAX_ITEMS, Dispatch, Final, Finals, Forgotten, Record, RecordMessage, batches, wire_bytes
+from ..protocol import MAX_ITEMS, Attempt, Final, Finals, Forgotten, Left, Record, RecordMessage, batches, wire_bytes
 from .events import Write
 from .groups import Waiter
 
@@ -41,10 +41,10 @@ class Counted(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """Tasks that may be started only once are on their way to this node."""
+    """These tasks, which may be started only once, are for this node."""
 
     node: str
-    message: Dispatch
+    attempts: list[Attempt]
 
 
 Consequence = Answered | Counted | Placed
@@ -82,6 +82,11 @@ class Ledger:
         self._finals.setdefault(owner, []).append(final)
         self._consequences.append(Answered(owner, final))
 
+    def leave(self, owner: bytes) -> None:
+        """The owner is gone, with its answers of this turn too."""
+        self._finals.pop(owner, None)
+        self.record(owner, Left())
+
     def then(self, consequence: Consequence) -> None:
         """To happen when all that was recorded so far is on disk."""
         self._consequences.append(consequence)
@@ -101,12 +106,12 @@ class Ledger:
         if not self._records and not self._finals and not (hurry and self._forgotten):
             self._attach_to_last()
             return None
+        starts = range(0, len(self._forgotten), MAX_ITEMS)
+        records = [Record(b"", Forgotten(self._forgotten[start : start + MAX_ITEMS])) for start in starts]
+        records += self._records
         for owner, finals in self._finals.items():
-            for batch in batches(finals, final_bytes):
-                self._records.append(Record(owner, Finals(batch)))
-        for start in range(0, len(self._forgotten), MAX_ITEMS):
-            self._records.append(Record(b"", Forgotten(self._forgotten[start : start + MAX_ITEMS])))
-        return self._begin(self._records, anew=False)
+            records += [Record(owner, Finals(batch)) for batch in batches(finals, final_bytes)]
+        return self._begin(records, anew=False)
 
     def replace(self, snapshot: list[Record]) -> Write:
         """Write the journal anew; ``snapshot`` holds all that was ever recorded and still matters."""

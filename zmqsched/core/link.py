@@ -96,6 +96,8 @@ class Link:
 
     def secure(self, number: int, now: float) -> None:
         """What was received up to this number may be acknowledged."""
+        if number == self._secured:
+            return
         self._secured = number
         if number - self._acked >= WINDOW // 4:
             self._ack_at = now  # before the other end has to stop

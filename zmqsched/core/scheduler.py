@@ -169,7 +169,8 @@ class Scheduler:
         self._sessions = Sessions(random, cautious=settings.journal)
         self._owners = Owners()
         self._placement = Placement(POLICIES[settings.policy](), random)
-        self._functions = FunctionStore(min(CAP_BYTES, settings.max_queued_bytes // FUNCTIONS_SHARE))
+        self._functions_cap = min(CAP_BYTES, settings.max_queued_bytes // FUNCTIONS_SHARE)
+        self._functions = FunctionStore(self._functions_cap)
         self._load = Load(settings.max_queued_bytes)
         self._groups = Groups()
         self._tasks: dict[bytes, Task] = {}
@@ -530,7 +531,8 @@ class Scheduler:
     def _owner_gone(self, owner: Owner, *, force: bool) -> int:
         self._owners.forget(owner)
         self._load.answers -= sum(map(answer_bytes, (*owner.answers.values(), *owner.unwritten.values())))
-        self._record(owner.id, Left())
+        if self._ledger is not None:
+            self._ledger.leave(owner.id)
         mine = [task for task in self._tasks.values() if task.owner is owner]
         for task in mine:
             self._drop(task, "its client is gone", force=force)
@@ -550,7 +552,7 @@ class Scheduler:
             self._offers[attempt.task] = (node.id, attempt.attempt)
             if (task := self._tasks.get(attempt.task)) is not None:
                 self._adopt(task)
-        self._record(b"", Present(list(self._by_incarnation)))
+        self._record(b"", self._present())
 
     def _is_back(self, node: Node, now: float) -> None:
         """What it had to say of its last session it has said by now."""
@@ -558,6 +560,11 @@ class Scheduler:
             self._expected.discard(node.incarnation)
             if not self._expected:
                 self._settled_at = min(self._settled_at, now)
+
+    def _present(self) -> Present:
+        """The nodes that are there, and those still waited for."""
+        awaited = self._expected if self._expected and self._now < self._settled_at else ()
+        return Present(sorted({*self._by_incarnation, *awaited}))
 
     def _end_offer(self, node: Node, task_id: bytes, attempt: int) -> None:
         """The attempt came to its end before anybody wanted it."""
@@ -590,7 +597,7 @@ class Scheduler:
         self._sessions.close(self._session_of(node))
         self._former = [*self._former, node][-FORMER_NODES:]
         self._offers = {task: offer for task, offer in self._offers.items() if offer[0] != node.id}
-        self._record(b"", Present(list(self._by_incarnation)))
+        self._record(b"", self._present())
         requeued = 0
         for task in reversed(list(node.tasks.values())):  # to the front of the queue, the first of them last
             self._let_go(task, node)
@@ -629,20 +636,22 @@ class Scheduler:
     # --- tasks -----------------------------------------------------------------------------------------------------
 
     def _submit(self, session: Session, message: Submit) -> None:
-        if self._ledger is not None and self._ledger.trouble:
-            self._refuse(session, message.tasks, self._ledger.trouble)
-            return
-        self._learn(message.functions)
+        trouble = self._ledger.trouble if self._ledger is not None else ""
+        self._learn([each for each in message.functions if not trouble or each.digest in self._waiting])
         kinds = [self._placement.kind(shape) for shape in message.shapes]
         owners = [self._owner(session, kind) for kind in kinds]
         missing = {shape.function for shape in message.shapes if shape.function not in self._functions}
         before = self._seq
         tasks = self._tasks
         new = []
+        refused = []
         for spec in message.tasks:
             owner = owners[spec.shape]
             if spec.task in tasks or owner.has_answered(spec.task):
                 self._submitted_again(spec.task, owner, session)
+                continue
+            if trouble:
+                refused.append(spec.task)
                 continue
             new.append(spec)
             task = self._accept(spec, kinds[spec.shape], owner, waits=message.shapes[spec.shape].function in missing)
@@ -653,8 +662,10 @@ class Scheduler:
         for kind in kinds:
             if not kind.open:
                 self._placement.retire(kind)
-        if missing:
+        if missing and not trouble:
             self._sessions.send(session, NeedFunctions(sorted(missing)))
+        if refused:
+            self._refuse(session, refused, trouble)
         if new:
             self._record(session.follows[0].id, Submit(message.shapes, new))
 
@@ -697,14 +708,13 @@ class Scheduler:
             owner.open += 1
             task.cancelled = False
             self._record(owner.id, Submit([task.kind.shape], [TaskSpec(task_id, 0, task.call)]))
+            self._charge(task)
 
-    def _refuse(self, session: Session, specs: list[TaskSpec], trouble: str) -> None:
-        """What cannot be kept is not taken. What was taken before is known, and answered as ever."""
-        mine = session.follows[0]
-        fresh = [spec.task for spec in specs if spec.task not in self._tasks and not mine.has_answered(spec.task)]
-        self.counts["not accepted: no journal"] += len(fresh)
+    def _refuse(self, session: Session, tasks: list[bytes], trouble: str) -> None:
+        """What cannot be kept is not taken."""
+        self.counts["not accepted: no journal"] += len(tasks)
         text = f"the broker cannot keep new tasks: {trouble}. Submit again when it can; what was accepted is not lost"
-        session.finals.extend(Final(task, "NotAccepted", text=text) for task in fresh)
+        session.finals.extend(Final(task, "NotAccepted", text=text) for task in tasks)
         self._sessions.touch(session)
 
     def _learn(self, functions: list[Function]) -> None:
@@ -733,10 +743,10 @@ class Scheduler:
                 node.done += 1
             elif outcome.retry and task.failures < task.kind.options.retries and not task.cancelled:
                 task.failures += 1
-                self._record(b"", Charged(task.id, 0, task.failures, task.deaths))
                 self.counts["retried"] += 1
                 if self._limbo.pop(task.id, None) is None:
                     self._let_go(task, node)
+                self._charge(task)
                 self._retry(task, now)
             else:
                 self._finish(task, Final(task.id, "error", outcome.value))
@@ -765,6 +775,8 @@ class Scheduler:
             task = self._current(node, attempt)
             if task is not None:
                 self._let_go(task, node)
+                if not task.kind.options.requeue:
+                    self._charge(task)
                 self._requeue(task)
         for death in message.deaths:
             self._death(node, death, now)
@@ -800,7 +812,7 @@ class Scheduler:
         task.died_at = now if task.died_at is None else task.died_at
         where = f"{node.id}/{death.worker} on {node.where.host}"
         task.deaths += (entry(death, where, after_first_s, task.deaths),)
-        self._record(b"", Charged(task.id, 0, task.failures, task.deaths))
+        self._charge(task)
         if not task.kind.options.requeue:
             self._fail(task, "its worker died, and requeue=False forbids another try")
         elif len(task.deaths) >= self.settings.max_deaths:
@@ -818,7 +830,7 @@ class Scheduler:
 
     def _cancel(self, session: Session, task_id: bytes, *, force: bool) -> None:
         task = self._tasks.get(task_id)
-        if task is not None and session in task.owner.sessions:
+        if task is not None and (task.owner.job or session in task.owner.sessions):  # a job is everybody's
             self._drop(task, "cancelled", force=force)
 
     def _drop(self, task: Task, why: str, *, force: bool = False) -> None:
@@ -942,6 +954,13 @@ class Scheduler:
         if self._ledger is not None:
             self._ledger.record(owner, body)
 
+    def _charge(self, task: Task) -> None:
+        self._record(b"", self._charged(task))
+
+    def _charged(self, task: Task) -> Charged:
+        once = not task.kind.options.requeue and (task.node or task.id in self._limbo)
+        return Charged(task.id, task.attempt if once else 0, task.failures, task.deaths)
+
     def _commit(self, ledger: Ledger, now: float, *, hurry: bool) -> None:
         """End the turn: what follows from it waits for the journal."""
         if (write := ledger.commit(hurry=hurry)) is not None:
@@ -963,24 +982,23 @@ class Scheduler:
                         self._tell(owner, final)
                 case Counted(waiter, error):
                     self._end_wait(waiter, error)
-                case Placed(node_id, message):
-                    self._send_once(node_id, message)
+                case Placed(node_id, attempts):
+                    self._send_once(node_id, attempts)
 
-    def _send_once(self, node_id: str, message: Dispatch) -> None:
+    def _send_once(self, node_id: str, attempts: list[Attempt]) -> None:
         """That these tasks are started is on disk: now they may be, if they still are to be."""
-        orders = []
-        for order in message.orders:
-            task = self._tasks.get(order.task)
-            if task is None or task.node != node_id or task.attempt != order.attempt:
+        wanted = []
+        for task_id, number in [(attempt.task, attempt.attempt) for attempt in attempts]:
+            task = self._tasks.get(task_id)
+            if task is None or task.node != node_id or task.attempt != number:
                 continue
             if task.cancelled:
                 self._let_go(task, self._nodes[node_id])
                 self._requeue(task)
             else:
-                orders.append(order)
-        if orders:
-            session = self._session_of(self._nodes[node_id])
-            self._sessions.send(session, Dispatch(message.shapes, orders, message.functions))
+                wanted.append(task)
+        if wanted:
+            self._send_orders(self._nodes[node_id], wanted)
 
     def _troubled(self, reason: str) -> None:
         assert self._ledger is not None, "a journal nobody asked for"
@@ -999,20 +1017,21 @@ class Scheduler:
     def _snapshot(self) -> list[Record]:
         """Records that ``restore`` makes the present state of."""
         records = [Record(b"", Functions([Function(digest, blob)])) for digest, blob in self._functions.items()]
-        for batch in batches(list(self._tasks.values()), _task_bytes):
-            records += _submissions(batch)
-        for task in self._tasks.values():
-            once = not task.kind.options.requeue and (task.node or task.id in self._limbo)
-            if task.failures or task.deaths or once:
-                records.append(Record(b"", Charged(task.id, task.attempt if once else 0, task.failures, task.deaths)))
-        for owner in self._owners:
+        records += [Record(b"", GroupAdd([(group, -1)])) for group in self._groups.broken()]
+        for owner in self._owners:  # one that has nothing here is remembered too
             answers = [*owner.answers.values(), *owner.unwritten.values()]
-            records += [Record(owner.id, Finals(some)) for some in batches(answers, final_bytes)]
+            records += [Record(owner.id, Finals(some)) for some in [[], *batches(answers, final_bytes)]]
+        tasks = [task for task in self._tasks.values() if self._owners.knows(task.owner)]
+        for batch in batches(tasks, _task_bytes):
+            records += _submissions(batch)
+        charges = [(task, self._charged(task)) for task in tasks]
+        records += [Record(b"", charge) for task, charge in charges if charge.attempt or task.failures or task.deaths]
         by_hand = Counter(self._groups.counts())
-        by_hand.subtract(Counter(task.kind.options.group for task in self._tasks.values() if task.kind.options.group))
-        records.append(Record(b"", GroupAdd([(group, count) for group, count in by_hand.items() if count])))
+        by_hand.subtract(task.kind.options.group for task in self._tasks.values() if task.kind.options.group)
+        deltas = [(group, count) for group, count in by_hand.items() if count]
+        records += [Record(b"", GroupAdd(some)) for some in batches(deltas, _delta_bytes)]
         records += [Record(incarnation, GroupAdd([], number)) for incarnation, number in self._counted.items()]
-        records.append(Record(b"", Present(list(self._by_incarnation))))
+        records.append(Record(b"", self._present()))
         return records
 
     def restore(self, records: Iterable[Record], now: float) -> None:
@@ -1023,6 +1042,7 @@ class Scheduler:
         ledger, self._ledger = self._ledger, None  # what is played is written already
         assert ledger is not None, "a journal nobody asked for"
         self._now = now
+        self._functions.limit(math.inf)  # who would send again what no longer has room?
         once: set[bytes] = set()
         for record in records:
             self._replay(record.owner, record.body, once)
@@ -1035,6 +1055,7 @@ class Scheduler:
         self._expected = self._expected or set()
         if not self._expected:
             self._settled_at = min(self._settled_at, now)
+        self._functions.limit(self._functions_cap)
         self._load.answers = self._kept_for_clients()
         self._ledger = ledger
         self._out.append(Log("info", f"journal: {len(self._tasks)} unfinished tasks, {len(self._expected)} nodes expected"))
@@ -1072,10 +1093,11 @@ class Scheduler:
 
     def _resubmit(self, owner_id: bytes, message: Submit) -> None:
         kinds = [self._placement.kind(shape) for shape in message.shapes]
+        sender = self._owners.written(owner_id, self._now)
         for spec in message.tasks:
             kind = kinds[spec.shape]
             job = kind.options.job
-            owner = self._owners.job(job, self._now) if job else self._owners.written(owner_id, self._now)
+            owner = self._owners.job(job, self._now) if job else sender
             if spec.task not in self._tasks and not owner.has_answered(spec.task):
                 self._accept(spec, kind, owner, waits=kind.shape.function not in self._functions)
         for kind in kinds:
@@ -1102,18 +1124,20 @@ class Scheduler:
             node = self._nodes[node_id]
             if len(node.functions) > MAX_NODE_FUNCTIONS:
                 node.functions.clear()
-            at_once = tasks if self._ledger is None else self._dispatch_once(self._ledger, node, tasks)
-            for batch in batches(at_once, self._sizes_at(node)):
-                self._sessions.send(self._session_of(node), self._dispatch_message(node, batch))
+            self._send_orders(node, tasks if self._ledger is None else self._dispatch_once(self._ledger, node, tasks))
 
     def _dispatch_once(self, ledger: Ledger, node: Node, tasks: list[Task]) -> list[Task]:
         """What may be started only once is, when that is on disk. Returns the others."""
         once = [task for task in tasks if not task.kind.options.requeue]
         for task in once:
-            ledger.record(b"", Charged(task.id, task.attempt, task.failures, task.deaths))
-        for batch in batches(once, self._sizes_at(node)):
-            ledger.then(Placed(node.id, self._dispatch_message(node, batch)))
+            self._charge(task)
+        if once:
+            ledger.then(Placed(node.id, [Attempt(task.id, task.attempt) for task in once]))
         return [task for task in tasks if task.kind.options.requeue]
+
+    def _send_orders(self, node: Node, tasks: list[Task]) -> None:
+        for batch in batches(tasks, self._sizes_at(node)):
+            self._sessions.send(self._session_of(node), self._dispatch_message(node, batch))
 
     def _sizes_at(self, node: Node) -> Callable[[Task], int]:
         """What each task takes in a dispatch to this node: with its function, the first time that is named there."""
@@ -1296,6 +1320,10 @@ def _amount(name: str, amount: float) -> str:
 
 def _function_bytes(function: Function) -> int:
     return wire_bytes(function.blob) + 20
+
+
+def _delta_bytes(_: tuple[bytes, int]) -> int:
+    return 32
 
 
 def _task_bytes(task: Task) -> int:
