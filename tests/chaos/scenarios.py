@@ -46,7 +46,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "slow-line": Scenario("P10", networks.bad_line, {"tasks": 50, "min_s": 3.0}),
     "broken-line": Scenario(
-        "P10", networks.bad_line, {"rtt_s": 0.02, "reset_every_s": 1.0, "tasks": 50, "min_s": 3.0},
+        "P10", networks.bad_line, {"rtt_s": 0.02, "reset_every_s": 2.0, "tasks": 50, "min_s": 3.0},
         {"rtt_s": 0.02, "reset_every_s": 1.0},
     ),
     "poison": Scenario("P12", workers.poison, {"innocents": 300}),
