@@ -95,10 +95,10 @@ class Broker:
         try:
             self._journal = Journal(journal, name) if journal else None
             self._core = self._restored(name, policy, max_queued)
+            before = _Identity.read(self._journal, listen)
         except BaseException:
             self._let_go(journal_is_done=False)
             raise
-        before = _Identity.read(self._journal, listen)
         self._keys = None if not listen else before.keys if before else sockets.Keys.generate()
         self._ctx = sockets.context()
         self._authenticator: sockets.Authenticator | None = None
@@ -116,17 +116,18 @@ class Broker:
             self._router, work = sockets.bind_router(self._ctx, addresses("work"), self._keys)
             self._monitor = Monitor(self._ctx, addresses("beats"), self._keys)
             self._pub, status = sockets.bind_pub(self._ctx, addresses("status"), self._keys)
+            cluster_id = before.cluster_id if before else secrets.token_hex(16)
+            identity = _Identity(cluster_id, listen or "", Addresses(work, self._monitor.addresses, status), self._keys)
+            if self._journal and listen:
+                self._journal.identity = msgspec.json.encode(identity)
         except BaseException:
             if self._authenticator:  # its socket is its thread's: closed from here, libzmq aborts the process
                 self._authenticator.stop()
             self._ctx.destroy(linger=0)
             self._let_go(journal_is_done=self._core.keeps_nothing)
             raise
-        cluster_id = before.cluster_id if before else secrets.token_hex(16)
-        identity = _Identity(cluster_id, listen or "", Addresses(work, self._monitor.addresses, status), self._keys)
         self.file = self._write_file(name, identity)
         if self._journal:
-            self._journal.identity = msgspec.json.encode(identity)
             self._journal.start()
 
     def _restored(self, name: str, policy: str, max_queued: int | None) -> Scheduler:

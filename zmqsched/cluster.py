@@ -209,9 +209,9 @@ class LocalCluster:
 def _supervise(reference: weakref.ref[LocalCluster]) -> None:
     """Until the cluster is closed, given up, or forgotten."""
     deaths: deque[float] = deque(maxlen=MAX_RESTARTS)
-    while (cluster := reference()) is not None and cluster._processes:
-        broker, closing = cluster._processes[0], cluster._closing
-        del cluster
+    while (cluster := reference()) is not None and (processes := cluster._processes):
+        broker, closing = processes[0], cluster._closing
+        del cluster, processes
         closed = _wait_for_end(broker.pid, closing)
         cluster = reference()
         if closed or cluster is None:
@@ -242,7 +242,8 @@ def _nothing() -> None:
 def _journal_option(journal: bool | str | os.PathLike[str]) -> list[str]:
     if journal is True:
         return ["--journal"]
-    return [f"--journal={os.fspath(journal)}"] if journal else []
+    # Absolute: a broker that follows another is started where this program is by then.
+    return [f"--journal={os.path.abspath(journal)}"] if journal else []
 
 
 def _start(command: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:

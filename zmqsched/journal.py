@@ -17,6 +17,7 @@ Rules
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import sqlite3
 import struct
@@ -26,7 +27,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 
-from .config import make_private
+from .config import journal_path, make_private
 from .core.events import Troubled, Write, Written
 from .errors import JournalError, ProtocolError
 from .protocol import Record, decode_record, encode_record
@@ -40,6 +41,7 @@ _CREATE = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value BLOB NOT NULL);
 CREATE TABLE log (number INTEGER PRIMARY KEY, more INTEGER NOT NULL, crc INTEGER NOT NULL, body BLOB NOT NULL)
 """
+_CRC = struct.Struct("<I")
 _COUNT = struct.Struct("<I")
 _LENGTH = struct.Struct("<Q")
 
@@ -55,18 +57,19 @@ class Journal:
 
     def __init__(self, path: Path, cluster: str) -> None:
         self.path = path
+        self._cluster = cluster
         make_private(path.parent)
         try:
             if not path.exists():
                 _create(path, cluster)
             self._db = _connect(path)
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, OSError, UnicodeDecodeError) as error:  # Unicode: SQLite quotes what it found
             raise _refusal(path, error) from None
         try:
             self._check(cluster)
         except BaseException as error:
             self._db.close()
-            if isinstance(error, sqlite3.Error):
+            if isinstance(error, sqlite3.Error | UnicodeDecodeError):
                 raise _refusal(path, error) from None
             raise
         self.bytes = 0
@@ -79,12 +82,26 @@ class Journal:
 
     @property
     def identity(self) -> bytes:
-        """What its cluster is known by, in the broker's words; empty at first."""
-        return self._about("identity")
+        """What its cluster is known by, in the broker's words; empty at first.
+
+        Raises
+        ------
+        JournalError
+            It is damaged; or, when it is set, cannot be written.
+        """
+        found = self._about("identity")
+        value = found[_CRC.size :]
+        if found and found[: _CRC.size] != _CRC.pack(zlib.crc32(value)):
+            raise _damaged(self.path, "the cluster's identity is not what was written there")
+        return value
 
     @identity.setter
     def identity(self, value: bytes) -> None:
-        self._db.execute("INSERT OR REPLACE INTO about VALUES ('identity', ?)", (value,))
+        try:
+            with_crc = _CRC.pack(zlib.crc32(value)) + value
+            self._db.execute("INSERT OR REPLACE INTO about VALUES ('identity', ?)", (with_crc,))
+        except sqlite3.Error as error:
+            raise _refusal(self.path, error) from None
 
     def read(self) -> Iterator[Record]:
         """All records, oldest first; to be read to the end before ``start``.
@@ -108,8 +125,10 @@ class Journal:
                     parts = []
             if parts:
                 raise _damaged(self.path, "the last commit has no end")
-        except (sqlite3.Error, ProtocolError, struct.error, ValueError) as error:
+        except (ProtocolError, struct.error, TypeError, ValueError) as error:  # of another type: it is no bytes any more
             raise _damaged(self.path, str(error)) from None
+        except sqlite3.Error as error:
+            raise _refusal(self.path, error) from None
 
     def start(self) -> None:
         """From now on what is written is written by a thread, which owns the file."""
@@ -142,8 +161,9 @@ class Journal:
         if remove:
             for name in (self.path.name, f"{self.path.name}-wal"):
                 self.path.with_name(name).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # another cluster's journal is in there
-                self.path.parent.rmdir()
+            if self.path == journal_path(self._cluster):  # else the directory is the user's
+                with contextlib.suppress(OSError):  # another cluster's journal is in there
+                    self.path.parent.rmdir()
 
     # --- the thread --------------------------------------------------------------------------------------------------
 
@@ -153,11 +173,13 @@ class Journal:
             commits = [commit]
             while not self._queue.empty() and (commit := self._queue.get()) is not None:
                 commits.append(commit)
-            self._write(commits)
+            if not self._write(commits):
+                return  # and nothing after them: what is there is a beginning of what was handed over
             if commit is not None:
                 commit = self._queue.get()
 
-    def _write(self, commits: list[Write]) -> None:
+    def _write(self, commits: list[Write]) -> bool:
+        """Whether they are on disk; if not, the journal is being closed."""
         told = False
         while True:
             try:
@@ -169,10 +191,10 @@ class Journal:
                     told = True
                     self._tell(Troubled(f"the journal {self.path} cannot be written ({error})"))
                 if self._ends.wait(RETRY_S):
-                    return
+                    return False
             else:
                 self._tell(Written(commits[-1].number, self.bytes))
-                return
+                return True
 
     def _transact(self, commits: list[Write]) -> None:
         number, size = self._next, self.bytes
@@ -190,9 +212,10 @@ class Journal:
                 number += 1
                 size += len(part)
         self._db.execute("COMMIT")
-        if any(commit.anew for commit in commits):
-            self._db.execute("PRAGMA incremental_vacuum").fetchall()
         self._next, self.bytes = number, size
+        if any(commit.anew for commit in commits):
+            with contextlib.suppress(sqlite3.Error):  # it takes space to give space back; the next time, then
+                self._db.executescript("PRAGMA incremental_vacuum")  # execute() gives back but one page
 
     def _tell(self, news: Written | Troubled) -> None:
         self._news.put(news)
@@ -207,7 +230,7 @@ class Journal:
         return row[0] if isinstance(row[0], bytes) else str(row[0]).encode()
 
     def _check(self, cluster: str) -> None:
-        """Ours, undamaged as far as one look tells, and writable."""
+        """Ours, undamaged as far as one look tells, and not read-only."""
         (schema,) = self._db.execute("PRAGMA user_version").fetchone()
         if schema != SCHEMA:
             raise JournalError(
@@ -225,18 +248,23 @@ def _create(path: Path, cluster: str) -> None:
     """A new journal appears under its name when it is whole, so an empty or half file of that name is damage."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     draft.unlink(missing_ok=True)
-    os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
-    db = sqlite3.connect(draft, isolation_level=None)
-    db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-    db.executescript(f"BEGIN; {_CREATE}; PRAGMA user_version = {SCHEMA}; COMMIT")
-    db.executemany("INSERT INTO about VALUES (?, ?)", [("cluster", cluster), ("first", "1")])
-    db.close()
-    draft.rename(path)
+    try:
+        os.close(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600))
+        with contextlib.closing(sqlite3.connect(draft, isolation_level=None)) as db:
+            db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+            db.executescript(f"BEGIN; {_CREATE}; PRAGMA user_version = {SCHEMA}; COMMIT")
+            db.executemany("INSERT INTO about VALUES (?, ?)", [("cluster", cluster), ("first", "1")])
+        draft.rename(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def _connect(path: Path) -> sqlite3.Connection:
     if path.stat().st_size == 0:
         raise sqlite3.DatabaseError("it is empty")
+    if not os.access(path, os.R_OK | os.W_OK):  # SQLite would speak of a disk that fails
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     there = f"{path.absolute().as_uri()}?mode=rw"  # and not made if it is not
     db = sqlite3.connect(there, timeout=0.5, isolation_level=None, check_same_thread=False, uri=True)
     try:
@@ -250,18 +278,23 @@ def _connect(path: Path) -> sqlite3.Connection:
     return db
 
 
-def _refusal(path: Path, error: sqlite3.Error | OSError) -> JournalError:
-    code = getattr(error, "sqlite_errorcode", None)
+def _refusal(path: Path, error: sqlite3.Error | OSError | UnicodeDecodeError) -> JournalError:
+    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF  # without what kind of such an error it is
+    if isinstance(error, OSError):
+        code = sqlite3.SQLITE_FULL if error.errno in (errno.ENOSPC, errno.EDQUOT) else sqlite3.SQLITE_PERM
     if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
         return JournalError(f"the journal {path} is in use by another broker")
-    if isinstance(error, OSError) or code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
-        return JournalError(f"the journal {path} cannot be written by this user ({error})")
+    if code in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM):
+        return JournalError(f"the journal {path} cannot be written by this user ({error}); put it elsewhere (--journal)")
+    if code == sqlite3.SQLITE_IOERR:
+        return JournalError(f"the disk fails that holds the journal {path} ({error}); what it still gives is worth a copy")
     if code == sqlite3.SQLITE_FULL:
         return JournalError(f"there is no space for the journal {path}: free some, or put it elsewhere (--journal)")
     return _damaged(path, str(error))
 
 
 def _damaged(path: Path, how: str) -> JournalError:
+    how = " ".join(how.split())
     return JournalError(f"the journal {path} is damaged ({how}); move it away to begin without it: mv {path} {path}.damaged")
 
 
