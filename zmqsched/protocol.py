@@ -404,6 +404,10 @@ class JobTasks(_Wire, tag=37):
     more: bool = False
 
 
+class Resumed(_Wire, tag=39):
+    """All that was open when this session began is submitted again: answers acknowledged before need not be known longer."""
+
+
 class Hold(_Wire, tag=38):
     """The broker holds as much as it may: keep new tasks back; or (``on=False``) go on. A session begins without."""
 
@@ -560,7 +564,7 @@ class Present(_Wire, tag=83):
 Message: TypeAlias = (
     ClientHello | NodeHello | Welcome | No | SayHello | Ping | Pong | Ack | Goodbye
     | Submit | Functions | NeedFunctions | Cancel | Finals | Running | GroupAdd | GroupWait | GroupForget | GroupDone
-    | Query | Report | Notice | Shutdown | Drain | Follow | JobTasks | Hold
+    | Query | Report | Notice | Shutdown | Drain | Follow | JobTasks | Resumed | Hold
     | Dispatch | Revoke | Stop | Results | Progress | Workers | Draining | Adopt
     | Beat | Fact
 )  # fmt: skip

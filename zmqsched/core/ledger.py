@@ -57,7 +57,8 @@ class _Commit(NamedTuple):
 
 
 class Ledger:
-    def __init__(self) -> None:
+    def __init__(self, slack_bytes: int = SLACK_BYTES) -> None:
+        self._slack_bytes = slack_bytes
         self._records: list[Record] = []
         self._finals: dict[bytes, list[Final]] = {}  # by owner, in the order of this turn
         self._forgotten: list[bytes] = []
@@ -98,8 +99,8 @@ class Ledger:
         self._received[session] = number
 
     def has_outgrown(self, *, idle: bool) -> bool:
-        limit = IDLE_BYTES if idle else SLACK_BYTES + GROWTH * self._base
-        return not self._commits and self._bytes > self._base + limit
+        limit = min(IDLE_BYTES, self._slack_bytes) if idle else self._slack_bytes + GROWTH * self._base
+        return not self._anew and self._bytes > self._base + limit
 
     def commit(self, *, hurry: bool = False) -> Write | None:
         """End the turn: what is to be written, if anything. What waits for nothing comes out of ``due``."""

@@ -42,6 +42,7 @@ from ..protocol import (
     Payload,
     Query,
     Report,
+    Resumed,
     Running,
     SayHello,
     Shape,
@@ -79,8 +80,8 @@ from .uplink import Uplink
 
 MAX_SENT_FUNCTIONS = 4_096  # digests remembered as sent; past it, functions are sent again
 WARN_AFTER_S = 5.0
-DELIVERY_TIMEOUT_S = 10.0  # for a job's tasks to be accepted, when their client leaves
-_Ordered: TypeAlias = GroupAdd | GroupWait | GroupForget | Cancel | Query | Follow
+DELIVERY_TIMEOUT_S = 10.0  # for a job's tasks to be accepted, when their client leaves | Resumed
+_Ordered: TypeAlias = GroupAdd | GroupWait | GroupForget | Cancel | Query | Follow | Resumed
 WINDOW_BYTES = 32 * 1024 * 1024  # what a client sends before it hears that it arrived, and whether the broker takes more
 
 
@@ -252,8 +253,9 @@ class Requests:
         self._window = WINDOW_BYTES
         self._fresh = dict(self._open)
         self.waiting = sum(call_bytes(call) for _, _, call in self._fresh.values())
-        # Submitted with the next tick: what is answered before that must not be, or a broker that hears of both at once
-        # forgets the answers first and takes the tasks for new ones.
+        # Submitted with the next tick: what is answered before that need not be.
+        if welcome.remembered:
+            self._send_behind(Resumed())
         for body in [*again, *self._asked.values(), *(Follow(0, job) for job, tasks in self._jobs.items() if tasks)]:
             self._send_behind(body)
         for body in withdrawn:

@@ -79,6 +79,7 @@ from ..protocol import (
     RecordMessage,
     Report,
     Results,
+    Resumed,
     Revoke,
     Running,
     SayHello,
@@ -183,6 +184,7 @@ class Scheduler:
         self._offers: dict[bytes, tuple[str, int]] = {}  # attempts that nodes run and nobody wants so far, by task
         self._expected: set[bytes] | None = None  # incarnations of the nodes that the crashed broker had, if known
         self._settled_at = 0.0 if not settings.settle_s else math.inf
+        self._may_start: list[Placed] = []  # what may be started only once, and that is on disk now
         self._limbo: dict[bytes, Task] = {}  # may have been started, before a crash, and must not be again
         self._counted: OrderedDict[bytes, int] = OrderedDict()  # the last addition to a WaitGroup, by incarnation
         self._watch: Timers[str] = Timers()  # when to look at a node again, by id
@@ -333,6 +335,9 @@ class Scheduler:
                 self._groups.forget(session.token, request)
             case Query(request):
                 self._sessions.send(session, self._report(request, now))
+            case Resumed():
+                session.remembered = False
+                session.follows[0].delivered.clear()
             case Follow(request, job):
                 self._follow(session, request, job)
             case Drain(node_id):
@@ -435,6 +440,7 @@ class Scheduler:
         self._push_back()
         if self._ledger is not None:
             self._commit(self._ledger, now, hurry=begins_round)
+            self._start_once()
         self._flush(now)
         if ends:
             self._out.append(Quit(self._end_why))
@@ -912,10 +918,12 @@ class Scheduler:
 
     def _delivered(self, session: Session) -> None:
         """Answers were acknowledged. Those of a job are kept for others."""
-        answers = session.follows[0].answers
+        owner = session.follows[0]
         messages = [message for message in session.link.delivered if isinstance(message, Finals)]
         for final in itertools.chain.from_iterable(message.finals for message in messages):
-            if answers.pop(final.task, None) is not None:
+            if owner.answers.pop(final.task, None) is not None:
+                if session.remembered:
+                    owner.delivered.add(final.task)
                 self._load.answers -= answer_bytes(final)
                 if self._ledger is not None:
                     self._ledger.forget(final.task)
@@ -982,17 +990,22 @@ class Scheduler:
                         self._tell(owner, final)
                 case Counted(waiter, error):
                     self._end_wait(waiter, error)
-                case Placed(node_id, attempts):
-                    self._send_once(node_id, attempts)
+                case Placed():
+                    self._may_start.append(consequence)
+
+    def _start_once(self) -> None:
+        """That these tasks are started is on disk: now they may be, if they still are to be."""
+        placed, self._may_start = self._may_start, []
+        for node_id, attempts in placed:
+            self._send_once(node_id, attempts)
 
     def _send_once(self, node_id: str, attempts: list[Attempt]) -> None:
-        """That these tasks are started is on disk: now they may be, if they still are to be."""
         wanted = []
         for task_id, number in [(attempt.task, attempt.attempt) for attempt in attempts]:
             task = self._tasks.get(task_id)
             if task is None or task.node != node_id or task.attempt != number:
                 continue
-            if task.cancelled:
+            if task.cancelled or self._nodes[node_id].state is not ALIVE:
                 self._let_go(task, self._nodes[node_id])
                 self._requeue(task)
             else:

@@ -42,7 +42,9 @@ from ..core.events import (
     ToBroker,
     Undelivered,
     Withdraw,
+    Write,
 )  # fmt: skip
+from ..core.ledger import Ledger
 from ..core.requests import Requests
 from ..core.scheduler import Scheduler, Settings
 from ..core.stops import GRACE_S, LOOK_S
@@ -67,13 +69,17 @@ from ..protocol import (
     Revoke,
     Run,
     Shape,
+    Submit,
 )  # fmt: skip
+from .disk import Disk
 from .watch import Watch
 from .world import Deliver, Process, SimulationFailed, World
 
 FUNCTIONS = {digest: b"code of " + digest for digest in (b"function-digest1", b"function-digest2", b"function-digest3")}
 GROUP = b"the-waitgroup-id"
 SIGNAL_S = 0.03  # at most, from the sending of a signal until it has come; long, so that tasks end meanwhile
+SETTLE_S = 2.0  # as the broker's shell has it
+SLACK_BYTES = 5_000  # a journal is written anew after some fifty records
 LAST_SENT = 8  # messages that may come late when their connection is replaced
 
 
@@ -100,13 +106,21 @@ class SimBroker(Process):
         super().__init__(world, b"broker")
         self.settings = settings
         self.crashes = 0
+        self.disk = Disk(world, self.post) if settings.journal else None
+        self.watch: Watch
         self._knocking: list[Callable[[], None]] = []
         self._begin()
 
     def _begin(self) -> None:
-        """A new process: it remembers nothing."""
-        self.core = Scheduler(replace(self.settings, epoch=1 + self.crashes), Random(self.world.random.random()))
-        self.watch = Watch(self.core)
+        """A new process: it remembers nothing but its journal, if there is one."""
+        before = self.watch if self.crashes else None
+        settle_s = SETTLE_S if self.crashes else 0.0
+        settings = replace(self.settings, epoch=1 + self.crashes, settle_s=settle_s)
+        self.core = Scheduler(settings, Random(self.world.random.random()))
+        if self.disk is not None:
+            self.core._ledger = Ledger(SLACK_BYTES)
+            self.core.restore(self.disk.records, self.world.now + self._clock)
+        self.watch = Watch(self.core, before if self.disk else None)
         self._pauses_before = self.pauses
 
     def crash(self, down_s: float) -> None:
@@ -116,6 +130,9 @@ class SimBroker(Process):
             self.alive = self.paused = False
             self.crashes += 1
             self._inbox.clear()
+            self._owned = {owner.id for owner in self.core._owners}
+            if self.disk is not None:
+                self.disk.crash()
             self.world.at(down_s, self._restart)
 
     def _restart(self) -> None:
@@ -125,6 +142,8 @@ class SimBroker(Process):
         self._wakes_at = math.inf
         self._begin()
         for process in list(self.world.processes.values()):
+            if isinstance(process, SimClient) and self.disk is not None:
+                self._check_kept(process)
             if isinstance(process, Peer):
                 process.reconnect()
         knocking, self._knocking = self._knocking, []
@@ -132,6 +151,14 @@ class SimBroker(Process):
             if self.world.random.random() < 0.5:
                 knock()
         self._wake()
+
+    def _check_kept(self, client: SimClient) -> None:
+        """What this client was told is accepted is there, if the broker had not given it up."""
+        owner = self.core._owners.find_client(client.core._uplink.hello.incarnation)
+        for task in client.accepted():
+            answered = owner is not None and owner.has_answered(task)
+            if b"c" + client.core._uplink.hello.incarnation in self._owned and task not in self.core._tasks and not answered:
+                raise SimulationFailed(f"task {task.hex()} was accepted, and the broker that follows does not know it")
 
     def knock(self, again: Callable[[], None]) -> None:
         """While nobody listens a connection keeps some of what it is to send."""
@@ -153,6 +180,8 @@ class SimBroker(Process):
                         target.reach(envelope)
                     else:
                         self._handle(Undelivered(address, "unreachable"), now)
+                case Write() if self.disk is not None:
+                    self.disk.write(action)
                 case Log(_, text):
                     self.world.say(f"= broker: {text}")
                 case _:
@@ -462,6 +491,14 @@ class SimClient(Peer):
         self.cancelled.update(chosen)
         self.post(Withdraw(chosen, force=self.world.random.random() < 0.5))
 
+    def accepted(self) -> set[bytes]:
+        """The open tasks whose submission the broker has acknowledged."""
+        link = self.core._uplink.link
+        if link is None:
+            return set()
+        on_their_way = {spec.task for body in link.unfinished() if isinstance(body, Submit) for spec in body.tasks}
+        return self.core._open.keys() - self.core._fresh.keys() - on_their_way
+
     def drain(self, node: str) -> None:
         self.post(Tell(Drain(node)))
 
@@ -512,6 +549,8 @@ class SimClient(Peer):
                 return task in self.world.overran
             case "Unschedulable":
                 return "gpu" in dict(self.options[task].resources)  # its only node may have been away for too long
+            case "NotAccepted":
+                return self.broker.disk is not None and self.broker.disk.was_full
             case _:
                 return False
 

@@ -26,8 +26,8 @@ FAULTS = (
     # of processes
     "kill worker", "kill node", "pause node", "drain node", "storm",
     "kill client", "pause client", "pause broker", "crash broker",
-    # of memory
-    "forget functions",
+    # of memory and disk
+    "forget functions", "slow disk", "full disk",
 )  # fmt: skip
 
 
@@ -55,6 +55,7 @@ class Cluster:
             policy=policy,
             client_lease_s=random.choice((2.0, 6.0)),  # a minute would make long runs
             max_queued_bytes=random.choice((2_000, 10_000, 1 << 30)),  # 3 tasks, 15, no limit
+            journal=random.random() < 0.5,
         )
         self.broker = SimBroker(world, settings)
         self._numbers = itertools.count()
@@ -130,6 +131,8 @@ class Cluster:
             self.broker.crash(random.choice((0.01, 0.5, 4.0)))
         if world.chance("forget functions"):
             self._forget()
+        if self.broker.disk is not None and world.chance("full disk", 0.3):
+            self.broker.disk.fill(random.uniform(0.5, 4.0))
 
     def _strike_connections(self) -> None:
         world, random = self.world, self.world.random

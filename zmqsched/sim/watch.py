@@ -20,12 +20,14 @@ SLACK_S = 0.1  # of deadlines that are met at the next turn
 class Watch:
     """``listened`` is for how long the broker has run so far: what it could not hear while it was paused is no silence."""
 
-    def __init__(self, core: Scheduler) -> None:
+    def __init__(self, core: Scheduler, before: Watch | None = None) -> None:
+        """``before``: of the broker before, whose journal this one has: what that one answered, this one does not run."""
         self.lost: set[str] = set()  # ids of nodes that were given up
         self._core = core
         self._heard: dict[str, float] = {}  # by node, as ``listened`` was when it was last heard on the work channel
         self._attempts: dict[bytes, int] = {}
-        self._answered: dict[bytes, set[int]] = {}  # task: the sessions that were told its end
+        # By task: the sessions that were told its end.
+        self._answered: dict[bytes, set[int]] = before._answered if before else {}
         self._seen: dict[int, int] = {}  # by session: the highest number it was sent
         self._unborn: list[bytes] = []  # submitted just now, and not known before
         self._late: list[tuple[Task, tuple[object, ...]]] = []
@@ -75,7 +77,8 @@ class Watch:
             task = self._core._tasks.get(outcome.task)
             if task is None:
                 continue
-            if outcome.ok or (task.node == node and task.attempt == outcome.attempt):
+            in_limbo = task.id in self._core._limbo
+            if outcome.ok or in_limbo or (task.node == node and task.attempt == outcome.attempt):
                 fresh.add(task.id)
             else:
                 late[task.id] = task
@@ -103,7 +106,7 @@ class Watch:
         node = self._core._nodes[session.node]
         if node.state is not ALIVE:
             raise SimulationFailed(f"{node.id} is {node.state} and was given tasks")
-        if node.assigned > node.credit:
+        if node.assigned > node.credit and not self._core.settings.journal:  # with one, what was placed may wait for it
             raise SimulationFailed(f"{node.id} has {node.assigned} tasks and credit for {node.credit}")
         for order in dispatch.orders:
             if order.attempt <= self._attempts.get(order.task, 0):
