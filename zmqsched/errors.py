@@ -12,7 +12,7 @@
     │   ├── TaskTimeout (TimeoutError)      the task ran longer than its time limit
     │   ├── WorkerDied                      the task was running each time a worker died
     │   ├── Unschedulable                   no node can ever hold what the task asks for
-    │   └── NotAccepted                     the broker cannot write its journal now
+    │   └── NotAccepted                     the broker could not take the task, and why
     ├── ClusterError                    the cluster cannot be found, reached or joined
     │   ├── ClusterNotFound (LookupError)
     │   ├── ClusterExists
@@ -76,7 +76,8 @@ class Unschedulable(TaskError):
 
 
 class NotAccepted(TaskError):
-    """The broker takes no new tasks: it could not keep them, for its journal cannot be written now (the disk is full)."""
+    """The broker could not take the task: its journal cannot be written now (the disk is full), or the function of a job's
+    task never came, for its client was gone."""
 
 
 class ClusterError(ZmqschedError):

@@ -177,6 +177,7 @@ class Scheduler:
         self._tasks: dict[bytes, Task] = {}
         self._most_tasks = 0  # since the table of tasks was last made anew
         self._waiting: dict[bytes, dict[bytes, Task]] = {}  # by the digest of the function they wait for
+        self._waiting_since: dict[bytes, float] = {}  # as each round has found it
         self._delayed: Timers[bytes] = Timers()  # when to queue a task again that failed
         self._nodes: dict[str, Node] = {}
         self._by_incarnation: dict[bytes, Node] = {}
@@ -423,6 +424,7 @@ class Scheduler:
             self._next_round = now + self.settings.beat_interval_s
             self._expire_clients(now)
             self._expire_limbo(now)
+            self._expire_waiting(now)
             self._fail_hopeless(now)
             self._placement.reserve(now)
             self._publish_counts()
@@ -1258,6 +1260,15 @@ class Scheduler:
         for owner in self._owners.old_jobs(self.settings.keep_results_s, now):
             self._owners.forget(owner)
             self._record(owner.id, Left())
+
+    def _expire_waiting(self, now: float) -> None:
+        """A job's tasks whose function never came: whoever has it is gone. Those of a client end with the client."""
+        self._waiting_since = {digest: self._waiting_since.get(digest, now) for digest in self._waiting}
+        text = "the task's function has not arrived: the client that submitted it is gone"
+        for digest, since in list(self._waiting_since.items()):
+            if now - since > self.settings.client_lease_s:
+                for task in [task for task in self._waiting[digest].values() if task.owner.job]:
+                    self._finish(task, Final(task.id, "NotAccepted", text=text))
 
     def _expire_limbo(self, now: float) -> None:
         if self._limbo and now >= self._settled_at + self.settings.await_lost_s:

@@ -57,10 +57,13 @@ from ..protocol import (
     Done,
     Drain,
     Envelope,
+    Finals,
+    Follow,
     GroupDone,
     GroupWait,
     Host,
     Interrupted,
+    JobTasks,
     NodeHello,
     Options,
     Payload,
@@ -108,6 +111,7 @@ class SimBroker(Process):
         self.crashes = 0
         self.disk = Disk(world, self.post) if settings.journal else None
         self.watch: Watch
+        self._refused: set[bytes] = set()
         self._knocking: list[Callable[[], None]] = []
         self._begin()
 
@@ -154,10 +158,10 @@ class SimBroker(Process):
 
     def _check_kept(self, client: SimClient) -> None:
         """What this client was told is accepted is there, if the broker had not given it up."""
-        owner = self.core._owners.find_client(client.core._uplink.hello.incarnation)
-        for task in client.accepted():
-            answered = owner is not None and owner.has_answered(task)
-            if b"c" + client.core._uplink.hello.incarnation in self._owned and task not in self.core._tasks and not answered:
+        if b"c" + client.core._uplink.hello.incarnation not in self._owned:
+            return
+        for task in client.accepted() - self.core._tasks.keys() - self._refused:
+            if not any(owner.has_answered(task) for owner in self.core._owners):
                 raise SimulationFailed(f"task {task.hex()} was accepted, and the broker that follows does not know it")
 
     def knock(self, again: Callable[[], None]) -> None:
@@ -175,6 +179,8 @@ class SimBroker(Process):
         for action in actions:
             match action:
                 case Send(address, envelope):
+                    if isinstance(envelope.body, Finals):
+                        self._refused.update(f.task for f in envelope.body.finals if f.verdict == "NotAccepted")
                     target = self.world.processes.get(_owner(address))
                     if isinstance(target, Peer) and target.address == address:
                         target.reach(envelope)
@@ -471,6 +477,7 @@ class SimClient(Peer):
         self.group_zero = False
         self.finished_asking = False
         self._in_group: list[bytes] = []  # what the WaitGroup was asked about
+        self._others: dict[bytes, tuple[Plan, Options]] = {}  # what others have asked for
         self._wake()
 
     def ask(self, plans: list[tuple[Plan, Options]]) -> None:
@@ -499,6 +506,13 @@ class SimClient(Peer):
         on_their_way = {spec.task for body in link.unfinished() if isinstance(body, Submit) for spec in body.tasks}
         return self.core._open.keys() - self.core._fresh.keys() - on_their_way
 
+    def follow(self, job: str, asked_by: list[SimClient]) -> None:
+        """Ask for the answers to the job's tasks, whoever has asked for them."""
+        self._others = {task: (plan, one.options[task]) for one in asked_by for task, plan in one.plans.items()}
+        self.cancelled.update(*(one.cancelled for one in asked_by))
+        self.group_zero = True
+        self.post(Tell(Follow(2, job)))
+
     def drain(self, node: str) -> None:
         self.post(Tell(Drain(node)))
 
@@ -516,6 +530,10 @@ class SimClient(Peer):
                         self._answered(final.task, final.verdict, final.value, final.text)
                 case Replied(GroupDone(_, error)):
                     self._group_is_zero(error)
+                case Replied(JobTasks(_, _, tasks)):
+                    self.plans.update((task, self._others[task][0]) for task in tasks)
+                    self.options.update((task, self._others[task][1]) for task in tasks)
+                    self.finished_asking = True
                 case Broken(_, reason):
                     raise SimulationFailed(f"the client was cut off: {reason}")
                 case _:
@@ -527,13 +545,13 @@ class SimClient(Peer):
             raise SimulationFailed(f"task {task.hex()} was answered twice")
         self.answers[task] = verdict
         plan = self.plans[task]
-        if not self._may_end(task, plan, verdict):
+        if not self._may_end(task, plan, verdict, text):
             times = f"{self.world.executions[task]} executions, {self.world.deaths[task]} deaths"
             raise SimulationFailed(f"{task.hex()[-4:]} {plan} ended as {verdict!r} after {times}: {text}")
         if verdict == "ok" and msgspec.msgpack.decode(_joined(value)) != plan.number:
             raise SimulationFailed(f"{plan} got somebody else's value {value!r}")
 
-    def _may_end(self, task: bytes, plan: Plan, verdict: str) -> bool:
+    def _may_end(self, task: bytes, plan: Plan, verdict: str, text: str) -> bool:
         retries = self.options[task].retries if plan.retried and task not in self.cancelled else 0
         match verdict:
             case "ok":
@@ -549,6 +567,8 @@ class SimClient(Peer):
                 return task in self.world.overran
             case "Unschedulable":
                 return "gpu" in dict(self.options[task].resources)  # its only node may have been away for too long
+            case "NotAccepted" if self.options[task].job and not text.startswith("the broker"):
+                return self.name == b"follower"  # whoever had the function was killed
             case "NotAccepted":
                 return self.broker.disk is not None and self.broker.disk.was_full
             case _:

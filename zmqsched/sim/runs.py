@@ -17,6 +17,7 @@ THOROUGH = 4  # each so manieth seed is
 STRIKE_EVERY_S = 0.5
 LOOK_EVERY_S = 0.25
 TAIL_S = 150.0  # of quiet, after which a run has failed
+JOB = "a-job"
 FORGETFUL_BYTES = 40  # room for two of three functions
 FAULTS = (
     # of messages
@@ -70,6 +71,7 @@ class Cluster:
             ((15, (0.001, 0.005, 0.01)), (10, (0.0001, 0.02, 0.3)), (3, (0.1, 1.0, 2.0)))
         )
         self.clients = [self._client() for _ in range(random.randint(1, 2))]
+        self._asked_by = list(self.clients)
         world.faults = {fault: random.random() ** 2 * 0.5 for fault in FAULTS if random.random() < 0.5}
         world.say(f"= faults: {world.faults}")
         if "forget functions" in world.faults:
@@ -200,6 +202,7 @@ class Cluster:
         if world.chance("kill client", 0.3):
             self.clients[index].kill()
             self.clients[index] = self._client()
+            self._asked_by.append(self.clients[index])
 
     def _forget(self) -> None:
         """Stores of functions with little room: what no open task needs is soon gone."""
@@ -215,6 +218,10 @@ class Cluster:
         self.world.heal()
         for peer in (*self.nodes, *self.leaving, *self.clients):
             peer.resume(peer.pauses)
+        if any(options.job for client in self._asked_by for options in client.options.values()):
+            follower = SimClient(self.world, b"follower", self.broker)
+            follower.follow(JOB, self._asked_by)
+            self.clients.append(follower)
         self._look()
 
     def _look(self) -> None:
@@ -262,5 +269,5 @@ def _kinds(random: Random) -> list[Options]:
     kinds.append(Options(resources=(("cpu", 2.0),), group=GROUP))
     kinds.append(Options(retries=2, backoff=random.choice((0.01, 3.0)), group=GROUP))
     kinds.append(Options(retries=1, timeout=random.choice((0.01, 0.3, 1.0)), group=GROUP))
-    kinds += [Options(requeue=False), Options(requeue=False, priority=1)]
+    kinds += [Options(requeue=False), Options(requeue=False, priority=1), Options(job=JOB), Options(job=JOB, retries=1)]
     return kinds
