@@ -24,12 +24,13 @@ class Owner:
     """``unwritten``: answers that are not in the journal yet, and so not to be told; ``delivered``: tasks whose answers were
     acknowledged, and which may be submitted again all the same; ``open``: how many tasks have no answer."""
 
-    __slots__ = ("answers", "delivered", "id", "job", "open", "quiet_since", "sessions", "unwritten")
+    __slots__ = ("answers", "delivered", "id", "job", "open", "quiet_since", "sessions", "submitters", "unwritten")
 
     def __init__(self, owner_id: bytes, job: str, now: float) -> None:
         self.id = owner_id
         self.job = job
         self.sessions: list[Session] = []  # of a client at most one, of a job its followers'
+        self.submitters: set[int] = set()  # those of a job's sessions that have submitted to it
         self.answers: dict[bytes, Final] = {}
         self.unwritten: dict[bytes, Final] = {}
         self.delivered: set[bytes] = set()

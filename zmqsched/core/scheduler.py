@@ -525,6 +525,7 @@ class Scheduler:
         self._groups.forget(session.token)
         for owner in session.follows:
             owner.sessions.remove(session)
+            owner.submitters.discard(session.token)
             if not owner.job:
                 owner.quiet_since = now
 
@@ -683,6 +684,7 @@ class Scheduler:
         owner = self._owners.job(kind.options.job, self._now)
         if session not in owner.sessions:  # of what was answered before it hears when it asks
             self._let_follow(session, owner)
+        owner.submitters.add(session.token)
         return owner
 
     def _accept(self, spec: TaskSpec, kind: Kind, owner: Owner, *, waits: bool) -> Task:
@@ -1263,11 +1265,16 @@ class Scheduler:
 
     def _expire_waiting(self, now: float) -> None:
         """A job's tasks whose function never came: whoever has it is gone. Those of a client end with the client."""
-        self._waiting_since = {digest: self._waiting_since.get(digest, now) for digest in self._waiting}
+        helpless = {
+            digest
+            for digest, tasks in self._waiting.items()
+            if not any(task.owner.submitters or not task.owner.job for task in tasks.values())
+        }
+        self._waiting_since = {digest: self._waiting_since.get(digest, now) for digest in helpless}
         text = "the task's function has not arrived: the client that submitted it is gone"
-        for digest, since in list(self._waiting_since.items()):
+        for digest, since in self._waiting_since.items():
             if now - since > self.settings.client_lease_s:
-                for task in [task for task in self._waiting[digest].values() if task.owner.job]:
+                for task in list(self._waiting[digest].values()):
                     self._finish(task, Final(task.id, "NotAccepted", text=text))
 
     def _expire_limbo(self, now: float) -> None:
