@@ -32,6 +32,28 @@ def _one(module: str, old: str, new: str) -> Mutant:
 
 
 MUTANTS = {
+    # the journal
+    "what was received is acknowledged before it is written": _one(
+        "scheduler", "cautious=settings.journal", "cautious=False"
+    ),
+    "an answer is told before it is written": _one(
+        "scheduler",
+        "            self._ledger.answer(owner.id, final)",
+        "            self._ledger.answer(owner.id, final); self._release({}, [Answered(owner.id, final)], self._now)",
+    ),
+    "what may be started only once is started before that is written": _one(
+        "scheduler", "at_once = tasks if self._ledger is None else self._dispatch_once(self._ledger, node, tasks)",
+        "at_once = tasks",
+    ),
+    "what may have been started before a crash is queued again": _one(
+        "scheduler", "for task_id in once & self._tasks.keys():", "for task_id in ():"
+    ),
+    "a journal written anew lacks the answers": _one(
+        "scheduler", "answers = [*owner.answers.values(), *owner.unwritten.values()]", "answers: list[Final] = []"
+    ),
+    "a broker that lacks a task does not say so": _one(
+        "scheduler", "self._sessions.send(session, Unknown(unknown))", "self._sessions.send(session, Unknown([]))"
+    ),
     # delivery
     "a message that was lost is not sent again": _one(
         "link", "for seq, body in self._unacked if seq > after]", "for seq, body in self._unacked if False]"

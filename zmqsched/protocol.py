@@ -388,6 +388,12 @@ class Drain(_Wire, tag=34):
     node: Name
 
 
+class Unknown(_Wire, tag=35):
+    """Of the tasks that the client has open these are not here: to be submitted again."""
+
+    tasks: Annotated[list[TaskId], Meta(max_length=MAX_ITEMS)]
+
+
 class Follow(_Wire, tag=36):
     """Answer this job's tasks to this client as well."""
 
@@ -404,8 +410,10 @@ class JobTasks(_Wire, tag=37):
     more: bool = False
 
 
-class Resumed(_Wire, tag=39):
-    """All that was open when this session began is submitted again: answers acknowledged before need not be known longer."""
+class StillOpen(_Wire, tag=39):
+    """The client has submitted these to a session before and has no answer so far."""
+
+    tasks: Annotated[list[TaskId], Meta(max_length=MAX_ITEMS)]
 
 
 class Hold(_Wire, tag=38):
@@ -564,7 +572,7 @@ class Present(_Wire, tag=83):
 Message: TypeAlias = (
     ClientHello | NodeHello | Welcome | No | SayHello | Ping | Pong | Ack | Goodbye
     | Submit | Functions | NeedFunctions | Cancel | Finals | Running | GroupAdd | GroupWait | GroupForget | GroupDone
-    | Query | Report | Notice | Shutdown | Drain | Follow | JobTasks | Resumed | Hold
+    | Query | Report | Notice | Shutdown | Drain | Follow | JobTasks | StillOpen | Unknown | Hold
     | Dispatch | Revoke | Stop | Results | Progress | Workers | Draining | Adopt
     | Beat | Fact
 )  # fmt: skip

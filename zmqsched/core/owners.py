@@ -4,9 +4,8 @@ Rules
 -----
 * An owner outlives the sessions of its clients, as it outlives the broker if there is a journal. A client that is silent
   for its lease is gone: its tasks are cancelled, running ones too. A job waits for whoever asks for it.
-* Answers of a client are kept until the client has acknowledged them. In a session that continues another the client submits
-  again what was open when it began, and that may arrive behind the acknowledgement of an answer: so what was answered is
-  known until the client has said that it submitted all (``Resumed``). Answers of a job for ``keep_results_s`` after the
+* Answers of a client are kept until the client has acknowledged them. A client that comes back names what it still waits
+  for, and is told what of it is not here (``StillOpen``, ``Unknown``). Answers of a job for ``keep_results_s`` after the
   last of its tasks was answered, and then the job is forgotten.
 """
 
@@ -21,10 +20,9 @@ _CLIENT, _JOB = b"c", b"j"
 
 
 class Owner:
-    """``unwritten``: answers that are not in the journal yet, and so not to be told; ``delivered``: tasks whose answers were
-    acknowledged, and which may be submitted again all the same; ``open``: how many tasks have no answer."""
+    """``unwritten``: answers that are not in the journal yet, and so not to be told; ``open``: how many tasks have none."""
 
-    __slots__ = ("answers", "delivered", "id", "job", "open", "quiet_since", "sessions", "submitters", "unwritten")
+    __slots__ = ("answers", "id", "job", "open", "quiet_since", "sessions", "submitters", "unwritten")
 
     def __init__(self, owner_id: bytes, job: str, now: float) -> None:
         self.id = owner_id
@@ -33,12 +31,11 @@ class Owner:
         self.submitters: set[int] = set()  # those of a job's sessions that have submitted to it
         self.answers: dict[bytes, Final] = {}
         self.unwritten: dict[bytes, Final] = {}
-        self.delivered: set[bytes] = set()
         self.open = 0
         self.quiet_since = now  # since when a client has no session, or all of a job is answered
 
     def has_answered(self, task: bytes) -> bool:
-        return task in self.answers or task in self.unwritten or task in self.delivered
+        return task in self.answers or task in self.unwritten
 
 
 class Owners:

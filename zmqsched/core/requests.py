@@ -4,6 +4,9 @@ Contract as the scheduler's. Every task asked for is kept, call and all, until i
 begins, all of them are submitted to it. Task ids are made here, so that the broker recognises what it has already. An
 answer is handed out once: later ones of the same task find nothing here and are dropped.
 
+A broker that remembers this client is only told the ids of what was submitted before, and says what it lacks: an answer
+and a second submission of the same task can cross in no way.
+
 Tasks are *fresh* until they are handed to the link: while there is no session, while the broker says ``Hold``, and while
 ``WINDOW_BYTES`` of them are on their way. ``waiting`` says how much that is, for the owner to stop asking. What must not
 overtake the tasks asked for before it (all about WaitGroups) waits behind them.
@@ -13,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import TypeAlias, TypeGuard
 
 from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, CLUSTER_LOST_AFTER_S
 from ..protocol import (
     BATCH_ITEMS,
+    MAX_ITEMS,
     Cancel,
     ClientHello,
     Envelope,
@@ -42,12 +46,13 @@ from ..protocol import (
     Payload,
     Query,
     Report,
-    Resumed,
     Running,
     SayHello,
     Shape,
+    StillOpen,
     Submit,
     TaskSpec,
+    Unknown,
     Welcome,
     batches,
     shape_bytes,
@@ -81,7 +86,7 @@ from .uplink import Uplink
 MAX_SENT_FUNCTIONS = 4_096  # digests remembered as sent; past it, functions are sent again
 WARN_AFTER_S = 5.0
 DELIVERY_TIMEOUT_S = 10.0  # for a job's tasks to be accepted, when their client leaves | Resumed
-_Ordered: TypeAlias = GroupAdd | GroupWait | GroupForget | Cancel | Query | Follow | Resumed
+_Ordered: TypeAlias = GroupAdd | GroupWait | GroupForget | Cancel | Query | Follow
 WINDOW_BYTES = 32 * 1024 * 1024  # what a client sends before it hears that it arrived, and whether the broker takes more
 
 
@@ -91,6 +96,7 @@ class Requests:
         self._open: dict[bytes, tuple[bytes, Shape, Payload]] = {}
         self._withdrawn: dict[bytes, bool] = {}  # not answered, and not wanted any more; True: by force
         self._fresh: dict[bytes, tuple[bytes, Shape, Payload]] = {}  # asked for, not yet submitted
+        self._doubts = 0  # questions what the broker still has, unanswered
         self._behind: list[_Ordered] = []  # to go out after the fresh ones
         self._on_the_way: deque[int] = deque()  # bytes of each submission that is not acknowledged
         self._window = WINDOW_BYTES  # what may still be sent of them
@@ -154,7 +160,7 @@ class Requests:
         assert self._fresh.keys() <= self._open.keys(), "a task to submit is not open"
         assert self.waiting == sum(call_bytes(call) for _, _, call in self._fresh.values()), "bytes that wait are off"
         assert self._window + sum(self._on_the_way) == WINDOW_BYTES, "bytes on the way are off"
-        assert self._fresh or not self._behind, "what waits behind tasks waits behind none"
+        assert self._fresh or self._doubts or not self._behind, "what waits behind tasks waits behind none"
         assert all(map(self._awaits, self._withdrawn)), "a task that was answered is withdrawn"
         if self._uplink.link is not None:
             self._uplink.link.sanity_check()
@@ -210,6 +216,9 @@ class Requests:
             case GroupDone() | Report():
                 if self._asked.pop(message.request, None) is not None:
                     self._out.append(Replied(message))
+            case Unknown(tasks):
+                self._doubts -= 1
+                self._wait_again([self._open[task] for task in tasks if task in self._open])
             case JobTasks():
                 self._job_listed(message)
             case NeedFunctions(digests):
@@ -251,15 +260,25 @@ class Requests:
         self._held = False
         self._on_the_way.clear()
         self._window = WINDOW_BYTES
-        self._fresh = dict(self._open)
-        self.waiting = sum(call_bytes(call) for _, _, call in self._fresh.values())
-        # Submitted with the next tick: what is answered before that need not be.
+        self._doubts = 0
         if welcome.remembered:
-            self._send_behind(Resumed())
+            submitted = [task for task in self._open if task not in self._fresh]
+            for start in range(0, len(submitted), MAX_ITEMS):
+                self._uplink.send(StillOpen(submitted[start : start + MAX_ITEMS]))
+                self._doubts += 1
+        else:
+            self._wait_again(self._open.values())
         for body in [*again, *self._asked.values(), *(Follow(0, job) for job, tasks in self._jobs.items() if tasks)]:
             self._send_behind(body)
         for body in withdrawn:
             self._send_behind(body)
+
+    def _wait_again(self, entries: Iterable[tuple[bytes, Shape, Payload]]) -> None:
+        """To be submitted, with the next tick: this broker does not have them."""
+        for entry in entries:
+            if entry[0] not in self._fresh:
+                self._fresh[entry[0]] = entry
+                self.waiting += call_bytes(entry[2])
 
     def _withdrawals(self) -> list[Cancel]:
         """For a broker that may not have heard of them, nor of the tasks; so those are not submitted again."""
@@ -357,14 +376,14 @@ class Requests:
         self._send_what_waits()
 
     def _send_what_waits(self) -> None:
-        if self._behind and not self._fresh:
+        if self._behind and not self._fresh and not self._doubts:
             for message in self._behind:
                 self._uplink.send(message)
             self._behind.clear()
 
     def _send_behind(self, message: _Ordered) -> None:
         """What was asked for before this is to arrive before it."""
-        if self._fresh or self._behind:
+        if self._fresh or self._behind or self._doubts:
             self._behind.append(message)
         else:
             self._uplink.send(message)

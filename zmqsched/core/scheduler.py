@@ -79,16 +79,17 @@ from ..protocol import (
     RecordMessage,
     Report,
     Results,
-    Resumed,
     Revoke,
     Running,
     SayHello,
     Shape,
     Shutdown,
+    StillOpen,
     Stop,
     Stopped,
     Submit,
     TaskSpec,
+    Unknown,
     Welcome,
     Workers,
     batches,
@@ -336,9 +337,8 @@ class Scheduler:
                 self._groups.forget(session.token, request)
             case Query(request):
                 self._sessions.send(session, self._report(request, now))
-            case Resumed():
-                session.remembered = False
-                session.follows[0].delivered.clear()
+            case StillOpen(tasks):
+                self._still_open(session, tasks)
             case Follow(request, job):
                 self._follow(session, request, job)
             case Drain(node_id):
@@ -682,10 +682,14 @@ class Scheduler:
         if not kind.options.job:
             return session.follows[0]
         owner = self._owners.job(kind.options.job, self._now)
-        if session not in owner.sessions:  # of what was answered before it hears when it asks
+        self._join_job(session, owner)
+        return owner
+
+    def _join_job(self, session: Session, owner: Owner) -> None:
+        """Of what was answered before it hears when it asks."""
+        if session not in owner.sessions:
             self._let_follow(session, owner)
         owner.submitters.add(session.token)
-        return owner
 
     def _accept(self, spec: TaskSpec, kind: Kind, owner: Owner, *, waits: bool) -> Task:
         self._seq += 1
@@ -704,10 +708,31 @@ class Scheduler:
             self._placement.enqueue(task)
         return task
 
+    def _still_open(self, session: Session, tasks: list[bytes]) -> None:
+        """A client is back, or this broker follows another: what it waits for is here, or to be submitted again."""
+        unknown = []
+        for task_id in tasks:
+            owner = self._owner_of(task_id, session.follows[0])
+            if owner is None:
+                unknown.append(task_id)
+                continue
+            if owner.job:
+                self._join_job(session, owner)
+            self._submitted_again(task_id, owner, session)
+        self._sessions.send(session, Unknown(unknown))
+
+    def _owner_of(self, task_id: bytes, client: Owner) -> Owner | None:
+        """Who is or was to be answered, if the task is known."""
+        if (task := self._tasks.get(task_id)) is not None:
+            return task.owner if self._owners.knows(task.owner) else client
+        if client.has_answered(task_id):
+            return client
+        return next((owner for owner in self._owners if owner.job and owner.has_answered(task_id)), None)
+
     def _submitted_again(self, task_id: bytes, owner: Owner, session: Session) -> None:
         """A copy; or the client was given up while an attempt ran, is back, and wants the task after all; or a job's task
         was answered and this client has not heard of it."""
-        self.counts["submitted again"] += 1
+        self.counts["asked for again"] += 1
         task = self._tasks.get(task_id)
         if task is None:
             if owner.job and task_id in owner.answers:
@@ -926,8 +951,6 @@ class Scheduler:
         messages = [message for message in session.link.delivered if isinstance(message, Finals)]
         for final in itertools.chain.from_iterable(message.finals for message in messages):
             if owner.answers.pop(final.task, None) is not None:
-                if session.remembered:
-                    owner.delivered.add(final.task)
                 self._load.answers -= answer_bytes(final)
                 if self._ledger is not None:
                     self._ledger.forget(final.task)

@@ -72,7 +72,9 @@ from ..protocol import (
     Revoke,
     Run,
     Shape,
+    StillOpen,
     Submit,
+    Unknown,
 )  # fmt: skip
 from .disk import Disk
 from .watch import Watch
@@ -181,6 +183,8 @@ class SimBroker(Process):
                 case Send(address, envelope):
                     if isinstance(envelope.body, Finals):
                         self._refused.update(f.task for f in envelope.body.finals if f.verdict == "NotAccepted")
+                    elif isinstance(envelope.body, Unknown):
+                        self._refused.update(envelope.body.tasks)
                     target = self.world.processes.get(_owner(address))
                     if isinstance(target, Peer) and target.address == address:
                         target.reach(envelope)
@@ -504,7 +508,8 @@ class SimClient(Peer):
         if link is None:
             return set()
         on_their_way = {spec.task for body in link.unfinished() if isinstance(body, Submit) for spec in body.tasks}
-        return self.core._open.keys() - self.core._fresh.keys() - on_their_way
+        doubtful = {task for body in link.unfinished() if isinstance(body, StillOpen) for task in body.tasks}
+        return self.core._open.keys() - self.core._fresh.keys() - on_their_way - doubtful
 
     def follow(self, job: str, asked_by: list[SimClient]) -> None:
         """Ask for the answers to the job's tasks, whoever has asked for them."""
@@ -568,7 +573,7 @@ class SimClient(Peer):
             case "Unschedulable":
                 return "gpu" in dict(self.options[task].resources)  # its only node may have been away for too long
             case "NotAccepted" if self.options[task].job and not text.startswith("the broker"):
-                return self.name == b"follower"  # whoever had the function was killed
+                return self.name == b"follower" or self.core._uplink.hello.life > 1  # whoever had the function was away
             case "NotAccepted":
                 return self.broker.disk is not None and self.broker.disk.was_full
             case _:
