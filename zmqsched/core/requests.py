@@ -275,10 +275,9 @@ class Requests:
 
     def _wait_again(self, entries: Iterable[tuple[bytes, Shape, Payload]]) -> None:
         """To be submitted, with the next tick: this broker does not have them."""
-        for entry in entries:
-            if entry[0] not in self._fresh:
-                self._fresh[entry[0]] = entry
-                self.waiting += call_bytes(entry[2])
+        again = {entry[0]: entry for entry in entries if entry[0] not in self._fresh}
+        self._fresh = {**again, **self._fresh}
+        self.waiting += sum(call_bytes(call) for _, _, call in again.values())
 
     def _withdrawals(self) -> list[Cancel]:
         """For a broker that may not have heard of them, nor of the tasks; so those are not submitted again."""

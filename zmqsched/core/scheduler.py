@@ -441,8 +441,8 @@ class Scheduler:
             self._settled_at = now + self.settings.settle_s
         self._push_back()
         if self._ledger is not None:
-            self._commit(self._ledger, now, hurry=begins_round)
             self._start_once()
+            self._commit(self._ledger, now, hurry=begins_round)
         self._flush(now)
         if ends:
             self._out.append(Quit(self._end_why))
@@ -732,7 +732,7 @@ class Scheduler:
     def _submitted_again(self, task_id: bytes, owner: Owner, session: Session) -> None:
         """A copy; or the client was given up while an attempt ran, is back, and wants the task after all; or a job's task
         was answered and this client has not heard of it."""
-        self.counts["asked for again"] += 1
+        self.counts["submitted again"] += 1
         task = self._tasks.get(task_id)
         if task is None:
             if owner.job and task_id in owner.answers:
