@@ -123,13 +123,16 @@ class LocalCluster:
         try:
             check_free(self.name)
             # Nodes start beside the broker and wait for its file: a start costs one interpreter's time, not two.
+            left = self._path.exists()
             starting.append(self._start_broker())
             self._processes.append(starting[-1][0])
+            # Unless there is one that a broker left which was killed: they would find nobody behind it.
+            ready = [wait_until_ready(*starting[0])] if left else []
             for index in range(n_nodes):
                 slots = n_workers // n_nodes + (index < n_workers % n_nodes)
                 starting.append(_start(_node_command(self._path, slots, offers), _node_environment()))
                 self._processes.append(starting[-1][0])
-            ready = [wait_until_ready(process, pipe) for process, pipe in starting]
+            ready += [wait_until_ready(process, pipe) for process, pipe in starting[len(ready) :]]
         except BaseException:
             self.close()
             raise
