@@ -505,6 +505,23 @@ def test_what_was_handed_back_before_its_start_has_not_started():
     assert "a" in (*other.holds, *node.holds)
 
 
+def test_what_was_not_sent_after_all_has_not_started():
+    """Its node fell silent before the disk had it."""
+    broker = journaled()
+    client, node = broker.client(), broker.node()
+    broker.disk.slow = True
+    client.submits("a", requeue=False)
+    node.freezes()
+    broker.passes(3.2)
+    assert broker.facts_of("suspect") == [node.last(Welcome).name]
+    broker.disk.slow = False
+    broker.writes()
+    broker.dies()
+    assert broker.node("other").holds == []
+    broker.passes(2.5)
+    assert broker.peers[-1].holds == ["a"]  # type: ignore[attr-defined]
+
+
 def test_a_second_attempt_of_what_was_not_adopted_is_a_higher_number_than_what_is_on_disk():
     broker = journaled()
     client, node = broker.client(), broker.node()

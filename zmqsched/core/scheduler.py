@@ -1034,6 +1034,7 @@ class Scheduler:
                 continue
             if task.cancelled or self._nodes[node_id].state is not ALIVE:
                 self._let_go(task, self._nodes[node_id])
+                self._charge(task)
                 self._requeue(task)
             else:
                 wanted.append(task)
