@@ -389,6 +389,19 @@ def test_what_runs_is_adopted(journal):
     assert broker.counts.get("zombie results", 0) == 0
 
 
+def test_what_runs_for_a_client_that_does_not_come_back_is_ended():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a")
+    node.starts("a")
+    broker.dies()
+    node.comes_back()
+    broker.passes(58.0)
+    assert node.revoked == []
+    broker.passes(4.0)
+    assert node.revoked_by_force == ["a"]
+
+
 def test_nothing_is_placed_before_all_nodes_are_back():
     broker = journaled()
     client, first, second = broker.client(), broker.node("first"), broker.node("second")

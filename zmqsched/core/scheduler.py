@@ -183,7 +183,8 @@ class Scheduler:
         self._nodes: dict[str, Node] = {}
         self._by_incarnation: dict[bytes, Node] = {}
         self._former: list[Node] = []
-        self._offers: dict[bytes, tuple[str, int]] = {}  # attempts that nodes run and nobody wants so far, by task
+        # By task: attempts that nodes run and nobody wants so far, and since when they are known.
+        self._offers: dict[bytes, tuple[str, int, float]] = {}
         self._expected: set[bytes] | None = None  # incarnations of the nodes that the crashed broker had, if known
         self._settled_at = 0.0 if not settings.settle_s else math.inf
         self._may_start: list[Placed] = []  # what may be started only once, and that is on disk now
@@ -425,6 +426,7 @@ class Scheduler:
             self._expire_clients(now)
             self._expire_limbo(now)
             self._expire_waiting(now)
+            self._expire_offers(now)
             self._fail_hopeless(now)
             self._placement.reserve(now)
             self._publish_counts()
@@ -558,7 +560,7 @@ class Scheduler:
         text = f"{hello.where.host} pid {hello.where.pid}, {hello.slots} slots"
         self._fact("joined", node, text)
         for attempt in hello.holding:
-            self._offers[attempt.task] = (node.id, attempt.attempt)
+            self._offers[attempt.task] = (node.id, attempt.attempt, now)
             if (task := self._tasks.get(attempt.task)) is not None:
                 self._adopt(task)
         self._record(b"", self._present())
@@ -577,12 +579,12 @@ class Scheduler:
 
     def _end_offer(self, node: Node, task_id: bytes, attempt: int) -> None:
         """The attempt came to its end before anybody wanted it."""
-        if self._offers.get(task_id) == (node.id, attempt):
+        if self._offers.get(task_id, ())[:2] == (node.id, attempt):
             del self._offers[task_id]
 
     def _adopt(self, task: Task) -> None:
         """A node runs this task already, for a session that is over: that attempt counts again, unless there is another."""
-        node_id, attempt = self._offers.pop(task.id)
+        node_id, attempt, _ = self._offers.pop(task.id)
         node = self._nodes[node_id]
         free = task.state is QUEUED or task.id in self._limbo
         if task.cancelled or not free or attempt < task.attempt or not node.fits(task.kind.options.resources):
@@ -1300,6 +1302,14 @@ class Scheduler:
             if now - since > self.settings.client_lease_s:
                 for task in list(self._waiting[digest].values()):
                     self._finish(task, Final(task.id, "NotAccepted", text=text))
+
+    def _expire_offers(self, now: float) -> None:
+        """What runs for a client that did not come back in its time is ended."""
+        for task_id, (node_id, attempt, since) in list(self._offers.items()):
+            if now - since > self.settings.client_lease_s:
+                del self._offers[task_id]
+                session = self._session_of(self._nodes[node_id])
+                self._sessions.send(session, Revoke([Attempt(task_id, attempt)], force=True))
 
     def _expire_limbo(self, now: float) -> None:
         if self._limbo and now >= self._settled_at + self.settings.await_lost_s:

@@ -26,7 +26,7 @@ from enum import IntEnum
 from .events import AgentAction, AskStack, Interrupt, Kill, TellStack
 
 LOOK_S = 0.05  # for the stack to be written
-GRACE_S = 0.5  # for ``finally`` blocks
+GRACE_S = 0.4  # for ``finally`` blocks
 
 
 class Step(IntEnum):
