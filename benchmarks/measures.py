@@ -63,6 +63,17 @@ def submit_closure(repeats: int) -> list[Row]:
     return [Row(f"the same, a closure ({TASKS:,} times)", "tasks/s", samples)]
 
 
+def submit_journal(repeats: int) -> list[Row]:
+    """Both sides are ours: each task is on disk before it is acknowledged, or none is."""
+    with tempfile.TemporaryDirectory(prefix="zs-bench-") as directory, _client(Path(directory, "j")) as on, _client() as off:
+        samples = _interleaved(
+            repeats, zmqsched=lambda: _gather_rate(on, work.noop), without=lambda: _gather_rate(off, work.noop)
+        )
+    ratio = _ratio(samples, "zmqsched", "without")
+    title = f"the same, with a journal ({TASKS:,} times)"
+    return [Row(title, "tasks/s", samples, f"{ratio:.2f} x without", ">= 0.5 x", ratio >= 0.5)]
+
+
 def round_trip(repeats: int) -> list[Row]:
     with _pools() as (ours, theirs):
         samples = _interleaved(
@@ -130,6 +141,7 @@ def _own(title: str, unit: str, value: float, limit: float) -> Row:
 MEASURES: dict[str, Callable[[int], list[Row]]] = {
     "submit": submit_gather,
     "closure": submit_closure,
+    "journal": submit_journal,
     "roundtrip": round_trip,
     "map": big_map,
     "naps": naps,
@@ -142,8 +154,8 @@ MEASURES: dict[str, Callable[[int], list[Row]]] = {
 
 
 @contextlib.contextmanager
-def _client() -> Iterator[Client]:
-    with LocalCluster(WORKERS) as cluster, Client(cluster) as client:
+def _client(journal: Path | None = None) -> Iterator[Client]:
+    with LocalCluster(WORKERS, journal=journal) as cluster, Client(cluster) as client:
         list(client.map(work.nap, [0.01] * WORKERS * 4))
         yield client
 

@@ -6,11 +6,17 @@ whole log as from a snapshot, and a consistent one from each of its prefixes, is
 
 from __future__ import annotations
 
+import os
+from random import Random
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from zmqsched.core.events import Arrived, Send, Tick
 from zmqsched.core.link import ACK_DELAY_S
-from zmqsched.core.tasks import WAITING
+from zmqsched.core.scheduler import Scheduler, Settings
+from zmqsched.core.tasks import QUEUED, WAITING
 from zmqsched.protocol import (
     Ack,
     Charged,
@@ -27,9 +33,13 @@ from zmqsched.protocol import (
     Outcome,
     Ping,
     Pong,
+    Record,
     Results,
+    Submit,
     Welcome,
     Workers,
+    decode_record,
+    encode_record,
 )
 
 from .builders import Broker, Client, Node, blob, digest, label_of, task_id, token
@@ -778,3 +788,180 @@ def rewritten(broker: Broker) -> None:
     assert not ledger.busy
     broker.disk.under_way.append(ledger.replace(broker.scheduler._snapshot()))
     broker._writes()
+
+
+# --- any history ---------------------------------------------------------------------------------------------------------
+
+
+KINDS: list[dict[str, object]] = [
+    {},
+    {"retries": 2},
+    {"requeue": False},
+    {"job": "j", "priority": 1},
+    {"job": "j", "requeue": False, "function": "g"},
+    {"group": "g"},
+    {"group": "h", "job": "k", "retries": 1},
+    {"retries": 1, "backoff": 2.0, "function": "g"},
+]
+STEPS = [
+    "submit", "submit", "finish", "finish", "fail", "start", "die", "hand back", "cancel", "force", "add", "node leaves",
+    "node is lost", "client leaves", "client is lost", "slow", "write", "write", "pass", "follow", "anew", "break",
+]  # fmt: skip
+
+
+class History:
+    """Two clients, two nodes, one journal; what anybody was told is remembered with the commits that were on disk then."""
+
+    def __init__(self) -> None:
+        self.broker = journaled(client_lease_s=5.0)
+        self.labels = 0
+        self.additions = 0
+        self.left: set[bytes] = set()  # tasks of clients that are gone
+        self.told: dict[int, tuple[set[bytes], set[bytes], set[bytes]]] = {}
+        self.accepted: set[bytes] = set()
+        self.clients = [self.broker.client("ann"), self.broker.client("ben")]
+        self.nodes = [self.broker.node("n", 2), self.broker.node("m", 3)]
+        self.mine: dict[str, set[bytes]] = {"ann": set(), "ben": set()}
+
+    def does(self, step: str, number: int) -> None:
+        broker, client, node = self.broker, self.clients[number % 2], self.nodes[number // 2 % 2]
+        held = sorted(node.holds)
+        label = held[number % len(held)] if held else ""
+        match step:
+            case "submit":
+                self._submit(client, KINDS[number])
+            case "cancel" | "force":
+                label = f"t{max(0, self.labels - number)}"
+                client.cancels(label, force=step == "force")
+            case "add":
+                self.additions += 1
+                client.says(GroupAdd([(token("g"), number - 3)], self.additions))
+            case "node leaves" | "node is lost":
+                node.orders.clear()
+                if step == "node leaves":
+                    node.leaves()
+                node.comes_back(reports=number % 2 == 0)
+            case "client leaves" | "client is lost":
+                self.left |= self.mine[client.name]
+                if step == "client leaves":
+                    client.leaves()
+                else:
+                    client.freezes()
+                    self._passes(6.5)
+                    client.frozen = False
+                    client._missed.clear()
+                client.comes_back()
+            case "slow":
+                broker.disk.slow = True
+            case "write":
+                broker.disk.slow = False
+                broker.writes()
+            case "pass":
+                self._passes(0.5 * number)
+            case "follow":
+                client.follows("j")
+            case "anew" if broker.scheduler._ledger is not None and not broker.scheduler._ledger.busy:
+                rewritten(broker)
+                broker.turn()
+            case "break":
+                client.says(GroupAdd([(token("x"), -1)]))
+            case _ if label:
+                self._report(step, node, label)
+        self._remember()
+
+    def _submit(self, client: Client, kind: dict[str, object]) -> None:
+        label = f"t{self.labels}"
+        self.labels += 1
+        client.submits(label, **kind)  # type: ignore[arg-type]
+        if "job" not in kind:
+            self.mine[client.name].add(task_id(label))
+
+    def _report(self, step: str, node: Node, label: str) -> None:
+        match step:
+            case "finish":
+                node.finishes(label)
+            case "fail":
+                node.fails(label)
+            case "start":
+                node.starts(label)
+            case "die":
+                node.loses_a_worker(label)
+            case "hand back":
+                node.hands_back(label)
+
+    def _passes(self, seconds: float) -> None:
+        self.broker.passes(seconds)
+
+    def _remember(self) -> None:
+        """What a broker must know that finds just what is on disk by now."""
+        for client in self.clients:
+            unacknowledged = {
+                spec.task
+                for message in (client.link.unfinished() if client.link else [])
+                if isinstance(message, Submit)
+                for spec in message.tasks
+            }
+            submitted = {task_id(f"t{number}") for number in range(self.labels)}
+            if client.link is not None:
+                self.accepted |= submitted & self.mine[client.name] - unacknowledged
+        heard = {final.task for client in self.clients for final in client.finals}
+        once = {
+            order.task
+            for node in self.nodes
+            for order in node.orders.values()
+            if (task := self.broker.scheduler._tasks.get(order.task)) is not None
+            and task.node
+            and task.node == node.id
+            and not task.kind.options.requeue
+        }
+        self.told[len(self.broker.disk.commits)] = (set(self.accepted), heard | self.left, once)
+
+
+def restored(records: list[Record]) -> Scheduler:
+    scheduler = Scheduler(Settings(python="3.11", journal=True, settle_s=2.0), Random(3))
+    scheduler.restore(records, 0.0)
+    scheduler.sanity_check()
+    return scheduler
+
+
+def described(scheduler: Scheduler) -> dict[str, object]:
+    """All that a journal is to keep."""
+    tasks = list(scheduler._tasks.values())
+    return {
+        "tasks": {
+            label_of(task.id): (
+                task.owner.id, task.kind.shape, bytes(task.call), task.failures, task.deaths, task.state, task.attempt,
+            )
+            for task in tasks
+        },
+        "order": {owner.id: order for owner in scheduler._owners if (order := [t.id for t in tasks if t.owner is owner])},
+        "answers": {owner.id: dict(owner.answers) for owner in scheduler._owners if owner.answers},
+        "counters": (scheduler._groups.counts(), scheduler._groups.broken(), dict(scheduler._counted)),
+        "functions": dict(scheduler._functions.items()),
+        "nodes": scheduler._expected,
+    }  # fmt: skip
+
+
+@settings(max_examples=int(os.environ.get("EXAMPLES", "60")), deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(STEPS), st.integers(0, 7)), max_size=40))
+def test_the_whole_log_and_a_snapshot_and_each_beginning_of_the_log(steps):
+    history = History()
+    broker = history.broker
+    for step, number in steps:
+        history.does(step, number)
+    broker.disk.slow = False
+    broker.writes()
+    broker.passes(1.1)
+    # The whole log says what a snapshot says.
+    assert broker.scheduler._ledger is not None
+    assert not broker.scheduler._ledger.busy
+    snapshot = [decode_record([bytes(part) for part in encode_record(record)]) for record in broker.scheduler._snapshot()]
+    assert described(restored(broker.disk.records())) == described(restored(snapshot))
+    # Each beginning of it holds what anybody had been told by then.
+    for commits, (accepted, done, once) in history.told.items():
+        scheduler = restored(broker.disk.records(commits))
+        answered = {task for owner in scheduler._owners for task in owner.answers}
+        lost = accepted - done - scheduler._tasks.keys() - answered
+        assert not lost, f"{commits} commits: {[label_of(task) for task in lost]}"
+        again = {task for task in once & scheduler._tasks.keys() if scheduler._tasks[task].state is QUEUED}
+        assert not again, f"{commits} commits: {[label_of(task) for task in again]} would be started twice"
