@@ -12,12 +12,14 @@ from zmqsched.protocol import (
     Cancel,
     Final,
     Finals,
+    Follow,
     Function,
     Functions,
     Goodbye,
     GroupAdd,
     GroupDone,
     GroupWait,
+    JobTasks,
     NeedFunctions,
     Notice,
     Query,
@@ -352,3 +354,84 @@ def test_what_must_not_run_twice_is_not_given_to_another_session():
     [finished] = desk.acted(Finished)
     assert [(final.task, final.verdict) for final in finished.finals] == [(task_id("once"), "WorkerDied")]
     assert "requeue=False" in finished.finals[0].text
+
+
+# --- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def listed(desk: Desk) -> list[list[bytes]]:
+    return [reply.message.tasks for reply in desk.acted(Replied) if isinstance(reply.message, JobTasks)]
+
+
+def test_a_long_list_of_a_jobs_tasks_comes_in_parts():
+    desk = Desk()
+    desk.tells(Follow(1, "j"))
+    desk.broker_says(JobTasks(1, "j", [task_id("a")], more=True))
+    assert listed(desk) == []
+    desk.broker_says(JobTasks(1, "j", [task_id("b")]))
+    assert listed(desk) == [[task_id("a"), task_id("b")]]
+    desk.broker_answers("b", "a")
+    assert desk.answered == ["b", "a"]
+
+
+def test_half_a_list_is_forgotten_with_the_session_that_brought_it():
+    desk = Desk()
+    desk.tells(Follow(1, "j"))
+    desk.broker_says(JobTasks(1, "j", [task_id("a")], more=True))
+    desk.broker_forgets()
+    desk.broker_welcomes()
+    assert desk.all(Follow) == [Follow(1, "j"), Follow(1, "j")]
+    desk.broker_says(JobTasks(1, "j", [task_id("a"), task_id("b")]))
+    assert listed(desk) == [[task_id("a"), task_id("b")]]
+
+
+def test_a_job_is_followed_at_the_next_broker_and_what_that_does_not_know_is_lost():
+    desk = Desk()
+    desk.tells(Follow(1, "j"))
+    desk.broker_says(JobTasks(1, "j", [task_id("a"), task_id("b"), task_id("c")]))
+    desk.broker_answers("a")
+    desk.broker_forgets()
+    desk.broker_welcomes()
+    assert desk.all(Follow)[1:] == [Follow(0, "j")]
+    desk.broker_says(JobTasks(0, "j", [task_id("a"), task_id("b")]))
+    assert desk.answered == ["a", "c"]
+    lost = desk.acted(Finished)[-1].finals[0]
+    assert lost.verdict == "ClusterLost"
+    assert "does not know it" in lost.text
+    desk.broker_answers("b")
+    assert desk.answered == ["a", "c", "b"]
+
+
+def test_a_job_that_is_done_is_not_followed_any_more():
+    desk = Desk()
+    desk.tells(Follow(1, "j"))
+    desk.broker_says(JobTasks(1, "j", [task_id("a")]))
+    desk.broker_answers("a")
+    desk.broker_forgets()
+    desk.broker_welcomes()
+    assert len(desk.all(Follow)) == 1
+
+
+def test_a_client_that_leaves_waits_for_what_it_has_submitted_to_be_accepted():
+    desk = Desk()
+    desk.cut = True
+    desk.asks("a")
+    desk.step(Leave(True, "done"))
+    desk.passes(3.0)
+    assert not desk.brain._ended
+    desk.reconnects()
+    desk.passes(1.5)
+    assert desk.brain._ended
+    assert [type(message) for message in desk.told] == [Submit, Goodbye]
+
+
+@pytest.mark.parametrize(("drain", "after_s"), [(True, 10.0), (False, 0.0)])
+def test_a_client_that_leaves_does_not_wait_for_ever(drain, after_s):
+    desk = Desk()
+    desk.cut = True
+    desk.asks("a")
+    desk.step(Leave(drain, "done"))
+    desk.passes(after_s - 0.5)
+    assert not desk.brain._ended or not drain
+    desk.passes(1.0)
+    assert desk.brain._ended

@@ -255,6 +255,7 @@ class Requests:
         withdrawn = self._withdrawals()
         self._uplink.undelivered.clear()
         self._behind.clear()
+        self._listed.clear()
         if not welcome.remembered:
             self._give_up_what_may_have_run()
         self._held = False
