@@ -42,8 +42,7 @@ MUTANTS = {
         "            self._ledger.answer(owner.id, final); self._release({}, [Answered(owner.id, final)], self._now)",
     ),
     "what may be started only once is started before that is written": _one(
-        "scheduler", "at_once = tasks if self._ledger is None else self._dispatch_once(self._ledger, node, tasks)",
-        "at_once = tasks",
+        "scheduler", "tasks if self._ledger is None else self._dispatch_once(self._ledger, node, tasks)", "tasks"
     ),
     "what may have been started before a crash is queued again": _one(
         "scheduler", "for task_id in once & self._tasks.keys():", "for task_id in ():"
@@ -66,7 +65,7 @@ MUTANTS = {
         "scheduler", "if spec.task in tasks or owner.has_answered(spec.task):", "if False:"
     ),
     "a client does not submit again to another broker": _one(
-        "requests", "self._fresh = dict(self._open)", "self._fresh = dict(self._fresh)"
+        "requests", "self._wait_again(self._open.values())", "self._wait_again([])"
     ),
     "a client does not ask again what it waits for": _one("requests", "[*again, *self._asked.values(),", "[*again,"),
     "a client hands out an answer twice": _one(

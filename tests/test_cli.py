@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import psutil
@@ -332,10 +333,10 @@ def test_up_says_that_a_node_died(home):
 def test_up_follows_a_broker_that_dies_but_not_one_that_keeps_dying(home):
     with home.up("-n", "1", "--no-journal") as lab:
         for _ in range(MAX_RESTARTS + 1):
-            eventually(lambda: home.ask("ls"))
-            broker = home.ask("ls")[0]["pid"]
-            os.kill(broker, signal.SIGKILL)
-            eventually(lambda broker=broker: not alive(broker))
+            found: list[dict[str, Any]] = []
+            eventually(lambda found=found: found or found.extend(home.ask("ls")))
+            os.kill(found[0]["pid"], signal.SIGKILL)
+            eventually(lambda found=found: not alive(found[0]["pid"]))
         code, _, err = lab.end()
         assert code == 1
         assert err.count("died (killed by SIGKILL); pid") == MAX_RESTARTS

@@ -258,7 +258,6 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zmqsched.client.Requests", functools.partial(Requests, lost_after_s=2.0))
 
 
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("journal", [False, True])
 def test_a_broker_is_killed_and_followed(journal, clusters, gate, tmp_path):
     with LocalCluster(1, journal=tmp_path / "journal" if journal else False) as cluster, Client(cluster) as client:
@@ -289,6 +288,7 @@ def test_answers_that_came_while_the_broker_was_dead(clusters, gate, tmp_path):
         assert gate.begun() == 2
 
 
+@pytest.mark.usefixtures("impatient")
 def test_a_broker_is_killed_for_good(clusters, gate):
     with LocalCluster(1) as cluster:
         client = Client(cluster)

@@ -521,8 +521,8 @@ def test_another_broker_follows_a_dead_one_and_the_same_futures_are_answered():
           broker > client: Running a
         # 3 s pass
           n1 > broker: Results a#1
-          broker > n1: Dispatch b#1
           broker > client: Finals a ok
+          broker > n1: Dispatch b#1
           n1 > broker: Progress started b#1
           broker > client: Running b
           n1 > broker: Results b#1

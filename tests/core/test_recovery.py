@@ -35,7 +35,9 @@ from zmqsched.protocol import (
     Pong,
     Record,
     Results,
+    StillOpen,
     Submit,
+    Unknown,
     Welcome,
     Workers,
     decode_record,
@@ -352,8 +354,9 @@ def test_a_task_whose_function_never_came_waits_for_it():
     client.submits("a", with_code=False)
     broker.dies()
     client.comes_back()
-    client.submits("a", with_code=False)
+    client.says(StillOpen([task_id("a"), task_id("b")]))
     assert client.last(NeedFunctions).digests == [digest("f")]
+    assert client.last(Unknown).tasks == [task_id("b")]
     client.teaches("f")
     node = broker.node()
     broker.passes(2.5)

@@ -721,6 +721,9 @@ class Scheduler:
             if owner.job:
                 self._join_job(session, owner)
             self._submitted_again(task_id, owner, session)
+        waiting = [self._tasks[task].kind.shape.function for task in tasks if task in self._tasks]
+        if missing := {function for function in waiting if function in self._waiting}:
+            self._sessions.send(session, NeedFunctions(sorted(missing)))
         self._sessions.send(session, Unknown(unknown))
 
     def _owner_of(self, task_id: bytes, client: Owner) -> Owner | None:
