@@ -1,8 +1,8 @@
 """The client's brain: what it has asked for and has no answer to yet, and how that survives the broker's absence.
 
-Contract as the scheduler's. Every task asked for is kept, call and all, until its answer has come; whenever a session
-begins, all of them are submitted to it. Task ids are made here, so that the broker recognises what it has already. An
-answer is handed out once: later ones of the same task find nothing here and are dropped.
+Contract as the scheduler's. Every task asked for is kept, call and all, until its answer has come; a broker that does not
+know this client has all of them submitted to it. Task ids are made here, so that the broker recognises what it has already.
+An answer is handed out once: later ones of the same task find nothing here and are dropped.
 
 A broker that remembers this client is only told the ids of what was submitted before, and says what it lacks: an answer
 and a second submission of the same task can cross in no way.
