@@ -189,6 +189,8 @@ class LocalCluster:
         process, pipe = self._start_broker()
         with self._lock:
             if not self._processes:  # closed meanwhile
+                pipe.close()
+                _close_input(process)
                 process.kill()
                 process.wait()
                 return
@@ -197,7 +199,8 @@ class LocalCluster:
         try:
             facts = wait_until_ready(process, pipe)
         except ZmqschedError as error:
-            self._give_up(f"{died}, and no other could be started: {error}")
+            if process.returncode is None or process.returncode >= 0:  # killed before it was ready, it is one death more
+                self._give_up(f"{died}, and no other could be started: {error}")
             return
         self.broker_pid = facts["pid"]
         self.file = ConnectionFile.load(self._path)
