@@ -117,7 +117,7 @@ def test_a_host_without_the_right_keys_is_not_let_in(hosts, directory):
         client = on(there, directory / "t", "-c", USE, str(forged))
         _, err = client.communicate(timeout=40)
         assert client.returncode == 1
-        assert "does not answer" in err.splitlines()[-1]
+        assert "does not know this side's key" in err.splitlines()[-1]
     finally:
         broker.stdin.close()
         assert broker.wait(timeout=20) == 0
