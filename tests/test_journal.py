@@ -18,6 +18,8 @@ from journals import commit, news_of, opened, read, settled, shape
 from zmqsched import journal as module
 from zmqsched.config import journal_path
 from zmqsched.core.events import Troubled, Write, Written
+from zmqsched.errors import JournalError
+from zmqsched.journal import Journal
 from zmqsched.protocol import (
     Charged,
     Final,
@@ -153,6 +155,25 @@ def test_the_directory_of_all_journals_goes_with_the_last(tmp_path, monkeypatch)
     with opened(one, "one", remove=True), opened(two, "two", remove=True):
         pass
     assert not one.parent.exists()
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o1777])
+def test_it_is_kept_where_others_may_look_but_not_write(tmp_path, mode):
+    directory = tmp_path / "open"
+    directory.mkdir()
+    directory.chmod(mode)
+    Journal(directory / "j", "lab").close(remove=False)
+    assert stat.S_IMODE((directory / "j").stat().st_mode) == 0o600
+    assert stat.S_IMODE(directory.stat().st_mode) == mode
+
+
+def test_it_is_not_kept_where_others_may_put_files(tmp_path):
+    directory = tmp_path / "open"
+    directory.mkdir()
+    directory.chmod(0o777)
+    with pytest.raises(JournalError, match=r"others may put files into .*chmod go-w"):
+        Journal(directory / "j", "lab")
+    assert not list(directory.iterdir())
 
 
 def test_a_directory_of_the_users_own_stays(tmp_path):

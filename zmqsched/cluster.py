@@ -246,6 +246,8 @@ def _nothing() -> None:
 
 
 def _journal_option(journal: bool | str | os.PathLike[str]) -> list[str]:
+    if not isinstance(journal, bool | str | os.PathLike):
+        raise TypeError(f"journal is True, False or a file's path, not {journal!r}")
     if journal is True:
         return ["--journal"]
     # Absolute: a broker that follows another is started where this program is by then.

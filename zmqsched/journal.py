@@ -20,6 +20,7 @@ import contextlib
 import errno
 import os
 import sqlite3
+import stat
 import struct
 import threading
 import zlib
@@ -58,8 +59,8 @@ class Journal:
     def __init__(self, path: Path, cluster: str) -> None:
         self.path = path
         self._cluster = cluster
-        make_private(path.parent)
         try:
+            _make_directory(path.parent, journal_path(cluster).parent)
             if not path.exists():
                 _create(path, cluster)
             self._db = _connect(path)
@@ -242,6 +243,17 @@ class Journal:
         if (theirs := self._about("cluster").decode(errors="replace")) != cluster:
             raise JournalError(f"the journal {self.path} is that of the cluster {theirs!r}, not of {cluster!r}")
         self._db.execute("UPDATE about SET value = value WHERE name = 'cluster'")
+
+
+def _make_directory(directory: Path, ours: Path) -> None:
+    """The usual one is private. One that the user has named is as it is, unless others may put files there."""
+    if directory == ours:
+        make_private(directory)
+        return
+    directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    mode = directory.stat().st_mode
+    if mode & 0o022 and not mode & stat.S_ISVTX:
+        raise JournalError(f"others may put files into {directory}, where the journal is to be: chmod go-w {directory}")
 
 
 def _create(path: Path, cluster: str) -> None:

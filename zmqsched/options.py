@@ -34,9 +34,9 @@ def seconds(name: str, value: float) -> float:
 
 def time_limit(name: str, value: float) -> float:
     """A finite number above 0."""
-    if seconds(name, value) == 0:
-        raise ValueError(f"{name} must be above 0; without {name} there is no limit")
-    return float(value)
+    if not isinstance(value, bool) and isinstance(value, int | float) and value <= 0:
+        raise ValueError(f"{name} must be above 0, not {value}; without {name} there is no limit")
+    return seconds(name, value)
 
 
 def exception_types(types: type[BaseException] | tuple[type[BaseException], ...]) -> tuple[type[BaseException], ...]:

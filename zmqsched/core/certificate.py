@@ -37,7 +37,8 @@ def entry(death: Death, where: str, after_first_s: float | None, before: tuple[s
     after = "" if after_first_s is None else f", and died {_seconds(after_first_s)} after the first worker that died"
     lines.append(f"attempt {death.attempt} ran for {_seconds(death.ran_s)}{after}")
     if left.memory or left.peak:
-        lines.append(f"memory: {_mib(left.memory)} when last measured, {_mib(left.peak)} at most")
+        measured = f"{_mib(left.memory)} when last measured, " if left.memory else ""  # it may have lived less than a beat
+        lines.append(f"memory: {measured}{_mib(left.peak)} at most")
     text = "\n    ".join(lines)
     text += _block("the end of its stderr", left.stderr)
     stack = _block("its Python stack, latest call first", left.stack)
