@@ -13,10 +13,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from zmqsched import payload, worker
+from zmqsched import worker
 from zmqsched.errors import PayloadTooLarge, ProtocolError, RemoteTraceback, ResultNotSerializable
 from zmqsched.nursery import Exited, Nursery
-from zmqsched.payload import FunctionPickler, pack_call, unpack_exception, unpack_value
+from zmqsched.payload import FunctionPickler, pack_call, pickling, unpack_exception, unpack_value
 from zmqsched.pipes import pair
 from zmqsched.protocol import Declined, Done, GroupAdd, Run, decode_pipe, encode_pipe
 
@@ -171,7 +171,7 @@ def test_an_async_function_is_told_apart(wired):
 
 def test_a_result_over_the_limit_is_an_error(wired):
     def shrink():
-        payload.MAX_PAYLOAD = 1_000_000
+        pickling.MAX_PAYLOAD = 1_000_000
 
     wired.value(shrink)
     assert isinstance(wired.error(lambda: b"x" * 2_000_000), PayloadTooLarge)

@@ -126,7 +126,7 @@ def test_48_what_is_nested_too_deeply(client):
 
 
 def test_49_what_is_too_large(client, monkeypatch):
-    monkeypatch.setattr("zmqsched.payload.MAX_PAYLOAD", 100_000)
+    monkeypatch.setattr("zmqsched.payload.pickling.MAX_PAYLOAD", 100_000)
     with pytest.raises(errors.PayloadTooLarge, match="over the limit of 100,000; write it to a file") as raised:
         client.submit(len, b"x" * 100_001).result(timeout=0)
     assert isinstance(raised.value, ValueError)
@@ -767,13 +767,13 @@ def test_51_a_module_comes_back_as_itself(client):
 
 def test_51_a_result_over_the_limit_says_so(client):
     def large():
-        from zmqsched import payload
+        from zmqsched.payload import pack_value, pickling
 
-        payload.MAX_PAYLOAD, kept = 100_000, payload.MAX_PAYLOAD
+        pickling.MAX_PAYLOAD, kept = 100_000, pickling.MAX_PAYLOAD
         try:
-            return payload.pack_value(bytes(200_000))
+            return pack_value(bytes(200_000))
         finally:
-            payload.MAX_PAYLOAD = kept
+            pickling.MAX_PAYLOAD = kept
 
     with pytest.raises(errors.PayloadTooLarge, match=r"what the task returned takes .* write it to a file"):
         client.submit(large).result(timeout=10)

@@ -1,0 +1,46 @@
+"""Callables, calls, results and exceptions as bytes, and back. Only clients and workers import this package.
+
+``calls`` packs arguments and results, ``functions`` callables (``captures``: whether one is still what it was),
+``exceptions`` what tasks raise; ``blame`` finds what cannot be pickled; ``pickling`` is below all of them.
+
+Rules
+-----
+* Plain pickle (protocol 5) first; it is several times faster. cloudpickle when that fails, or when the stream refers to
+  ``__main__``: a reference to the user's ``__main__`` would be looked up in the worker's. Whatever an importable module
+  defines travels as a reference to it, unless ``cloudpickle.register_pickle_by_value`` says otherwise.
+* Buffers of at least ``OUT_OF_BAND`` bytes are not copied: a payload then is ``[stream, buffer, ...]``, and the buffers
+  are the caller's own memory until they are sent. A caller who changes an array before that changes the argument.
+* A packed function is remembered only while everything it captures is provably what it was: constants, modules,
+  importable things, and functions of which the same is true. Anything that could change in place is pickled anew each
+  time. Correct first, fast second; annotations and docstrings are not looked at.
+* Failing to pickle is the caller's error and says which part cannot be pickled. Failing to unpickle is an answer too.
+  User code (``__reduce__``, ``__setstate__``, ``__str__``) may raise anything; only KeyboardInterrupt passes through.
+* An exception travels twice: pickled if it can be rebuilt, and always as text.
+* A class that the client sent by value comes back as the client's own class, and as the client left it.
+"""
+
+from __future__ import annotations
+
+from .calls import Call, pack_call, pack_value, unpack_call, unpack_value
+from .exceptions import pack_exception, unpack_exception
+from .functions import FunctionPickler, pack_kinds, unpack_function
+from .pickling import OUT_OF_BAND
+from .wrappers import Chunk, RetryOn, may_retry, short_form
+
+__all__ = [
+    "OUT_OF_BAND",
+    "Call",
+    "Chunk",
+    "FunctionPickler",
+    "RetryOn",
+    "may_retry",
+    "pack_call",
+    "pack_exception",
+    "pack_kinds",
+    "pack_value",
+    "short_form",
+    "unpack_call",
+    "unpack_exception",
+    "unpack_function",
+    "unpack_value",
+]

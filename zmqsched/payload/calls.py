@@ -1,0 +1,87 @@
+"""The arguments of calls, and what tasks return."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any, TypeAlias
+
+from ..errors import NotSerializable, ResultDecodeError, ResultNotSerializable
+from ..protocol import Payload
+from .blame import ADVICE, blame, brief
+from .pickling import OUT_OF_BAND, ResultPickler, check_size, pack, unpack
+
+Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
+
+# Nothing in these can be by value, out of band or too large. Most tiny tasks return one.
+_SIMPLE = frozenset({int, float, bool, type(None)})
+
+
+def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
+    """The arguments of a call.
+
+    Raises
+    ------
+    NotSerializable
+        Naming the argument, and the part of it, that cannot be pickled.
+    PayloadTooLarge
+    """
+    try:
+        payload = pack((args, kwargs))
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        parts = [(f"argument {number}", value) for number, value in enumerate(args, 1)]
+        parts += [(f"keyword `{name}`", value) for name, value in kwargs.items()]
+        raise NotSerializable(f"cannot pickle the call: {blame(parts, 'an argument', error)}; {ADVICE}") from error
+    if type(payload) is not bytes or len(payload) > OUT_OF_BAND:
+        check_size(payload, "the arguments of this call")
+    return payload
+
+
+def unpack_call(payload: Payload) -> Call:
+    """Arguments and keywords. Raises whatever unpickling them raises."""
+    call: Call = unpack(payload)
+    return call
+
+
+def pack_value(value: Any) -> Payload:
+    """What a task returned.
+
+    Raises
+    ------
+    ResultNotSerializable
+        Naming the part of it that cannot be pickled.
+    PayloadTooLarge
+    """
+    if type(value) in _SIMPLE:
+        return pickle.dumps(value, 5)
+    try:
+        payload = pack(value, ResultPickler)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        culprit = blame([("the result", value)], "the result", error)
+        advice = "return plain data, or write it to a file and return the path"
+        raise ResultNotSerializable(f"cannot pickle what the task returned: {culprit}; {advice}") from error
+    if type(payload) is not bytes or len(payload) > OUT_OF_BAND:
+        check_size(payload, "what the task returned")
+    return payload
+
+
+def unpack_value(payload: Payload) -> Any:
+    """What a task returned.
+
+    Raises
+    ------
+    ResultDecodeError
+        Unpickling it failed in this process; the reason is its cause.
+    """
+    try:
+        return unpack(payload)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise ResultDecodeError(
+            f"the task's result arrived but cannot be unpickled here: {brief(error)}; "
+            "both sides need the same modules in the same versions"
+        ) from error
