@@ -89,3 +89,16 @@ def test_sizes_are_written_with_a_unit_or_without(text, size):
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError, match="is not a size: write it as 500M or 2G"):
         size_argument(text)
+
+
+def test_the_cpus_are_divided_among_the_workers():
+    assert host.thread_limits(2, {}) == dict.fromkeys(host.THREADS, "4")
+    assert host.thread_limits(3, {})["OMP_NUM_THREADS"] == "2"
+    assert host.thread_limits(16, {})["OPENBLAS_NUM_THREADS"] == "1"
+
+
+def test_a_number_of_threads_that_the_user_has_set_stays():
+    limits = host.thread_limits(2, {"MKL_NUM_THREADS": "7"})
+    assert "MKL_NUM_THREADS" not in limits
+    assert limits["OMP_NUM_THREADS"] == "4"
+    assert host.thread_limits(2, {"OMP_NUM_THREADS": "7"}) == {}, "the others follow it"

@@ -30,7 +30,7 @@ from . import errors
 from .config import CONNECTION_FILE, STOPPING_FILE, ConnectionFile, check_name, cluster_dir, is_held, remove_cluster_dir
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .errors import StartError, ZmqschedError
-from .host import usable_cpus
+from .host import thread_limits, usable_cpus
 from .options import amounts, integer, task_tags
 from .shell import BROKER_ENVIRONMENT, log
 from .sockets import listen_address
@@ -130,7 +130,7 @@ class LocalCluster:
             ready = [wait_until_ready(*starting[0])] if left else []
             for index in range(n_nodes):
                 slots = n_workers // n_nodes + (index < n_workers % n_nodes)
-                starting.append(_start(_node_command(self._path, slots, offers), _node_environment()))
+                starting.append(_start(_node_command(self._path, slots, offers), _node_environment(n_workers)))
                 self._processes.append(starting[-1][0])
             ready += [wait_until_ready(process, pipe) for process, pipe in starting[len(ready) :]]
         except BaseException:
@@ -271,10 +271,12 @@ def _node_command(path: Path, slots: int, offers: list[str]) -> list[str]:
     return ["node", "--connect", str(path), "--wait", str(START_TIMEOUT_S), "--slots", str(slots), *offers]
 
 
-def _node_environment() -> dict[str, str]:
-    """Workers must find the modules this program finds: its own directory, and what it added to ``sys.path``."""
+def _node_environment(n_workers: int) -> dict[str, str]:
+    """Workers must find the modules this program finds: its own directory, and what it added to ``sys.path``. A node knows
+    nothing of the others here, so how the CPUs are divided among all of their workers is said here as well."""
     here = [entry or os.getcwd() for entry in sys.path if not entry.endswith(".zip")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(here))}
+    threads = thread_limits(n_workers, os.environ)
+    return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(dict.fromkeys(here))}
 
 
 def check_free(name: str) -> None:

@@ -2,6 +2,9 @@
 
 ``os.cpu_count()`` lies in containers and batch allocations; the sources here are the scheduler affinity, the cgroup's CPU
 quota (v2 ``cpu.max``, v1 ``cpu.cfs_quota_us``) and ``SLURM_CPUS_PER_TASK``: the smallest counts.
+
+Numerical libraries start a thread for each CPU, in every worker: :func:`thread_limits` keeps workers out of each other's
+way. They read it once, when they are imported, so it is in a node's environment before its workers are forked.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import platform
 import resource
 import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -22,6 +25,9 @@ ROOM_SHARE = 4  # of the usable memory, one part in so many: nodes, workers and 
 LEAST_ROOM = 256 * 1024 * 1024
 CGROUP = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
+# Each library reads its own, and where that is not set OpenMP's.
+OPENMP_THREADS = "OMP_NUM_THREADS"
+THREADS = (OPENMP_THREADS, "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "BLIS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 LIBRARIES = ("zmqsched", "pyzmq", "cloudpickle", "msgspec", "numpy")
 
 
@@ -33,6 +39,18 @@ def usable_cpus() -> int:
     if (slurm := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdigit():
         counts.append(max(1, int(slurm)))
     return min(counts)
+
+
+def thread_limits(workers: int, environment: Mapping[str, str]) -> dict[str, str]:
+    """What to add to the environment of so many workers on this host, so that the threads of all of their BLAS and OpenMP
+    libraries together are about as many as its usable CPUs.
+
+    What the user has set is left as it is; with ``OMP_NUM_THREADS``, which the others follow, nothing is added.
+    """
+    if OPENMP_THREADS in environment:
+        return {}
+    each = str(max(1, usable_cpus() // workers))
+    return {name: each for name in THREADS if name not in environment}
 
 
 def usable_memory() -> int:

@@ -67,6 +67,8 @@ class Node:
         tags: Iterable[str] = (),
     ) -> None:
         orphans.adopt()
+        slots = slots or host.usable_cpus()
+        os.environ.update(host.thread_limits(slots, os.environ))
         self._nursery = Nursery()
         host.allow_many_files()
         self._stderr = Relay()
@@ -81,7 +83,6 @@ class Node:
         self._connections = sockets.Connections(self._dealer)
         self._pub = sockets.connect_pub(self._ctx, file.reachable("beats"), keys)
         found, gpus = _resources(slots, resources or {})
-        slots = slots or host.usable_cpus()
         hello = NodeHello(
             secrets.token_bytes(16), 1, host.where(), slots, slots, tuple(sorted(found.items())), tuple(sorted(set(tags)))
         )
@@ -351,11 +352,11 @@ class Node:
         self._ctx.term()
 
 
-def _resources(slots: int | None, given: dict[str, float]) -> tuple[dict[str, float], list[str]]:
+def _resources(slots: int, given: dict[str, float]) -> tuple[dict[str, float], list[str]]:
     cpus = host.usable_cpus()
     gpus = host.gpus()
-    found = {"cpu": float(max(cpus, slots or 0)), "memory": float(host.usable_memory())}
+    found = {"cpu": float(max(cpus, slots)), "memory": float(host.usable_memory())}
     if gpus:
         found["gpu"] = float(len(gpus))
     offered = {**found, **given}
-    return {**offered, "cpu": max(offered["cpu"], float(slots or 0))}, gpus
+    return {**offered, "cpu": max(offered["cpu"], float(slots))}, gpus
