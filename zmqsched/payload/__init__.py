@@ -1,7 +1,8 @@
 """Callables, calls, results and exceptions as bytes, and back. Only clients and workers import this package.
 
 ``calls`` packs arguments and results, ``functions`` callables (``captures``: whether one is still what it was),
-``exceptions`` what tasks raise; ``blame`` finds what cannot be pickled; ``pickling`` is below all of them.
+``exceptions`` what tasks raise; ``references`` notes what on the cluster a call refers to; ``blame`` finds what cannot be
+pickled; ``pickling`` is below all of them.
 
 Rules
 -----
@@ -25,6 +26,7 @@ from .calls import Call, pack_call, pack_value, unpack_call, unpack_value
 from .exceptions import pack_exception, unpack_exception
 from .functions import FunctionPickler, pack_kinds, unpack_function
 from .pickling import OUT_OF_BAND
+from .references import References, input_value, noting, packed_value, references
 from .wrappers import Chunk, RetryOn, may_retry, short_form
 
 __all__ = [
@@ -32,12 +34,17 @@ __all__ = [
     "Call",
     "Chunk",
     "FunctionPickler",
+    "References",
     "RetryOn",
+    "input_value",
     "may_retry",
+    "noting",
     "pack_call",
     "pack_exception",
     "pack_kinds",
     "pack_value",
+    "packed_value",
+    "references",
     "short_form",
     "unpack_call",
     "unpack_exception",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from typing import Any, TypeAlias
 
 from ..errors import NotSerializable, ResultDecodeError, ResultNotSerializable
 from ..protocol import Payload
 from .blame import ADVICE, blame, brief
 from .pickling import OUT_OF_BAND, ResultPickler, check_size, pack, unpack
+from .references import thread
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -17,7 +19,7 @@ _SIMPLE = frozenset({int, float, bool, type(None)})
 
 
 def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
-    """The arguments of a call.
+    """The arguments of a call. :func:`~zmqsched.payload.references` then says what it refers to.
 
     Raises
     ------
@@ -25,6 +27,7 @@ def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
         Naming the argument, and the part of it, that cannot be pickled.
     PayloadTooLarge
     """
+    outer, thread.noting = thread.noting, None
     try:
         payload = pack((args, kwargs))
     except KeyboardInterrupt:
@@ -33,14 +36,21 @@ def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
         parts = [(f"argument {number}", value) for number, value in enumerate(args, 1)]
         parts += [(f"keyword `{name}`", value) for name, value in kwargs.items()]
         raise NotSerializable(f"cannot pickle the call: {blame(parts, 'an argument', error)}; {ADVICE}") from error
+    finally:
+        thread.noted, thread.noting = thread.noting or None, outer
     if type(payload) is not bytes or len(payload) > OUT_OF_BAND:
         check_size(payload, "the arguments of this call")
     return payload
 
 
-def unpack_call(payload: Payload) -> Call:
-    """Arguments and keywords. Raises whatever unpickling them raises."""
-    call: Call = unpack(payload)
+def unpack_call(payload: Payload, inputs: Mapping[bytes, Payload] | None = None) -> Call:
+    """Arguments and keywords; ``inputs``: results of the tasks that it refers to. Raises whatever unpickling them raises."""
+    thread.values = inputs or {}
+    try:
+        call: Call = unpack(payload)
+    finally:
+        thread.values = {}
+        thread.unpacked.clear()
     return call
 
 

@@ -1,0 +1,64 @@
+"""What a call refers to on the cluster besides its own bytes: noted while it is packed, found again where it runs.
+
+Objects that stand for something on the cluster say so themselves, in their ``__reduce__``: so it does not matter how deep
+inside an argument they lie. Only a call may refer: elsewhere (a closure, a result) ``noting`` is None, and the object raises
+what its user is to do instead.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ..protocol import Payload
+from .pickling import unpack
+
+
+class References:
+    """``inputs``: the futures whose results are arguments of the call, by task id. ``groups``: the WaitGroups in it."""
+
+    __slots__ = ("groups", "inputs")
+
+    def __init__(self) -> None:
+        self.inputs: dict[bytes, Any] = {}
+        self.groups: set[bytes] = set()
+
+
+class _Thread(threading.local):
+    """``noting``: of the call that this thread is packing, None as long as it refers to nothing; False: it packs none.
+    ``noted``: of the call that it packed last."""
+
+    noting: References | Literal[False] | None = False
+    noted: References | None = None
+
+    def __init__(self) -> None:
+        self.values: Mapping[bytes, Payload] = {}
+        self.unpacked: dict[bytes, Any] = {}
+
+
+thread = _Thread()
+
+
+def noting() -> References | None:
+    """Where to note what the call that this thread is packing refers to; None if it is packing none."""
+    if thread.noting is None:
+        thread.noting = References()
+    return thread.noting or None
+
+
+def references() -> References | None:
+    """What the call that this thread has packed last refers to, if to anything."""
+    return thread.noted
+
+
+def input_value(task: bytes) -> Any:
+    """In a worker, while it unpacks a call: what this task has returned, the same object each time it is named."""
+    if task not in thread.unpacked:
+        thread.unpacked[task] = unpack(thread.values[task])
+    return thread.unpacked[task]
+
+
+def packed_value(stream: bytes, buffers: tuple[Any, ...]) -> Any:
+    """A value that was packed before it became part of a call."""
+    return unpack([stream, *buffers])
