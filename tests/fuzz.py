@@ -33,7 +33,8 @@ from zmqsched import protocol
 from zmqsched.core import events
 from zmqsched.core.agent import Agent
 from zmqsched.core.requests import Requests
-from zmqsched.core.scheduler import Scheduler, Settings
+from zmqsched.core.scheduler import Scheduler
+from zmqsched.core.settings import Settings
 from zmqsched.errors import ProtocolError
 from zmqsched.protocol import (
     ClientHello,

@@ -37,21 +37,21 @@ MUTANTS = {
         "scheduler", "cautious=settings.journal", "cautious=False"
     ),
     "an answer is told before it is written": _one(
-        "scheduler",
-        "            self._ledger.answer(owner.id, final)",
-        "            self._ledger.answer(owner.id, final); self._release({}, [Answered(owner.id, final)], self._now)",
+        "book",
+        "            self.ledger.answer(owner.id, final)",
+        "            self.ledger.answer(owner.id, final); self.written(owner.id, final)",
     ),
     "what may be started only once is started before that is written": _one(
-        "scheduler", "tasks if self._ledger is None else self._dispatch_once(self._ledger, node, tasks)", "tasks"
+        "dispatching", "tasks if book.ledger is None else self._dispatch_once(book.ledger, node, tasks)", "tasks"
     ),
     "what may have been started before a crash is queued again": _one(
-        "scheduler", "for task_id in once & self._tasks.keys():", "for task_id in ():"
+        "recovery", "for task_id in once & book.tasks.keys():", "for task_id in ():"
     ),
     "a journal written anew lacks the answers": _one(
-        "scheduler", "answers = [*owner.answers.values(), *owner.unwritten.values()]", "answers: list[Final] = []"
+        "recovery", "answers = [*owner.answers.values(), *owner.unwritten.values()]", "answers: list[Final] = []"
     ),
     "a broker that lacks a task does not say so": _one(
-        "scheduler", "self._sessions.send(session, Unknown(unknown))", "self._sessions.send(session, Unknown([]))"
+        "book", "self.sessions.send(session, Unknown(unknown))", "self.sessions.send(session, Unknown([]))"
     ),
     # delivery
     "a message that was lost is not sent again": _one(
@@ -62,7 +62,7 @@ MUTANTS = {
         "link", "if envelope.seq != self.received + 1:", "if envelope.seq > self.received + 1:"
     ),
     "a task that is submitted again is another task": _one(
-        "scheduler", "if spec.task in tasks or owner.has_answered(spec.task):", "if False:"
+        "book", "if spec.task in tasks or owner.has_answered(spec.task):", "if False:"
     ),
     "a client does not submit again to another broker": _one(
         "requests", "self._wait_again(self._open.values())", "self._wait_again([])"
@@ -72,7 +72,7 @@ MUTANTS = {
         "requests", "entry = self._open.pop(final.task, None)", "entry = self._open.get(final.task)"
     ),
     "a function that a node has forgotten is not sent again": _one(
-        "scheduler", "known = [Function(d, self._functions[d]) for d in digests if d in self._functions]", "known = []"
+        "scheduler", "known = [Function(d, functions[d]) for d in digests if d in functions]", "known = []"
     ),
     "a function that the broker has forgotten is not sent again": _one(
         "requests",
@@ -81,36 +81,36 @@ MUTANTS = {
     ),
     # answers
     "a late result answers a task that was answered": Mutant(
-        "scheduler",
+        "book",
         (
             (
-                "        del self._tasks[task.id]\n",
-                "        self.__dict__.setdefault('_gone', {})[task.id] = task\n        del self._tasks[task.id]\n",
+                "        del self.tasks[task.id]\n",
+                "        self.__dict__.setdefault('_gone', {})[task.id] = task\n        del self.tasks[task.id]\n",
             ),
             (
                 '                self.counts["zombie results"] += 1\n',
                 '                self.counts["zombie results"] += 1\n'
                 "                gone = self.__dict__.get('_gone', {}).get(outcome.task)\n"
-                "                if task is None and gone is not None and self._owners.knows(gone.owner):\n"
+                "                if task is None and gone is not None and self.owners.knows(gone.owner):\n"
                 "                    self._keep(gone.owner, Final(gone.id, 'ok', outcome.value))\n",
             ),
         ),
     ),
     "the attempt that a result names is not looked at": _one(
-        "scheduler",
+        "book",
         "current = task is not None and task.node == node.id and task.attempt == outcome.attempt",
         "current = task is not None and task.node == node.id",
     ),
     "an error of an attempt that was given up decides": _one(
-        "scheduler", "if task is None or not (current or outcome.ok):", "if task is None:"
+        "book", "if task is None or not (current or outcome.ok):", "if task is None:"
     ),
     "a retry is counted on the WaitGroup again": _one(
-        "scheduler",
+        "book",
         'self.counts["retried"] += 1',
-        'self.counts["retried"] += 1; task.kind.options.group and self._groups.add(task.kind.options.group, 1)',
+        'self.counts["retried"] += 1; task.kind.options.group and self.groups.add(task.kind.options.group, 1)',
     ),
     "a cancelled task is queued again and runs": _one(
-        "scheduler",
+        "book",
         "        if task.cancelled:\n            self._finish(task",
         "        if False:\n            self._finish(task",
     ),
@@ -122,22 +122,22 @@ MUTANTS = {
         "        self._taken_back(worker, untaken, now)\n",
     ),
     "a task may kill workers for ever": _one(
-        "scheduler", "elif len(task.deaths) >= self.settings.max_deaths:", "elif False:"
+        "book", "elif len(task.deaths) >= self._settings.max_deaths:", "elif False:"
     ),
     "a retry is counted as a death": _one(
-        "scheduler",
-        "                self._retry(task, now)\n",
+        "book",
+        "                self._retry(task)\n",
         "                task.deaths += ('retried',)\n"
-        "                if len(task.deaths) >= self.settings.max_deaths:\n"
-        "                    self._retry(task, now) or self._fail(task, 'it died too often')\n"
+        "                if len(task.deaths) >= self._settings.max_deaths:\n"
+        "                    self._retry(task) or self._fail(task, 'it died too often')\n"
         "                else:\n"
-        "                    self._retry(task, now)\n",
+        "                    self._retry(task)\n",
     ),
     "what a lost node held is not queued again": _one(
-        "scheduler", "for task in reversed(list(node.tasks.values())):", "for task in []:"
+        "book", "for task in reversed(list(node.tasks.values())):", "for task in []:"
     ),
     "a task that must not run twice is queued again when its node is lost": _one(
-        "scheduler", "if task.kind.options.requeue or task.cancelled:", "if True:"
+        "book", "if task.kind.options.requeue or task.cancelled:", "if True:"
     ),
     "a client that submits again forgets what must not run twice": _one(
         "requests", "if not welcome.remembered:", "if False:"
@@ -153,7 +153,7 @@ MUTANTS = {
     "a silent client is never given up": _one("scheduler", "now - session.heard_at > self.settings.client_lease_s", "False"),
     # credit
     "what a node hands back is not taken back": _one(
-        "scheduler", "for attempt in reversed(message.returned):", "for attempt in []:"
+        "book", "for attempt in reversed(message.returned):", "for attempt in []:"
     ),
     "credit falls and never rises": _one(
         "scheduler", "if message.credit != node.credit:", "if message.credit < node.credit:"
@@ -181,7 +181,7 @@ MUTANTS = {
         "agent", "if worker.ending is not None and worker.ending.interrupted and not message.ok:", "if False:"
     ),
     "a retry that is waited for is forgotten": _one(
-        "scheduler", "self._delayed.set(task.id, now + wait_s", "(task.id, now + wait_s"
+        "book", "self.delayed.set(task.id, self.now + wait_s", "(task.id, self.now + wait_s"
     ),
 }
 

@@ -11,10 +11,10 @@ def test_the_simulator_finds(name):
     print(f"{name}: found at seed {seeds - 1} of {WITHIN}: {what}")
 
 
-@pytest.mark.parametrize("text", ["this is not there", "self._placement.enqueue(task)"])
+@pytest.mark.parametrize("text", ["this is not there", "self.placement.enqueue(task)"])
 def test_a_bug_that_cannot_be_planted_is_an_error(text):
     with pytest.raises(LookupError, match="times, not once"):
-        planted(Mutant("scheduler", ((text, "pass"),)))
+        planted(Mutant("book", ((text, "pass"),)))
 
 
 def test_without_a_bug_none_is_found():

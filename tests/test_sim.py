@@ -10,7 +10,7 @@ from core.builders import label_of, task_id
 
 from zmqsched.core.events import Ask, Withdraw
 from zmqsched.core.policy import POLICIES
-from zmqsched.core.scheduler import Settings
+from zmqsched.core.settings import Settings
 from zmqsched.protocol import (
     Attempt,
     Cancel,

@@ -38,7 +38,8 @@ from .core.events import (
     Undelivered,
     Write,
 )
-from .core.scheduler import Scheduler, Settings
+from .core.scheduler import Scheduler
+from .core.settings import Settings
 from .errors import ProtocolError, VersionMismatch
 from .journal import Journal
 from .monitor import Monitor
@@ -124,7 +125,7 @@ class Broker:
             if self._authenticator:  # its socket is its thread's: closed from here, libzmq aborts the process
                 self._authenticator.stop()
             self._ctx.destroy(linger=0)
-            self._let_go(journal_is_done=self._core.keeps_nothing)
+            self._let_go(journal_is_done=self._core.book.keeps_nothing)
             raise
         self.file = self._write_file(name, identity)
         if self._journal:
@@ -259,7 +260,7 @@ class Broker:
         if self._authenticator:
             self._authenticator.stop()
         self._ctx.term()
-        self._let_go(journal_is_done=self._core.keeps_nothing)
+        self._let_go(journal_is_done=self._core.book.keeps_nothing)
 
     def _let_go(self, *, journal_is_done: bool) -> None:
         if self._journal:

@@ -59,7 +59,8 @@ from zmqsched.core.events import (
 )  # fmt: skip
 from zmqsched.core.link import Link
 from zmqsched.core.requests import Requests
-from zmqsched.core.scheduler import Scheduler, Settings
+from zmqsched.core.scheduler import Scheduler
+from zmqsched.core.settings import Settings
 from zmqsched.protocol import (
     Adopt,
     Attempt,

@@ -144,7 +144,7 @@ def test_when_all_is_done_the_broker_holds_nothing():
         node.hands_back(*labels[40:])
     assert len(client.answers) == 1000
     broker.passes(1.0)
-    assert broker.scheduler.open_counts() == {}
+    assert broker.scheduler.book.open_counts() == {}
     gc.collect()
     assert sum(isinstance(each, Task) for each in gc.get_objects()) == before
 

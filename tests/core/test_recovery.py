@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 
 from zmqsched.core.events import Arrived, Send, Tick
 from zmqsched.core.link import ACK_DELAY_S
-from zmqsched.core.scheduler import Scheduler, Settings
+from zmqsched.core.recovery import snapshot
+from zmqsched.core.scheduler import Scheduler
+from zmqsched.core.settings import Settings
 from zmqsched.core.tasks import QUEUED, WAITING
 from zmqsched.protocol import (
     Ack,
@@ -59,7 +61,7 @@ def acknowledged(peer: Client | Node) -> bool:
 
 def queued(broker: Broker) -> list[str]:
     """Labels of the queued tasks, in the order in which one node of one slot would get them."""
-    return [label_of(task.id) for lane in broker.scheduler._placement.lanes() for task in lane.tasks]
+    return [label_of(task.id) for lane in broker.scheduler.book.placement.lanes() for task in lane.tasks]
 
 
 # --- before the disk has it, nothing is said -------------------------------------------------------------------------
@@ -299,14 +301,14 @@ def test_answers_that_were_not_acknowledged_are_given_and_others_forgotten():
     client.frozen = False
     client._missed.clear()
     broker.dies()
-    assert broker.scheduler.unacknowledged() == 1
+    assert broker.scheduler.book.unacknowledged() == 1
     client.comes_back()
     broker.passes(0.2)
     assert client.answers == {"a": "ok", "b": "ok"}
     broker.passes(1.5)
     broker.dies()
-    assert broker.scheduler.unacknowledged() == 0
-    assert broker.scheduler.keeps_nothing
+    assert broker.scheduler.book.unacknowledged() == 0
+    assert broker.scheduler.book.keeps_nothing
 
 
 def test_what_was_cancelled_stays_so():
@@ -329,7 +331,7 @@ def test_counters_of_wait_groups():
     client.comes_back()
     client.says(GroupAdd([(token("g"), -1)], 2))
     assert broker.counts["additions offered again"] == 1
-    assert broker.scheduler._groups.counts() == {token("g"): 3}
+    assert broker.scheduler.book.groups.counts() == {token("g"): 3}
     client.says(GroupAdd([(token("g"), -2)], 3), GroupWait(1, token("g")))
     assert client.all(GroupDone) == []
     del node.orders["b"]
@@ -375,7 +377,7 @@ def test_functions_are_kept_whatever_their_size():
     rewritten(broker)
     broker.dies()
     assert sorted(queued(broker)) == [f"t{number}" for number in range(6)]
-    assert broker.scheduler._functions[digest("f0")] == blob("f0")
+    assert broker.scheduler.book.functions[digest("f0")] == blob("f0")
 
 
 # --- nodes come back -------------------------------------------------------------------------------------------------
@@ -555,7 +557,7 @@ def test_a_second_attempt_of_what_was_not_adopted_is_a_higher_number_than_what_i
     node.fails("a")
     assert node.attempts == [("a", 1), ("a", 2)]
     broker.dies()
-    task = broker.scheduler._tasks[task_id("a")]
+    task = broker.scheduler.book.tasks[task_id("a")]
     assert (task.attempt, task.failures, task.state) == (2, 1, WAITING)
 
 
@@ -576,7 +578,7 @@ def test_a_client_that_does_not_come_back_is_given_up_after_its_lease():
     assert queued(broker) == []
     assert node.revoked_by_force == ["a"]
     broker.dies()
-    assert broker.scheduler.open_counts() == {}
+    assert broker.scheduler.book.open_counts() == {}
 
 
 def test_tasks_of_a_client_that_left_stay_cancelled_also_in_a_journal_written_anew():
@@ -587,7 +589,7 @@ def test_tasks_of_a_client_that_left_stay_cancelled_also_in_a_journal_written_an
     client.leaves()
     for _ in range(2):
         broker.dies()
-        assert broker.scheduler.open_counts() == {}
+        assert broker.scheduler.book.open_counts() == {}
         node.comes_back()
         assert node.adopted == []
         rewritten(broker)
@@ -601,7 +603,7 @@ def test_the_journal_written_anew_while_a_task_of_a_client_that_left_still_runs(
     client.leaves()
     rewritten(broker)
     broker.dies()
-    assert broker.scheduler.open_counts() == {}
+    assert broker.scheduler.book.open_counts() == {}
 
 
 def test_a_client_that_is_back_after_its_lease_gets_its_running_task_back_with_its_history():
@@ -615,7 +617,7 @@ def test_a_client_that_is_back_after_its_lease_gets_its_running_task_back_with_i
     client.comes_back()
     client.submits("a", retries=2)
     broker.dies()
-    assert broker.scheduler._tasks[task_id("a")].failures == 1
+    assert broker.scheduler.book.tasks[task_id("a")].failures == 1
 
 
 def test_answers_given_in_the_turn_in_which_their_client_leaves():
@@ -630,7 +632,7 @@ def test_answers_given_in_the_turn_in_which_their_client_leaves():
             broker.step(Arrived(peer.address, "", envelope))
     broker.turn()
     broker.dies()
-    assert list(broker.scheduler._owners) == []
+    assert list(broker.scheduler.book.owners) == []
 
 
 def test_a_client_is_remembered_also_when_all_it_has_submitted_is_a_jobs():
@@ -728,13 +730,13 @@ def test_an_end_in_order_keeps_what_jobs_have():
     broker = journaled()
     client = broker.client()
     client.submits("mine")
-    assert not broker.scheduler.keeps_nothing
+    assert not broker.scheduler.book.keeps_nothing
     client.leaves()
-    assert broker.scheduler.keeps_nothing
+    assert broker.scheduler.book.keeps_nothing
     other = broker.client("other")
     other.submits("a", job="j")
     other.leaves()
-    assert not broker.scheduler.keeps_nothing
+    assert not broker.scheduler.book.keeps_nothing
 
 
 # --- a disk that cannot be written -----------------------------------------------------------------------------------
@@ -784,12 +786,16 @@ def test_trouble_is_told_once():
     assert sum("no space left" in line for line in broker.log) == 1
 
 
+def taken(broker: Broker) -> list[Record]:
+    return snapshot(broker.scheduler.book, broker.scheduler._present(broker.now))
+
+
 def rewritten(broker: Broker) -> None:
     """The journal is what a snapshot makes it, and everything else as it was."""
-    ledger = broker.scheduler._ledger
+    ledger = broker.scheduler.book.ledger
     assert ledger is not None
     assert not ledger.busy
-    broker.disk.under_way.append(ledger.replace(broker.scheduler._snapshot()))
+    broker.disk.under_way.append(ledger.replace(taken(broker)))
     broker._writes()
 
 
@@ -863,7 +869,7 @@ class History:
                 self._passes(0.5 * number)
             case "follow":
                 client.follows("j")
-            case "anew" if broker.scheduler._ledger is not None and not broker.scheduler._ledger.busy:
+            case "anew" if broker.scheduler.book.ledger is not None and not broker.scheduler.book.ledger.busy:
                 rewritten(broker)
                 broker.turn()
             case "break":
@@ -912,7 +918,7 @@ class History:
             order.task
             for node in self.nodes
             for order in node.orders.values()
-            if (task := self.broker.scheduler._tasks.get(order.task)) is not None
+            if (task := self.broker.scheduler.book.tasks.get(order.task)) is not None
             and task.node
             and task.node == node.id
             and not task.kind.options.requeue
@@ -929,7 +935,8 @@ def restored(records: list[Record]) -> Scheduler:
 
 def described(scheduler: Scheduler) -> dict[str, object]:
     """All that a journal is to keep."""
-    tasks = list(scheduler._tasks.values())
+    book = scheduler.book
+    tasks = list(book.tasks.values())
     return {
         "tasks": {
             label_of(task.id): (
@@ -937,10 +944,10 @@ def described(scheduler: Scheduler) -> dict[str, object]:
             )
             for task in tasks
         },
-        "order": {owner.id: order for owner in scheduler._owners if (order := [t.id for t in tasks if t.owner is owner])},
-        "answers": {owner.id: dict(owner.answers) for owner in scheduler._owners if owner.answers},
-        "counters": (scheduler._groups.counts(), scheduler._groups.broken(), dict(scheduler._counted)),
-        "functions": dict(scheduler._functions.items()),
+        "order": {owner.id: order for owner in book.owners if (order := [t.id for t in tasks if t.owner is owner])},
+        "answers": {owner.id: dict(owner.answers) for owner in book.owners if owner.answers},
+        "counters": (book.groups.counts(), book.groups.broken(), dict(book.counted)),
+        "functions": dict(book.functions.items()),
         "nodes": scheduler._expected,
     }  # fmt: skip
 
@@ -956,15 +963,15 @@ def test_the_whole_log_and_a_snapshot_and_each_beginning_of_the_log(steps):
     broker.writes()
     broker.passes(1.1)
     # The whole log says what a snapshot says.
-    assert broker.scheduler._ledger is not None
-    assert not broker.scheduler._ledger.busy
-    snapshot = [decode_record([bytes(part) for part in encode_record(record)]) for record in broker.scheduler._snapshot()]
-    assert described(restored(broker.disk.records())) == described(restored(snapshot))
+    assert broker.scheduler.book.ledger is not None
+    assert not broker.scheduler.book.ledger.busy
+    records = [decode_record([bytes(part) for part in encode_record(record)]) for record in taken(broker)]
+    assert described(restored(broker.disk.records())) == described(restored(records))
     # Each beginning of it holds what anybody had been told by then.
     for commits, (accepted, done, once) in history.told.items():
         scheduler = restored(broker.disk.records(commits))
-        answered = {task for owner in scheduler._owners for task in owner.answers}
-        lost = accepted - done - scheduler._tasks.keys() - answered
+        answered = {task for owner in scheduler.book.owners for task in owner.answers}
+        lost = accepted - done - scheduler.book.tasks.keys() - answered
         assert not lost, f"{commits} commits: {[label_of(task) for task in lost]}"
-        again = {task for task in once & scheduler._tasks.keys() if scheduler._tasks[task].state is QUEUED}
+        again = {task for task in once & scheduler.book.tasks.keys() if scheduler.book.tasks[task].state is QUEUED}
         assert not again, f"{commits} commits: {[label_of(task) for task in again]} would be started twice"

@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
+from zmqsched.core.book import MAX_BACKOFF_S
 from zmqsched.core.events import BeatArrived, Malformed, Send, Tick, Undelivered
 from zmqsched.core.nodes import NODE_MOVES, NodeState
 from zmqsched.core.nodes import Node as NodeRecord
 from zmqsched.core.policy import POLICIES
-from zmqsched.core.scheduler import MAX_BACKOFF_S
 from zmqsched.core.tasks import MOVES, IllegalMove, Kind, Lane, Task, TaskState
 from zmqsched.errors import ProtocolError
 from zmqsched.protocol import (
@@ -89,7 +89,7 @@ def test_an_answer_goes_to_the_client_that_asked():
     node.fails("b", error=b"for ben")
     assert (ann.answers, ann.final("a").value) == ({"a": "ok"}, b"for ann")
     assert (ben.answers, ben.final("b").value) == ({"b": "error"}, b"for ben")
-    assert not broker.scheduler.open_counts()
+    assert not broker.scheduler.book.open_counts()
 
 
 def test_the_higher_priority_goes_first_and_equals_in_order():
@@ -298,7 +298,7 @@ def test_an_error_that_its_worker_says_is_not_to_be_retried_ends_the_task():
 
 
 def delayed(broker: Broker) -> int:
-    return broker.scheduler.open_counts()["DELAYED"]
+    return broker.scheduler.book.open_counts()["DELAYED"]
 
 
 def test_a_retry_waits_for_its_back_off_and_each_further_one_twice_as_long():
@@ -314,7 +314,7 @@ def test_a_retry_waits_for_its_back_off_and_each_further_one_twice_as_long():
         assert node.holds == ["a"]
     node.fails("a")
     assert client.answers == {"a": "error"}
-    assert broker.scheduler.open_counts() == {}
+    assert broker.scheduler.book.open_counts() == {}
 
 
 def test_a_back_off_is_a_minute_at_most():
@@ -323,7 +323,7 @@ def test_a_back_off_is_a_minute_at_most():
     client.submits("a", retries=1_000, backoff=50.0)
     for _ in range(1_000):
         node.fails("a")
-        broker.scheduler._delayed.set(task_id("a"), broker.now)
+        broker.scheduler.book.delayed.set(task_id("a"), broker.now)
         broker.turn()
     node.fails("a")
     assert client.answers == {"a": "error"}
@@ -360,7 +360,7 @@ def test_a_retry_that_is_waited_for_can_be_cancelled():
     assert client.answers == {"a": "cancelled"}
     broker.passes(6)
     assert node.attempts == [("a", 1)]
-    assert broker.scheduler.open_counts() == {}
+    assert broker.scheduler.book.open_counts() == {}
 
 
 def test_a_late_value_ends_the_wait_for_a_retry():
@@ -377,7 +377,7 @@ def test_a_late_value_ends_the_wait_for_a_retry():
     slow.says(Results([Outcome(task_id("a"), 1, True, b"late", 1)]))
     assert client.final("a").value == b"late"
     broker.passes(6)
-    assert broker.scheduler.open_counts() == {}
+    assert broker.scheduler.book.open_counts() == {}
 
 
 # --- time limits and cancels by force --------------------------------------------------------------------------------
@@ -390,7 +390,7 @@ def test_a_task_that_its_node_has_stopped_at_its_limit_is_not_tried_again():
     node.stops("a", "TaskTimeout")
     assert client.answers == {"a": "TaskTimeout"}
     assert client.final("a").text == "how it was"
-    assert broker.scheduler.open_counts() == {}
+    assert broker.scheduler.book.open_counts() == {}
 
 
 @pytest.mark.parametrize("running", [False, True])
@@ -460,10 +460,10 @@ def run_before_a_crash(**asked: object) -> tuple[Broker, Client, Node]:
     broker = Broker()
     client = broker.client()
     client.submits("a", requeue=False, **asked)
-    task = broker.scheduler._tasks[task_id("a")]
-    broker.scheduler._placement.withdraw(task)
+    task = broker.scheduler.book.tasks[task_id("a")]
+    broker.scheduler.book.placement.withdraw(task)
     task.state = TaskState.WAITING
-    broker.scheduler._limbo[task.id] = task
+    broker.scheduler.book.limbo[task.id] = task
     return broker, client, broker.node(credit=0)
 
 
@@ -997,7 +997,7 @@ def test_a_client_that_leaves_takes_its_tasks_with_it():
     assert node.attempts == [("a1", 1), ("b", 1)]
     node.finishes("b")
     assert ben.answers == {"b": "ok"}
-    assert not broker.scheduler.open_counts()
+    assert not broker.scheduler.book.open_counts()
 
 
 def test_a_silent_client_is_given_up_after_its_lease():
@@ -1006,9 +1006,9 @@ def test_a_silent_client_is_given_up_after_its_lease():
     client.submits("a")
     client.freezes()
     broker.passes(9)
-    assert broker.scheduler.open_counts()["QUEUED"] == 1
+    assert broker.scheduler.book.open_counts()["QUEUED"] == 1
     broker.passes(3)
-    assert not broker.scheduler.open_counts()
+    assert not broker.scheduler.book.open_counts()
     client.thaws()
     assert client.all(SayHello)
 
@@ -1271,7 +1271,7 @@ def test_a_tasks_end_counts_its_group_down_once_however_often_it_ran():
     client.cancels("b")
     node.hands_back("b")
     assert client.all(GroupDone) == [GroupDone(7)]
-    assert not broker.scheduler.open_counts()
+    assert not broker.scheduler.book.open_counts()
 
 
 def test_the_finals_arrive_before_the_news_that_the_group_is_done():

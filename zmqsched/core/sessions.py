@@ -21,6 +21,7 @@ from .link import Link
 from .timers import Timers
 
 if TYPE_CHECKING:
+    from .nodes import Node
     from .owners import Owner
 
 
@@ -69,6 +70,9 @@ class Sessions:
 
     def get(self, token: int) -> Session | None:
         return self._by_token.get(token)
+
+    def of(self, node: Node) -> Session:
+        return self._by_token[node.session]
 
     def known(self, incarnation: bytes) -> Session | None:
         return self._by_incarnation.get(incarnation)

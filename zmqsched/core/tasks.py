@@ -26,7 +26,7 @@ from __future__ import annotations
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
-from ..protocol import Options, Payload, Shape, shape_bytes
+from ..protocol import Options, Payload, Shape, shape_bytes, wire_bytes
 from .priorities import PriorityQueue
 
 if TYPE_CHECKING:
@@ -131,3 +131,8 @@ class Kind:
         self.bytes = shape_bytes(shape)
         self.lane = lane
         self.open = 0
+
+
+def task_bytes(task: Task) -> int:
+    """What the task takes in a message, without its function."""
+    return wire_bytes(task.call) + task.kind.bytes

@@ -46,7 +46,8 @@ from ..core.events import (
 )  # fmt: skip
 from ..core.ledger import Ledger
 from ..core.requests import Requests
-from ..core.scheduler import Scheduler, Settings
+from ..core.scheduler import Scheduler
+from ..core.settings import Settings
 from ..core.stops import GRACE_S, LOOK_S
 from ..protocol import (
     Adopt,
@@ -124,7 +125,7 @@ class SimBroker(Process):
         settings = replace(self.settings, epoch=1 + self.crashes, settle_s=settle_s)
         self.core = Scheduler(settings, Random(self.world.random.random()))
         if self.disk is not None:
-            self.core._ledger = Ledger(SLACK_BYTES)
+            self.core.book.ledger = Ledger(SLACK_BYTES)
             self.core.restore(self.disk.records, self.world.now + self._clock)
         self.watch = Watch(self.core, before if self.disk else None)
         self._pauses_before = self.pauses
@@ -136,7 +137,7 @@ class SimBroker(Process):
             self.alive = self.paused = False
             self.crashes += 1
             self._inbox.clear()
-            self._owned = {owner.id for owner in self.core._owners}
+            self._owned = {owner.id for owner in self.core.book.owners}
             if self.disk is not None:
                 self.disk.crash()
             self.world.at(down_s, self._restart)
@@ -162,8 +163,8 @@ class SimBroker(Process):
         """What this client was told is accepted is there, if the broker had not given it up."""
         if b"c" + client.core._uplink.hello.incarnation not in self._owned:
             return
-        for task in client.accepted() - self.core._tasks.keys() - self._refused:
-            if not any(owner.has_answered(task) for owner in self.core._owners):
+        for task in client.accepted() - self.core.book.tasks.keys() - self._refused:
+            if not any(owner.has_answered(task) for owner in self.core.book.owners):
                 raise SimulationFailed(f"task {task.hex()} was accepted, and the broker that follows does not know it")
 
     def knock(self, again: Callable[[], None]) -> None:

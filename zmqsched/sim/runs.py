@@ -7,7 +7,7 @@ from random import Random
 
 from ..core.nodes import ALIVE
 from ..core.policy import POLICIES
-from ..core.scheduler import Settings
+from ..core.settings import Settings
 from ..core.stops import LOOK_S
 from ..protocol import Options
 from .actors import GROUP, SIGNAL_S, Plan, SimBroker, SimClient, SimNode
@@ -206,7 +206,7 @@ class Cluster:
 
     def _forget(self) -> None:
         """Stores of functions with little room: what no open task needs is soon gone."""
-        for store in [self.broker.core._functions, *(node.core._functions for node in self.nodes)]:
+        for store in [self.broker.core.book.functions, *(node.core._functions for node in self.nodes)]:
             store._cap = FORGETFUL_BYTES
 
     # --- when all is quiet -------------------------------------------------------------------------------------------
@@ -237,9 +237,9 @@ class Cluster:
                 return f"{client.name.decode()} has no answer to {missing}, WaitGroup zero: {client.group_zero}"
             if client.core.open:
                 return f"{client.name.decode()} keeps what is answered"
-        if left := dict(self.broker.core.open_counts()):
+        if left := dict(self.broker.core.book.open_counts()):
             return f"all is answered and the scheduler still holds {left}"
-        if self.broker.core.unacknowledged():
+        if self.broker.core.book.unacknowledged():
             return "all is answered and the scheduler does not know"
         if self.leaving:
             return f"{self.leaving[0].name.decode()} does not leave"

@@ -44,13 +44,13 @@ class Watch:
         if session.node:
             self._heard[session.node] = listened
         if isinstance(envelope.body, Submit):
-            self._unborn = [spec.task for spec in envelope.body.tasks if spec.task not in self._core._tasks]
+            self._unborn = [spec.task for spec in envelope.body.tasks if spec.task not in self._core.book.tasks]
         elif isinstance(envelope.body, Results):
             self._late = [(task, _fate(task)) for task in self._errors_too_late(envelope.body, session.node)]
 
     def after(self, event: SchedulerEvent, actions: Iterable[SchedulerAction], listened: float) -> None:
         for task_id in self._unborn:
-            if task_id in self._core._tasks:  # a new record: its story begins anew
+            if task_id in self._core.book.tasks:  # a new record: its story begins anew
                 self._attempts.pop(task_id, None)
                 self._answered.pop(task_id, None)
         for task, fate in self._late:
@@ -74,10 +74,10 @@ class Watch:
         fresh = set()
         late = {}
         for outcome in results.outcomes:
-            task = self._core._tasks.get(outcome.task)
+            task = self._core.book.tasks.get(outcome.task)
             if task is None:
                 continue
-            in_limbo = task.id in self._core._limbo
+            in_limbo = task.id in self._core.book.limbo
             if outcome.ok or in_limbo or (task.node == node and task.attempt == outcome.attempt):
                 fresh.add(task.id)
             else:
@@ -113,7 +113,7 @@ class Watch:
                 raise SimulationFailed(f"task {order.task.hex()}: attempt {order.attempt} was there before")
             if order.task in self._answered:
                 raise SimulationFailed(f"task {order.task.hex()} was answered and runs again")
-            if self._core._tasks[order.task].cancelled:
+            if self._core.book.tasks[order.task].cancelled:
                 raise SimulationFailed(f"task {order.task.hex()} was cancelled and is started again")
             self._attempts[order.task] = order.attempt
 

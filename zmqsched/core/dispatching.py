@@ -1,0 +1,106 @@
+"""What placement has decided, on its way to the nodes: one ``Dispatch`` a node, with the functions that it lacks.
+
+Rules
+-----
+* A turn's tasks for a node go as one message, or as few as the limits of a message allow; a function goes with the first
+  task of it that this node gets.
+* With a journal, a task that may be started only once goes when it is on disk that it may have been: ``placed`` hears of
+  that. If it is not to be started any more by then, because it was cancelled or its node is not well, it was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..protocol import Attempt, Dispatch, Function, Order, Shape, batches, wire_bytes
+from .book import Book
+from .ledger import Ledger, Placed
+from .nodes import ALIVE, Node
+from .tasks import Task, task_bytes
+
+MAX_NODE_FUNCTIONS = 4_096  # digests remembered as sent to a node; past it, functions are sent again
+
+
+class Dispatching:
+    def __init__(self, book: Book) -> None:
+        self._book = book
+        self._may_start: list[Placed] = []  # what may be started only once, and that is on disk now
+
+    def dispatch(self) -> None:
+        """Send what can be placed now."""
+        book = self._book
+        if not book.placement.pending or book.load.unread:
+            return
+        orders: dict[str, list[Task]] = {}
+        for task, node in book.placement.place():
+            orders.setdefault(node.id, []).append(task)
+        for node_id, tasks in orders.items():
+            node = book.nodes[node_id]
+            if len(node.functions) > MAX_NODE_FUNCTIONS:
+                node.functions.clear()
+            self._send_orders(node, tasks if book.ledger is None else self._dispatch_once(book.ledger, node, tasks))
+
+    def placed(self, placed: Placed) -> None:
+        """That these tasks may be started is on disk."""
+        self._may_start.append(placed)
+
+    def start_once(self) -> None:
+        """What may be started only once and is on disk: now it may be, if it still is to be."""
+        placed, self._may_start = self._may_start, []
+        for node_id, attempts in placed:
+            self._send_once(node_id, attempts)
+
+    def _dispatch_once(self, ledger: Ledger, node: Node, tasks: list[Task]) -> list[Task]:
+        """What may be started only once is, when that is on disk. Returns the others."""
+        once = [task for task in tasks if not task.kind.options.requeue]
+        for task in once:
+            self._book.charge(task)
+        if once:
+            ledger.then(Placed(node.id, [Attempt(task.id, task.attempt) for task in once]))
+        return [task for task in tasks if task.kind.options.requeue]
+
+    def _send_once(self, node_id: str, attempts: list[Attempt]) -> None:
+        book = self._book
+        wanted = []
+        for task_id, number in [(attempt.task, attempt.attempt) for attempt in attempts]:
+            task = book.tasks.get(task_id)
+            if task is None or task.node != node_id or task.attempt != number:
+                continue
+            if task.cancelled or book.nodes[node_id].state is not ALIVE:
+                book.let_go(task, book.nodes[node_id])
+                book.charge(task)
+                book.requeue(task)
+            else:
+                wanted.append(task)
+        if wanted:
+            self._send_orders(book.nodes[node_id], wanted)
+
+    def _send_orders(self, node: Node, tasks: list[Task]) -> None:
+        sessions = self._book.sessions
+        for batch in batches(tasks, self._sizes_at(node)):
+            sessions.send(sessions.of(node), self._message(node, batch))
+
+    def _sizes_at(self, node: Node) -> Callable[[Task], int]:
+        """What each task takes in a dispatch to this node: with its function, the first time that is named there."""
+        functions = self._book.functions
+        named: set[bytes] = set()
+
+        def size(task: Task) -> int:
+            digest = task.kind.shape.function
+            taken = task_bytes(task)
+            if digest not in node.functions and digest not in named:
+                named.add(digest)
+                taken += wire_bytes(functions[digest])
+            return taken
+
+        return size
+
+    def _message(self, node: Node, tasks: list[Task]) -> Dispatch:
+        index: dict[Shape, int] = {}
+        orders = [
+            Order(task.id, task.attempt, index.setdefault(task.kind.shape, len(index)), task.call) for task in tasks
+        ]
+        new = {shape.function for shape in index} - node.functions
+        node.functions |= new
+        functions = self._book.functions
+        return Dispatch(list(index), orders, [Function(digest, functions[digest]) for digest in sorted(new)])

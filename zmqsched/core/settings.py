@@ -1,0 +1,35 @@
+"""What a scheduler is told once, at its start."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, KEEP_RESULTS_S, PING_GRACE_S, SUSPECT_AFTER_BEATS
+from .policy import DEFAULT_POLICY
+
+
+@dataclass(frozen=True)
+class Settings:
+    """``python`` is the "major.minor" that clients and nodes must share: functions by value are bytecode.
+
+    A task that no node can ever hold fails after ``unservable_after_s``; a node lost less than ``await_lost_s`` ago counts
+    as one that may be back. ``journal``: the shell keeps one. ``settle_s``: how long a broker that follows a crashed one
+    waits for nodes before it places anything. Above ``max_queued_bytes`` of payloads clients are asked to hold back
+    (``load.py``).
+    """
+
+    name: str = "cluster"
+    epoch: int = 1
+    python: str = "3.11"
+    policy: str = DEFAULT_POLICY
+    beat_interval_s: float = BEAT_INTERVAL_S
+    suspect_after_s: float = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS
+    ping_grace_s: float = PING_GRACE_S
+    client_lease_s: float = CLIENT_LEASE_S
+    unservable_after_s: float = 3.0
+    await_lost_s: float = 60.0
+    max_deaths: int = 3
+    journal: bool = False
+    keep_results_s: float = KEEP_RESULTS_S
+    settle_s: float = 0.0
+    max_queued_bytes: int = 1 << 30
