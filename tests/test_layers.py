@@ -38,10 +38,11 @@ MAY = {
     "host": CORE_MAY,
     "version": set(),
     "worker": EDGE_MAY | {"surroundings"},
-    "records": CORE_MAY,
-    "futures": CORE_MAY,
+    "display": set(),
+    "records": CORE_MAY | {"display"},
+    "futures": CORE_MAY | {"display"},
     "options": CORE_MAY,
-    "client": EDGE_MAY | {"worker", "futures", "records", "host", "options"},
+    "client": EDGE_MAY | {"worker", "futures", "records", "display", "host", "options"},
     "waitgroup": EDGE_MAY | {"futures", "client", "worker"},
 }
 ASSEMBLY = {"__init__", "__main__", "cluster", "stopping", "easy", "sim", "cli"}

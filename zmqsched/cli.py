@@ -17,12 +17,11 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 import click
 
@@ -38,14 +37,12 @@ from .config import (
     runtime_dir,
 )
 from .core.policy import DEFAULT_POLICY, POLICIES
+from .display import Sheet, Table, cell, sheet_of
 from .errors import ClusterNotFound, StartError, ZmqschedError
 from .host import usable_cpus
 from .options import resource_argument, size_argument
 from .shell import Starter, StopSignals
 from .version import __version__
-
-if TYPE_CHECKING:
-    from .records import NodeInfo, Status, WorkerInfo
 
 # For `ls`, of each cluster: a broker answers in milliseconds, or something is wrong with it.
 ANSWER_TIMEOUT_S = 2.0
@@ -347,7 +344,7 @@ def ls(output: str) -> None:
             (file.name, file.host, file.pid, _since(file), _where(file), "no answer" if workers is None else workers)
             for file, workers in found
         ]
-        _print_table(("name", "host", "broker pid", "since", "where", "workers"), rows)
+        _print_table(Table(("name", "host", "broker pid", "since", "where", "workers"), rows))
 
 
 def _workers_of(file: ConnectionFile) -> int | None:
@@ -393,36 +390,18 @@ def status(name: str | None, output: str) -> None:
     if output == "json":
         _print_json(asdict(found))
     else:
-        _print_status(found)
+        _print_sheet(sheet_of(replace(found, clients=found.clients - 1)))  # this very command is one
 
 
-def _print_status(found: Status) -> None:
-    others = found.clients - 1  # this very command is one
-    print(f"cluster {found.name}: policy {found.policy}, {others} client{'' if others == 1 else 's'}")
-    if found.nodes:
+def _print_sheet(sheet: Sheet) -> None:
+    print(sheet.title)
+    for table in sheet.tables:
         print()
-        _print_table(("node", "host", "pid", "state", "slots", "tasks", "done", "offers"), map(_node_row, found.nodes))
-    if found.workers:
-        print()
-        _print_table(("worker", "host", "pid", "state", "done", "cpu", "memory"), map(_worker_row, found.workers))
+        _print_table(table)
     print()
-    print("unfinished: " + (_listed(found.tasks) or "no tasks"))
-    print("so far:     " + (_listed(found.counts) or "nothing"))
-
-
-def _node_row(node: NodeInfo) -> tuple[object, ...]:
-    offers = [f"{name}={amount:g}" for name, amount in sorted(node.resources.items()) if name not in ("cpu", "memory")]
-    state = node.state if node.state in ("alive", "draining") else f"{node.state} for {node.silent_s:.0f} s"
-    return node.id, node.host, node.pid, state, node.slots, node.assigned, node.done, " ".join([*offers, *node.tags])
-
-
-def _worker_row(worker: WorkerInfo) -> tuple[object, ...]:
-    memory = f"{worker.memory / 2**20:.0f} MiB" if worker.memory else ""  # measured with the first beat
-    return worker.id, worker.host, worker.pid, worker.state, worker.done, f"{worker.cpu:.0f} %", memory
-
-
-def _listed(counts: dict[str, int]) -> str:
-    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)
+    width = 1 + max(len(name) for name, _ in sheet.facts)
+    for name, value in sheet.facts:
+        print(f"{name + ':':{width}} {cell(value)}")
 
 
 @zmqsched.command()
@@ -482,22 +461,20 @@ def _print_json(value: object) -> None:
     print(json.dumps(value, indent=2, sort_keys=True))
 
 
-def _print_table(heads: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> None:
+def _print_table(table: Table) -> None:
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as Grid
     from rich.text import Text
 
-    rows = list(rows)
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
-    for index, head in enumerate(heads):
-        number = bool(rows) and all(isinstance(row[index], int) for row in rows)
-        table.add_column(head, justify="right" if number else "left", no_wrap=True)
-    for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))  # as Text: brackets in a host's name are no markup
+    grid = Grid(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    for column, head in enumerate(table.heads):
+        grid.add_column(head, justify="right" if table.is_number(column) else "left", no_wrap=True)
+    for row in table.rows:
+        grid.add_row(*(Text(cell(value)) for value in row))  # as Text: brackets in a host's name are no markup
     console = Console(highlight=False)
     if not console.is_terminal:  # a file or a pipe has no width to fit into
         console.width = 1_000
     with console.capture() as printed:
-        console.print(table)
+        console.print(grid)
     for line in printed.get().splitlines():
         print(line.rstrip())  # rich fills the last column up

@@ -12,6 +12,7 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
@@ -34,13 +35,14 @@ from .core import events
 from .core.events import ClientAction, ClientEvent
 from .core.load import call_bytes
 from .core.requests import DELIVERY_TIMEOUT_S, Requests
+from .display import ANSWER_TIMEOUT_S, Sheet, Shown, as_line
 from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, JobNotFound, ProtocolError, Refused, ZmqschedError
 from .futures import Future
 from .host import where
 from .options import boolean, exception_types, integer, seconds, short_name, task_resources, task_tags, time_limit
 from .payload import Chunk, FunctionPickler, pack_call, pack_kinds, short_form, unpack_exception, unpack_value
 from .protocol import ClientHello, Envelope, Final, Follow, JobTasks, Options, Payload, Query, Report, Shape, decode, encode
-from .records import NodeInfo, Status, WorkerInfo, node_infos, status_of, worker_infos
+from .records import NodeList, Status, WorkerList, node_infos, nodes_table, status_of, task_facts, worker_infos
 from .worker import in_worker
 
 if TYPE_CHECKING:
@@ -211,7 +213,7 @@ class TaskOptions(Tasks):
         self._client.shutdown(wait, cancel_futures=cancel_futures)
 
 
-class Client(Tasks):
+class Client(Shown, Tasks):
     """A connection to a cluster.
 
     Parameters
@@ -289,16 +291,16 @@ class Client(Tasks):
 
     # --- what users call, besides Tasks ------------------------------------------------------------------------------
 
-    def nodes(self) -> list[NodeInfo]:
-        """The nodes of the cluster; also those lost or left not long ago."""
+    def nodes(self) -> NodeList:
+        """The nodes of the cluster, as a list of :class:`NodeInfo`; also those lost or left not long ago."""
         return node_infos(self._report())
 
-    def workers(self) -> list[WorkerInfo]:
-        """The workers of all nodes that are there."""
+    def workers(self) -> WorkerList:
+        """The workers of all nodes that are there, as a list of :class:`WorkerInfo`."""
         return worker_infos(self._report())
 
     def status(self) -> Status:
-        """The cluster at this moment: nodes, tasks by state, and what has happened so far."""
+        """The cluster at this moment: nodes, tasks by state, why tasks wait, and what has happened so far."""
         return status_of(self._report())
 
     def job(self, name: str) -> list[Future[Any]]:
@@ -351,8 +353,23 @@ class Client(Tasks):
         return max(1, sum(node.slots for node in self.nodes() if node.state == "alive"))
 
     def __repr__(self) -> str:
-        state = "closed" if self._closed else "broken" if self._broken else "open"
-        return f"<zmqsched.Client of cluster {self.cluster_name!r}, {state}, {len(self._futures)} tasks unfinished>"
+        return as_line(self._own_sheet())
+
+    def _own_sheet(self) -> Sheet:
+        """What is known here, without asking anybody."""
+        state = "closed" if self._closed else f"broken: {self._broken}" if self._broken else "open"
+        facts = [("state", state), ("unfinished tasks", len(self._futures))]
+        return Sheet(f"zmqsched.Client of cluster {self.cluster_name!r}", facts=facts)
+
+    def _sheet(self) -> Sheet:
+        own = self._own_sheet()
+        if not self.usable or os.getpid() != self._pid or threading.current_thread() is self._thread:
+            return own
+        try:
+            status = status_of(self._report(ANSWER_TIMEOUT_S))
+        except ZmqschedError as error:
+            return dataclasses.replace(own, facts=[*own.facts, ("broker", error)])
+        return dataclasses.replace(own, tables=[nodes_table(status.nodes)], facts=[*own.facts, *task_facts(status)])
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError("a zmqsched Client cannot be pickled: it is a connection; use it where it was made")
@@ -438,17 +455,17 @@ class Client(Tasks):
         self._post(events.Tell(make(request)))
         return request, reply
 
-    def _report(self) -> Report:
-        return cast(Report, self._ask(Query))
+    def _report(self, timeout_s: float = QUERY_TIMEOUT_S) -> Report:
+        return cast(Report, self._ask(Query, timeout_s))
 
-    def _ask(self, make: Callable[[int], Any]) -> Any:
+    def _ask(self, make: Callable[[int], Any], timeout_s: float = QUERY_TIMEOUT_S) -> Any:
         """What the broker answers to the message that ``make(request)`` is."""
         request, reply = self._request(make)
         try:
-            return reply.result(QUERY_TIMEOUT_S)
+            return reply.result(timeout_s)
         except concurrent.futures.TimeoutError:
             self._requests.pop(request, None)
-            raise BrokerUnreachable(f"the broker did not answer within {QUERY_TIMEOUT_S:.0f} s") from None
+            raise BrokerUnreachable(f"the broker did not answer within {timeout_s:g} s") from None
 
     # --- beginning and ending ----------------------------------------------------------------------------------------
 

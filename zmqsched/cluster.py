@@ -29,6 +29,7 @@ from typing import IO, Any
 from . import errors
 from .config import CONNECTION_FILE, STOPPING_FILE, ConnectionFile, check_name, cluster_dir, is_held, remove_cluster_dir
 from .core.policy import DEFAULT_POLICY, POLICIES
+from .display import Sheet, Shown, as_line
 from .errors import StartError, ZmqschedError
 from .host import thread_limits, usable_cpus
 from .options import amounts, integer, task_tags
@@ -46,7 +47,7 @@ _numbers = itertools.count(1)
 _running: weakref.WeakSet[LocalCluster] = weakref.WeakSet()
 
 
-class LocalCluster:
+class LocalCluster(Shown):
     """A broker and its nodes on this machine, over Unix sockets that only this user can reach.
 
     Parameters
@@ -175,8 +176,14 @@ class LocalCluster:
         self.close()
 
     def __repr__(self) -> str:
-        state = f"broker pid {self.broker_pid}" if self._processes else "closed"
-        return f"<zmqsched.LocalCluster {self.name!r}, {state}>"
+        return as_line(self._sheet())
+
+    def _sheet(self) -> Sheet:
+        facts: list[tuple[str, object]] = [("state", self._fate or ("running" if self._processes else "closed"))]
+        if self._processes:
+            nodes = ", ".join(map(str, self.node_pids))
+            facts += [("broker pid", self.broker_pid), ("node pids", nodes), ("use it", f"zmqsched.Client({self.name!r})")]
+        return Sheet(f"zmqsched.LocalCluster {self.name!r}", facts=facts)
 
     def __reduce__(self) -> tuple[Any, ...]:
         raise TypeError(f"a LocalCluster cannot be pickled: it owns processes; elsewhere use Client({self.name!r})")

@@ -343,7 +343,10 @@ class GroupDone(_Wire, tag=29):
 
 
 class Query(_Wire, tag=30):
+    """Asks for a report; with ``tasks``, why those of them wait that the client may ask about."""
+
     request: Count
+    tasks: Annotated[list[TaskId], Meta(max_length=MAX_ITEMS)] = []
 
 
 class NodeReport(_Wire):
@@ -362,6 +365,8 @@ class NodeReport(_Wire):
 
 
 class Report(_Wire, tag=31):
+    """``waiting``: how many tasks have not started for what reason, most first."""
+
     request: Count
     name: Name
     epoch: Count
@@ -370,6 +375,7 @@ class Report(_Wire, tag=31):
     tasks: list[tuple[Name, Count]]
     counts: list[tuple[Name, Count]]
     clients: Count
+    waiting: list[tuple[Count, Text]] = []
 
 
 class Notice(_Wire, tag=32):

@@ -1,9 +1,12 @@
-"""What ``client.nodes()``, ``workers()`` and ``status()`` return: plain records, made from the broker's report."""
+"""What ``client.nodes()``, ``workers()`` and ``status()`` return: plain records, made from the broker's report, and shown as
+tables."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from .display import Row, Sheet, Shown, Table, as_text, counted
 from .protocol import NodeReport, Report
 
 
@@ -44,37 +47,72 @@ class WorkerInfo:
     memory: int
 
 
-@dataclass(frozen=True)
-class Status:
-    """A cluster. ``tasks``: unfinished tasks by state; ``counts``: what has happened so far, by name."""
+class NodeList(Shown, list[NodeInfo]):
+    """A list that is printed as a table."""
+
+    def __repr__(self) -> str:
+        return as_text(self._sheet())
+
+    def _sheet(self) -> Sheet:
+        return Sheet(counted(len(self), "node"), [nodes_table(self)] if self else [])
+
+
+class WorkerList(Shown, list[WorkerInfo]):
+    """A list that is printed as a table."""
+
+    def __repr__(self) -> str:
+        return as_text(self._sheet())
+
+    def _sheet(self) -> Sheet:
+        return Sheet(counted(len(self), "worker"), [workers_table(self)] if self else [])
+
+
+@dataclass(frozen=True, repr=False)
+class Status(Shown):
+    """A cluster; printed as tables.
+
+    ``tasks``: unfinished tasks by state. ``waiting``: how many tasks have not started for what reason, most first; the
+    last one adds up what is left when there are many reasons. ``counts``: what has happened so far, by name.
+    """
 
     name: str
     policy: str
     clients: int
-    nodes: list[NodeInfo]
-    workers: list[WorkerInfo]
+    nodes: NodeList
+    workers: WorkerList
     tasks: dict[str, int]
     counts: dict[str, int]
+    waiting: list[tuple[int, str]]
+
+    def __repr__(self) -> str:
+        return as_text(self._sheet())
+
+    def _sheet(self) -> Sheet:
+        tables = [nodes_table(self.nodes)] if self.nodes else []
+        if self.workers:
+            tables.append(workers_table(self.workers))
+        title = f"cluster {self.name}: policy {self.policy}, {counted(self.clients, 'client')}"
+        return Sheet(title, tables, task_facts(self))
 
 
-def node_infos(report: Report) -> list[NodeInfo]:
-    return [_node_info(node) for node in report.nodes]
+def node_infos(report: Report) -> NodeList:
+    return NodeList(_node_info(node) for node in report.nodes)
 
 
-def worker_infos(report: Report) -> list[WorkerInfo]:
-    return [
+def worker_infos(report: Report) -> WorkerList:
+    return WorkerList(
         WorkerInfo(f"{node.id}/{w.worker}", node.id, node.where.host, w.pid, w.state, w.done, w.cpu, w.memory)
         for node in report.nodes
         if node.state not in ("lost", "gone")
         for w in node.workers
         if w.pid  # one that is being born has none, and 0 is a dangerous number to send a signal to
-    ]
+    )
 
 
 def status_of(report: Report) -> Status:
     return Status(
         report.name, report.policy, report.clients, node_infos(report), worker_infos(report), dict(report.tasks),
-        dict(report.counts),
+        dict(report.counts), list(report.waiting),
     )  # fmt: skip
 
 
@@ -83,3 +121,38 @@ def _node_info(node: NodeReport) -> NodeInfo:
         node.id, node.where.host, node.where.pid, node.where.python, node.state, node.slots, node.assigned, node.done,
         dict(node.resources), dict(node.free), node.tags, node.silent_s,
     )  # fmt: skip
+
+
+# --- as they are shown -------------------------------------------------------------------------------------------------
+
+
+def nodes_table(nodes: Sequence[NodeInfo]) -> Table:
+    return Table(("node", "host", "pid", "state", "slots", "tasks", "done", "offers"), [_node_row(node) for node in nodes])
+
+
+def workers_table(workers: Sequence[WorkerInfo]) -> Table:
+    return Table(("worker", "host", "pid", "state", "done", "cpu", "memory"), [_worker_row(worker) for worker in workers])
+
+
+def task_facts(status: Status) -> list[tuple[str, object]]:
+    """What is unfinished, why what waits does, and what has happened so far."""
+    return [
+        ("unfinished", _listed(status.tasks) or "no tasks"),
+        *(("waiting", f"{count}: {reason}") for count, reason in status.waiting),
+        ("so far", _listed(status.counts) or "nothing"),
+    ]
+
+
+def _node_row(node: NodeInfo) -> Row:
+    offers = [f"{name}={amount:g}" for name, amount in sorted(node.resources.items()) if name not in ("cpu", "memory")]
+    state = node.state if node.state in ("alive", "draining") else f"{node.state} for {node.silent_s:.0f} s"
+    return node.id, node.host, node.pid, state, node.slots, node.assigned, node.done, " ".join([*offers, *node.tags])
+
+
+def _worker_row(worker: WorkerInfo) -> Row:
+    memory = f"{worker.memory / 2**20:.0f} MiB" if worker.memory else ""  # measured with the first beat
+    return worker.id, worker.host, worker.pid, worker.state, worker.done, f"{worker.cpu:.0f} %", memory
+
+
+def _listed(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items()) if count)

@@ -1,0 +1,221 @@
+"""How things look: text and HTML say the same, nothing gets out of its cell, and showing never raises nor waits for long."""
+
+import os
+import re
+import signal
+import time
+from html.parser import HTMLParser
+
+import pytest
+from conftest import alive, eventually
+from hypothesis import given
+from hypothesis import strategies as st
+
+from zmqsched import Client, LocalCluster
+from zmqsched.display import MAX_ROWS, Sheet, Shown, Table, as_html, as_line, as_text, cell
+from zmqsched.records import NodeInfo, NodeList, Status, WorkerInfo, WorkerList
+
+NASTY = "<script>alert(1)</script> & \x1b[31mred\x1b[0m\r\n\0 \u202e 'x' \"y\""
+
+
+class Cells(HTMLParser):
+    """What stands between the tags, in order; every tag that is opened is closed."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.cells, self.tags, self._open = [], set(), []
+        self.feed(source)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag, attributes):
+        self._open.append(tag)
+        self.tags.add(tag)
+        assert {name for name, _ in attributes} <= {"style"}
+        assert {value for _, value in attributes} <= {"text-align: left", "text-align: right"}
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.cells.append(data)
+
+
+def cells_of_text(text):
+    return [found for found in re.split(r" {2,}|\n+ *", text) if found]
+
+
+def in_ipython(shown):
+    """What IPython in a terminal shows."""
+    printed = []
+
+    class Printer:
+        text = printed.append
+
+    shown._repr_pretty_(Printer, False)
+    return "".join(printed)
+
+
+def a_node(name="n1", **other):
+    values = {
+        "id": name, "host": "box", "pid": 7, "python": "3.11.4", "state": "alive", "slots": 4, "assigned": 2, "done": 10,
+        "resources": {"cpu": 4.0, "gpu": 2.0}, "free": {"cpu": 2.0, "gpu": 1.0}, "tags": ("ssd",), "silent_s": 0.2,
+    }  # fmt: skip
+    return NodeInfo(**{**values, **other})
+
+
+def a_worker(name="n1/1"):
+    return WorkerInfo(name, "n1", "box", 8, "busy", 3, 99.5, 5 << 20)
+
+
+def a_status(**other):
+    values = {
+        "name": "lab", "policy": "pack", "clients": 2, "nodes": NodeList([a_node()]), "workers": WorkerList([a_worker()]),
+        "tasks": {"queued": 12}, "counts": {"ok": 10}, "waiting": [(12, "need gpu, no node has one")],
+    }  # fmt: skip
+    return Status(**{**values, **other})
+
+
+# --- the forms ---------------------------------------------------------------------------------------------------------
+
+anything = st.one_of(st.text(max_size=30), st.integers(), st.sampled_from([NASTY, "", None, 1.5]))
+
+
+@given(st.text(max_size=10), st.lists(st.tuples(anything, anything), max_size=4), st.lists(st.tuples(anything, anything)))
+def test_text_and_html_have_the_same_cells(title, rows, facts):
+    sheet = Sheet(title, [Table(("one", "the other"), rows)], facts)
+    html = Cells(as_html(sheet))
+    assert cells_of_text(as_text(sheet)) == html.cells
+    assert html.tags <= {"div", "strong", "table", "thead", "tbody", "tr", "th", "td"}
+    assert "\n" not in as_line(sheet)
+
+
+def test_nothing_gets_out_of_its_cell():
+    assert cell(NASTY) == "<script>alert(1)</script> & [31mred [0m 'x' \"y\""
+    assert "<script" not in as_html(Sheet(NASTY, [Table((NASTY,), [(NASTY,)])], [(NASTY, NASTY)]))
+    assert len(cell("x" * 10_000_000)) <= 1_000
+
+
+def test_numbers_are_aligned_to_the_right():
+    table = Table(("name", "done"), [("a", 5), ("long", 1234)])
+    assert as_text(Sheet("title", [table])).splitlines() == ["title", "", "name  done", "a        5", "long  1234"]
+
+
+def test_of_a_long_table_the_rest_is_counted():
+    nodes = NodeList([a_node(f"n{number}") for number in range(MAX_ROWS + 5)])
+    for text in (repr(nodes), nodes._repr_html_()):
+        assert ("n99" in text, "n100" in text, "and 5 more" in text) == (True, False, True)
+
+
+def test_what_cannot_be_shown_says_so():
+    class Unprintable:
+        def __str__(self):
+            raise RuntimeError("not me")
+
+    class Broken(Shown):
+        def _sheet(self):
+            raise ValueError(Unprintable())
+
+    assert cell(Unprintable()) == "(Unprintable that cannot be printed)"
+    expected = ["zmqsched.Broken", "cannot be shown", "ValueError: (ValueError that cannot be printed)"]
+    assert Cells(Broken()._repr_html_()).cells == cells_of_text(in_ipython(Broken())) == expected
+
+
+# --- records -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_nodes_is_a_list_and_a_table():
+    nodes = NodeList([a_node(), a_node("n2", state="lost", silent_s=9.7, tags=(), host=NASTY)])
+    assert nodes == [*nodes]
+    assert repr(nodes) == in_ipython(nodes)
+    assert cells_of_text(repr(nodes)) == Cells(nodes._repr_html_()).cells
+    assert cells_of_text(repr(nodes))[0] == "2 nodes"
+    assert "n1    box" in repr(nodes)
+    assert "lost for 10 s" in repr(nodes)
+    assert repr(NodeList()) == "0 nodes"
+
+
+def test_a_list_of_workers_too():
+    workers = WorkerList([a_worker()])
+    assert cells_of_text(repr(workers)) == Cells(workers._repr_html_()).cells
+    assert "n1/1    box     8  busy      3  100 %  5 MiB" in repr(workers)
+
+
+def test_a_status_says_what_waits_and_why():
+    status = a_status()
+    assert cells_of_text(repr(status)) == Cells(status._repr_html_()).cells
+    assert "waiting     12: need gpu, no node has one" in repr(status)
+    assert repr(a_status(nodes=NodeList(), workers=WorkerList(), tasks={}, counts={}, waiting=[])).splitlines() == [
+        "cluster lab: policy pack, 2 clients", "", "unfinished  no tasks", "so far      nothing",
+    ]  # fmt: skip
+
+
+# --- real ones ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_client_shows_its_cluster(client, cluster):
+    text = in_ipython(client)
+    assert cells_of_text(text)[:2] == [f"zmqsched.Client of cluster '{cluster.name}'", "node"]
+    assert str(cluster.node_pids[0]) in text
+    assert "state             open" in text
+    pattern = re.compile(r"\d+")  # counts may move between the two
+    assert pattern.sub("", " ".join(Cells(client._repr_html_()).cells)) == pattern.sub("", " ".join(cells_of_text(text)))
+
+
+def test_repr_asks_nobody(client, monkeypatch):
+    monkeypatch.setattr(client, "_request", None)
+    assert repr(client) == f"<zmqsched.Client of cluster '{client.cluster_name}', state: open, unfinished tasks: 0>"
+
+
+def test_a_client_in_a_callback_shows_what_it_knows(client):
+    told = []
+    future = client.submit(abs, -1)
+    future.add_done_callback(lambda _: told.append(in_ipython(client)))
+    eventually(lambda: told)
+    assert "state" in told[0]
+
+
+def test_a_closed_client_says_so(cluster):
+    client = Client(cluster)
+    client.shutdown()
+    assert "state: closed" in repr(client)
+    assert Cells(client._repr_html_()).cells[1:3] == ["state", "closed"]
+
+
+def test_a_broker_that_does_not_answer_is_not_waited_for(clusters):
+    with LocalCluster(1) as cluster:
+        client = Client(cluster)
+        os.kill(cluster.broker_pid, signal.SIGSTOP)
+        try:
+            began = time.monotonic()
+            cells = Cells(client._repr_html_()).cells
+            assert time.monotonic() - began < 2
+        finally:
+            os.kill(cluster.broker_pid, signal.SIGCONT)
+        assert cells[-2:] == ["broker", "the broker did not answer within 0.5 s"]
+        client.shutdown()
+
+
+def test_a_client_whose_cluster_is_gone_says_why(clusters):
+    with LocalCluster(1) as cluster:
+        client = Client(cluster)
+    eventually(lambda: not client.usable)
+    assert Cells(client._repr_html_()).cells[2].startswith("broken: the cluster is gone")
+    client.shutdown()
+
+
+def test_a_cluster_shows_how_to_use_it(clusters):
+    with LocalCluster(1, name="lab") as cluster:
+        assert cells_of_text(in_ipython(cluster)) == Cells(cluster._repr_html_()).cells == [
+            "zmqsched.LocalCluster 'lab'", "state", "running", "broker pid", str(cluster.broker_pid),
+            "node pids", str(cluster.node_pids[0]), "use it", "zmqsched.Client('lab')",
+        ]  # fmt: skip
+        assert str(cluster.broker_pid) in repr(cluster)
+    assert repr(cluster) == "<zmqsched.LocalCluster 'lab', state: closed>"
+    assert not alive(cluster.broker_pid)
+
+
+@pytest.mark.parametrize("what", ["nodes", "workers", "status"])
+def test_what_a_client_returns_looks_the_same_in_both(client, what):
+    shown = getattr(client, what)()
+    assert cells_of_text(repr(shown)) == Cells(shown._repr_html_()).cells
