@@ -9,7 +9,7 @@ import pytest
 import zmqsched
 from zmqsched import errors
 
-PUBLIC = ["Client", "Future", "LocalCluster", "WaitGroup", "__version__", "errors", "map"]
+PUBLIC = ["Client", "Future", "LocalCluster", "WaitGroup", "__version__", "as_completed", "errors", "map", "wait"]
 
 
 def test_these_names_and_no_others():

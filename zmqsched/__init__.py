@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from .futures import Future
     from .version import __version__
     from .waitgroup import WaitGroup
+    from .waiting import as_completed, wait
 
-__all__ = ["Client", "Future", "LocalCluster", "WaitGroup", "__version__", "errors", "map"]
+__all__ = ["Client", "Future", "LocalCluster", "WaitGroup", "__version__", "as_completed", "errors", "map", "wait"]
 
 _HOMES = {
     "Client": "client",
@@ -28,7 +29,9 @@ _HOMES = {
     "LocalCluster": "cluster",
     "WaitGroup": "waitgroup",
     "__version__": "version",
+    "as_completed": "waiting",
     "map": "easy",
+    "wait": "waiting",
 }
 
 

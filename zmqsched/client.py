@@ -14,7 +14,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
-import logging
 import math
 import os
 import secrets
@@ -30,6 +29,7 @@ import zmq
 from msgspec.structs import replace
 
 from . import errors, sockets
+from .callbacks import Callbacks
 from .config import CONNECT_TIMEOUT_S, ConnectionFile, find_cluster
 from .core import events
 from .core.events import ClientAction, ClientEvent
@@ -40,9 +40,10 @@ from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, JobNotFound
 from .futures import Future
 from .host import where
 from .options import boolean, exception_types, integer, seconds, short_name, task_resources, task_tags, time_limit
-from .payload import Chunk, FunctionPickler, pack_call, pack_kinds, short_form, unpack_exception, unpack_value
-from .protocol import ClientHello, Envelope, Final, Follow, JobTasks, Options, Payload, Query, Report, Shape, decode, encode
+from .payload import Chunk, FunctionPickler, pack_call, pack_kinds, short_form
+from .protocol import ClientHello, Envelope, Follow, JobTasks, Options, Payload, Query, Report, Shape, decode, encode
 from .records import NodeList, Status, WorkerList, node_infos, nodes_table, status_of, task_facts, worker_infos
+from .waiting import cancel_all
 from .worker import in_worker
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ class Tasks(concurrent.futures.Executor):
     def submit(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Run ``fn(*args, **kwargs)`` on the cluster.
 
-        Waits while 64 MiB of tasks are on their way, because the broker is full, slow or away; in a future's callback it
-        never does.
+        Waits while 64 MiB of tasks are on their way, because the broker is full, slow or away.
 
         Every keyword is ``fn``'s; a task's own settings are given by :meth:`options`.
 
@@ -261,6 +261,7 @@ class Client(Shown, Tasks):
         self._closed = False
         self._broken: ZmqschedError | None = None
         self._functions = FunctionPickler()
+        self._callbacks = Callbacks()
         self._prefix = secrets.token_bytes(8)
         self._numbers = itertools.count(1)
         self._futures: dict[bytes, Future[Any]] = {}
@@ -319,28 +320,23 @@ class Client(Shown, Tasks):
         return futures
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """As ``Executor.shutdown``: take nothing more, and (``wait``) return when all futures are done.
+        """As ``Executor.shutdown``: take nothing more, and (``wait``) return when all futures are done and their callbacks
+        have returned; in a callback, when all futures are done.
 
         A cluster that this client has started itself is stopped too.
         """
-        if wait:
-            self._check_may_wait()
         with self._lock:
             self._closed = True
             self._room.notify_all()
             futures = list(self._futures.values())
         if cancel_futures:
-            for future in futures:
-                future.cancel()
+            cancel_all(futures)
         if wait:
-            with self._idle:
-                while self._futures and self._thread.is_alive():
-                    self._idle.wait(1.0)
-            self._close()
+            self._close_when_done()
         elif not futures or cancel_futures:
             self._close()
         else:
-            threading.Thread(target=self._close_when_idle, name="zmqsched shutdown", daemon=True).start()
+            threading.Thread(target=self._close_when_done, name="zmqsched shutdown", daemon=True).start()
 
     @property
     def usable(self) -> bool:
@@ -403,7 +399,7 @@ class Client(Shown, Tasks):
         return future
 
     def _future(self, task: bytes) -> Future[Any]:
-        return Future(task, self._withdraw, self._check_may_wait)
+        return Future(task, self)
 
     @property
     def _waiting(self) -> int:
@@ -427,14 +423,8 @@ class Client(Shown, Tasks):
         if self._closed:
             raise RuntimeError("cannot schedule new futures after shutdown")
 
-    def _check_may_wait(self) -> None:
-        if threading.current_thread() is self._thread:
-            raise RuntimeError(
-                "a future's callback must not wait: it runs in the thread that brings the answers; let another thread do it"
-            )
-
-    def _withdraw(self, task: bytes, force: bool) -> None:
-        self._post(events.Withdraw([task], force))
+    def _withdraw(self, tasks: list[bytes], *, force: bool) -> None:
+        self._post(events.Withdraw(tasks, force))
 
     def _post(self, event: ClientEvent) -> None:
         self._inbox.append(event)
@@ -448,7 +438,6 @@ class Client(Shown, Tasks):
     def _request(self, make: Callable[[int], Any]) -> tuple[int, concurrent.futures.Future[Any]]:
         """Send the message that ``make(request)`` is; the future completes with its reply."""
         self._check_usable()
-        self._check_may_wait()
         request = next(self._numbers)
         reply: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._requests[request] = reply
@@ -504,10 +493,12 @@ class Client(Shown, Tasks):
             if self._owned:
                 self._owned.close()
 
-    def _close_when_idle(self) -> None:
+    def _close_when_done(self) -> None:
         with self._idle:
             while self._futures and self._thread.is_alive():
                 self._idle.wait(1.0)
+        if not self._callbacks.are_mine(threading.current_thread()):
+            self._callbacks.finish()
         self._close()
 
     def _close(self) -> None:
@@ -517,6 +508,7 @@ class Client(Shown, Tasks):
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._post(events.Leave(bool(self._kept), "client closed"))
             self._thread.join(CLOSE_TIMEOUT_S + (DELIVERY_TIMEOUT_S if self._kept else 0.0))
+        self._callbacks.close()
         _open_clients.discard(self)
         if self._owned:
             self._owned.close()
@@ -567,7 +559,9 @@ class Client(Shown, Tasks):
                     self._send(envelope)
                 case events.Finished(finals):
                     for final in finals:
-                        self._complete(final)
+                        future = self._futures.pop(final.task, None)
+                        if future is not None and future._answer(final):
+                            self._callbacks.put(future._call_back)
                     self._wake_if_idle()
                 case events.NowRunning(tasks):
                     for task in tasks:
@@ -594,23 +588,6 @@ class Client(Shown, Tasks):
             sockets.send(self._dealer, frames)
         except zmq.Again:
             pass  # no connection now; the link sends again what is not acknowledged
-
-    def _complete(self, final: Final) -> None:
-        future = self._futures.pop(final.task, None)
-        if future is None:
-            return
-        value: Any = None
-        error: BaseException | None = None
-        try:
-            if final.verdict == "ok":
-                value = unpack_value(final.value)
-            else:
-                error = _failure(final)
-        except errors.TaskError as failure:
-            error = failure
-        except KeyboardInterrupt:  # raised by what was unpickled: Ctrl-C reaches the main thread only
-            error = errors.ResultDecodeError("unpickling the task's result raised KeyboardInterrupt")
-        _settle(future, value, error)
 
     def _followed(self, listed: JobTasks) -> list[Future[Any]]:
         """Futures for all of a job's tasks, before any of their answers is looked at."""
@@ -643,9 +620,11 @@ class Client(Shown, Tasks):
             requests, self._requests = self._requests, {}
         if not self._began.done():
             self._began.set_exception(error)
-        for waiting in [*futures.values(), *requests.values()]:
-            if not waiting.done() and (waiting.running() or waiting.set_running_or_notify_cancel()):
-                _settle(waiting, None, type(error)(str(error)))
+        for future in futures.values():
+            if future._fail(type(error)(str(error))):
+                self._callbacks.put(future._call_back)
+        for reply in requests.values():
+            reply.set_exception(type(error)(str(error)))
         self._wake_if_idle()
 
 
@@ -706,9 +685,11 @@ def _results(futures: list[Future[T]], until: float | None) -> Generator[T, None
                     yield future.result() if until is None else future.result(max(0.0, until - time.monotonic()))
                 finally:
                     future.cancel()
+        except KeyboardInterrupt:
+            cancel_all(futures, force=True)
+            raise
         finally:
-            for future in futures:
-                future.cancel()
+            cancel_all(futures)
 
     return generate()
 
@@ -720,33 +701,10 @@ def _flat(chunks: Generator[list[T], None, None]) -> Generator[T, None, None]:
             yield from chunk
 
 
-def _settle(future: concurrent.futures.Future[Any], value: Any, error: BaseException | None) -> None:
-    """Complete the future, whatever its callbacks do: the standard's futures log their Exceptions and let a SystemExit
-    through, which would end the I/O thread."""
-    try:
-        if error is None:
-            future.set_result(value)
-        else:
-            future.set_exception(error)
-    except concurrent.futures.InvalidStateError:
-        pass  # it was cancelled
-    except BaseException:
-        logging.getLogger("concurrent.futures").exception("exception calling callback for %r", future)
-
-
 def _warn(text: str) -> None:
     """From the I/O thread, which must outlive it when warnings are errors."""
     with contextlib.suppress(RuntimeWarning):
         warnings.warn(f"zmqsched: {text}", RuntimeWarning, stacklevel=1)
-
-
-def _failure(final: Final) -> BaseException:
-    if final.verdict == "error":
-        return unpack_exception(final.value)
-    if final.verdict == "cancelled":
-        return concurrent.futures.CancelledError(final.text)
-    kind: type[Exception] = getattr(errors, final.verdict)
-    return kind(final.text)
 
 
 def _close_all() -> None:

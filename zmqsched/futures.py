@@ -1,14 +1,47 @@
-"""The future that a client hands out: the standard's, awaitable as well."""
+"""The future that a client hands out: the standard's, awaitable as well, which unpickles when it is asked.
+
+Rules
+-----
+* The I/O thread brings a task's final answer as it came, packed: the state changes, who waits is woken. Nothing of the
+  user's runs there.
+* ``result()`` and ``exception()`` unpickle, in the thread that asks, once; then the packed form is dropped. Of several that
+  ask, one unpickles and the others wait for it, each as long as its timeout allows. An unpickling that raises, exits or
+  never returns is thus the business of who asks for that result.
+* Before its callbacks a result is unpickled in their thread (``callbacks.py``): most ask for it, and an event loop that
+  does (``await``) would stand still meanwhile. What a callback raises there is logged, as the standard does it; SystemExit
+  too, for there is nobody else whom it could reach.
+* An interrupt (KeyboardInterrupt in the main thread) of an unpickling leaves the future as it was before; one of a wait for
+  the task cancels the task, also if it runs.
+* What of the standard looks into a future finds there what it knows: ``_state``, ``_waiters``, ``_condition``.
+  ``concurrent.futures.wait`` asks for exceptions while it holds the locks of all its futures: then the verdict answers.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
-from collections.abc import Callable, Generator
-from concurrent.futures._base import CANCELLED_AND_NOTIFIED, RUNNING
-from typing import TypeVar
+import logging
+import threading
+import time
+from collections.abc import Generator
+from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
+from typing import Any, Protocol, TypeVar
+
+from . import errors
+from .callbacks import Callbacks
+from .payload import unpack_exception, unpack_value
+from .protocol import Final, Payload, payload_bytes
 
 T = TypeVar("T")
+
+_OPEN = (PENDING, RUNNING)
+
+
+class Owner(Protocol):
+    """What a future, and who works on several, needs of its client."""
+
+    _callbacks: Callbacks
+
+    def _withdraw(self, tasks: list[bytes], *, force: bool) -> None: ...
 
 
 class Future(concurrent.futures.Future[T]):
@@ -19,25 +52,47 @@ class Future(concurrent.futures.Future[T]):
     dropped. ``cancel(force=True)`` ends a task that runs.
     """
 
-    def __init__(
-        self, task: bytes, withdraw: Callable[[bytes, bool], None], check_may_wait: Callable[[], None]
-    ) -> None:
+    _final: Final | None = None  # the answer that is not unpickled yet
+    _unpacking: tuple[int] | None = None  # the thread that does it now, in an object of its own
+
+    def __init__(self, task: bytes, owner: Owner) -> None:
         super().__init__()
         self._task = task
-        self._withdraw = withdraw
-        self._check_may_wait = check_may_wait
+        self._owner = owner
 
     def result(self, timeout: float | None = None) -> T:
-        """As the standard's; RuntimeError where waiting would be for ever: in a callback of the same client's futures."""
-        if not self.done():
-            self._check_may_wait()
-        return super().result(timeout)
+        """What the task returned; waits for it, at most ``timeout`` seconds.
+
+        KeyboardInterrupt while it waits cancels the task, also if it runs.
+
+        Raises
+        ------
+        concurrent.futures.CancelledError
+            The future was cancelled.
+        TimeoutError
+            The task has not ended in time.
+        ResultDecodeError
+            What it returned cannot be unpickled here.
+        Exception
+            What the task raised.
+        """
+        try:
+            self._await_answer(timeout)
+            return super().result(0)
+        finally:
+            del self  # it holds the exception, whose traceback holds this frame
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """As :meth:`result`."""
-        if not self.done():
-            self._check_may_wait()
-        return super().exception(timeout)
+        """What the task raised, or the :class:`~zmqsched.errors.ResultDecodeError`; None if it returned. Waits, and is
+        interrupted, as :meth:`result`."""
+        final = self._final
+        if final is not None and self._condition._is_owned():  # type: ignore[attr-defined]
+            return None if final.verdict == "ok" else errors.TaskError("not unpickled yet")
+        try:
+            self._await_answer(timeout)
+            return super().exception(0)
+        finally:
+            del self
 
     def cancel(self, *, force: bool = False) -> bool:
         """Cancel the task unless it is done; without ``force``, also unless it runs.
@@ -53,26 +108,149 @@ class Future(concurrent.futures.Future[T]):
         """
         if self.cancelled():
             if force:  # it may have started nevertheless
-                self._withdraw(self._task, True)
+                self._owner._withdraw([self._task], force=True)
             return True
         if super().cancel():
             self.set_running_or_notify_cancel()
-        elif not (force and self._cancel_running()):
+        elif not (force and self._turn_cancelled()):
             return False
-        self._withdraw(self._task, force)
+        else:
+            self._invoke_callbacks()  # type: ignore[attr-defined]  # typeshed leaves it out
+        self._owner._withdraw([self._task], force=force)
         return True
 
-    def _cancel_running(self) -> bool:
-        """What the standard's future does when it is cancelled, from a state in which it refuses to be."""
+    def __await__(self) -> Generator[object, None, T]:
+        import asyncio  # heavy, and a program that awaits has it
+
+        return asyncio.wrap_future(self).__await__()
+
+    def __repr__(self) -> str:
+        if (final := self._final) is None:
+            return super().__repr__()
+        size = payload_bytes(final.value)
+        what = "returned" if final.verdict == "ok" else "raised"
+        return f"<{type(self).__name__} at {id(self):#x} state=finished {what} {size:,} bytes, not unpickled yet>"
+
+    # --- for the I/O thread and for what of zmqsched works on futures -------------------------------------------------
+
+    def _answer(self, final: Final) -> bool:
+        """The final answer has come. True if there are callbacks to run."""
+        if final.verdict == "cancelled":
+            return self._turn_cancelled() and bool(self._done_callbacks)  # type: ignore[attr-defined]
+        return self._end(final, None)
+
+    def _fail(self, error: BaseException) -> bool:
+        """No answer will come, and why. True if there are callbacks to run."""
+        return self._end(None, error)
+
+    def _end(self, final: Final | None, error: BaseException | None) -> bool:
         with self._condition:
-            if self._state != RUNNING:
+            if self._state not in _OPEN:
+                return False
+            self._final, self._exception = final, error
+            self._state = FINISHED
+            for waiter in self._waiters:
+                if final is not None and final.verdict == "ok":
+                    waiter.add_result(self)
+                else:
+                    waiter.add_exception(self)
+            self._condition.notify_all()
+        return bool(self._done_callbacks)  # type: ignore[attr-defined]
+
+    def _turn_cancelled(self) -> bool:
+        """What the standard's future does when it is cancelled, callbacks apart; also from a state in which it refuses."""
+        with self._condition:
+            if self._state not in _OPEN:
                 return False
             self._state = CANCELLED_AND_NOTIFIED
             for waiter in self._waiters:
                 waiter.add_cancelled(self)
             self._condition.notify_all()
-        self._invoke_callbacks()  # type: ignore[attr-defined]  # typeshed leaves it out
         return True
 
-    def __await__(self) -> Generator[object, None, T]:
-        return asyncio.wrap_future(self).__await__()
+    def _call_back(self) -> None:
+        """Run the callbacks. Never raises."""
+        self._await_answer(None)
+        for callback in self._done_callbacks:  # type: ignore[attr-defined]  # typeshed leaves it out
+            try:
+                callback(self)
+            except BaseException:
+                logging.getLogger("concurrent.futures").exception("exception calling callback for %r", self)
+
+    def _packed(self) -> Payload | None:
+        """What the task returned, pickled; None unless it has returned, and nobody has asked for the result yet."""
+        final = self._final
+        return final.value if final is not None and final.verdict == "ok" else None
+
+    def _get_snapshot(self) -> tuple[bool, bool, Any, BaseException | None]:
+        """What ``asyncio.wrap_future`` asks a done future for, from Python 3.14 on."""
+        if self._state == FINISHED:
+            self._await_answer(None)
+        snapshot: tuple[bool, bool, Any, BaseException | None] = super()._get_snapshot()  # type: ignore[misc]
+        return snapshot
+
+    # --- unpickling ----------------------------------------------------------------------------------------------------
+
+    def _await_answer(self, timeout: float | None) -> None:
+        """Return when the future is done and, unless it is cancelled, its result or exception unpickled.
+
+        Raises
+        ------
+        TimeoutError
+        """
+        if self._state == FINISHED and self._final is None:
+            return
+        until = None if timeout is None else time.monotonic() + timeout
+        mine = (threading.get_ident(),)
+        try:
+            with self._condition:
+                while self._state in _OPEN or (self._unpacking is not None and self._unpacking != mine):
+                    self._wait(until)
+                final = self._final
+                if final is None:
+                    return
+                self._unpacking = mine
+            result, error = _unpacked(final)
+            with self._condition:
+                if self._final is final:
+                    self._result, self._exception, self._final = result, error, None
+        except KeyboardInterrupt:
+            self.cancel(force=True)
+            raise
+        finally:
+            if self._unpacking is mine:
+                with self._condition:
+                    self._unpacking = None
+                    self._condition.notify_all()
+
+    def _wait(self, until: float | None) -> None:
+        """Until something has changed. The standard's futures, too, take a timeout that is no number for none at all."""
+        if until is None:
+            self._condition.wait()
+        elif (left := until - time.monotonic()) > 0:
+            self._condition.wait(min(left, threading.TIMEOUT_MAX))
+        else:
+            raise TimeoutError
+
+
+def _unpacked(final: Final) -> tuple[Any, BaseException | None]:
+    """Result and exception that this answer stands for.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        In the main thread, where it is the user's.
+    """
+    try:
+        if final.verdict == "ok":
+            return unpack_value(final.value), None
+        if final.verdict == "error":
+            return None, unpack_exception(final.value)
+    except errors.TaskError as error:
+        return None, error
+    except KeyboardInterrupt:
+        if threading.current_thread() is threading.main_thread():
+            raise
+        return None, errors.ResultDecodeError("unpickling the task's result raised KeyboardInterrupt")
+    kind: type[Exception] = getattr(errors, final.verdict)
+    return None, kind(final.text)

@@ -192,8 +192,8 @@ class Requests:
             self._withdrawn[task] = force or self._withdrawn.get(task, False)
         why = "cancelled before it was submitted"
         self._finals([Final(task, "cancelled", text=why) for task in wanted if task in self._fresh])
-        if wanted:
-            self._uplink.send(Cancel(wanted, force))
+        for batch in batches(wanted, len):
+            self._uplink.send(Cancel(batch, force))
 
     def _reached(self, envelope: Envelope, now: float) -> None:
         message = self._uplink.receive(envelope, now)
