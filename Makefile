@@ -10,7 +10,7 @@ PYTEST = -m pytest -q
 TWO = -n 2 --dist loadfile
 VERSIONS = 3.11 3.12 3.13 3.14
 
-.PHONY: help venv demo test test-all test-system lint bench sim fuzz chaos clean
+.PHONY: help venv demo test test-all test-system docs lint bench sim fuzz chaos clean
 .DELETE_ON_ERROR:
 
 help: ## list the targets
@@ -54,8 +54,12 @@ test-all: ## run the tests on every CPython from 3.11 on that this machine has
 	test -n "$$ran" || { echo "no CPython of $(VERSIONS) found" >&2; exit 1; }; \
 	echo "passed on CPython$$ran"
 
+.venv/.system: .venv/.stamp
+	@.venv/bin/python -m pip install -qq --disable-pip-version-check -e '.[system]'
+	@touch $@
+
 # Debian's packages that the tests of this target need; elsewhere than as root, those that lack theirs skip and say so.
-test-system: venv ## run the tests that need system packages (two hosts in network namespaces, a clock that steps)
+test-system: .venv/.system ## run the tests that need other packages (joblib, dask, ...) or a system's (two hosts, a clock that steps)
 	@{ command -v ip && command -v nft && ls /usr/lib/*/faketime/libfaketime.so.1; } >/dev/null 2>&1 || test "$$(id -u)" != 0 || \
 	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES); } >/dev/null
 	@.venv/bin/python $(PYTEST) -m system; code=$$?; \

@@ -127,3 +127,8 @@ def table(lines, title):
             return rows
         rows.append([cell.strip() for cell in line.strip("│").split("│")])
     raise AssertionError(f"the table {title!r} does not end")
+
+
+@pytest.mark.system
+def test_optuna_search(run):
+    assert run("optuna_search.py") == ["100 trials, 5 failed", "the loss is below 10: True"]

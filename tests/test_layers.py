@@ -47,7 +47,7 @@ MAY = {
     "client": EDGE_MAY | {"worker", "futures", "callbacks", "waiting", "records", "display", "host", "options"},
     "waitgroup": EDGE_MAY | {"futures", "client", "worker"},
 }
-ASSEMBLY = {"__init__", "__main__", "cluster", "stopping", "easy", "sim", "cli"}
+ASSEMBLY = {"__init__", "__main__", "cluster", "stopping", "easy", "sim", "cli", "joblib"}
 
 # What the layers must not take from outside, as prefixes of dotted names.
 CORE_NEVER = ("zmq", "time", "threading", "os", "socket", "logging", "pickle", "cloudpickle")

@@ -195,6 +195,11 @@ class Tasks(concurrent.futures.Executor):
             self._retry_on if retry_on is None else pack_kinds(exception_types(retry_on)),
         )
 
+    @property
+    def _max_workers(self) -> int:
+        """How many tasks can run at once; dask and joblib read it."""
+        return max(1, sum(node.slots for node in self._client.nodes() if node.state == "alive"))
+
     def _in_group(self, group: bytes) -> TaskOptions:
         """A view whose tasks count on this WaitGroup: up when accepted, down when answered."""
         return TaskOptions(self._client, replace(self._options, group=group), self._retry_on)
@@ -248,6 +253,8 @@ class Client(Shown, Tasks):
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
             raise ValueError(f"timeout is a number of seconds above 0, not {timeout!r}")
         file = self._find(cluster)
+        # A broker on Unix sockets has nodes on its own host only.
+        self._on_one_host = all(address.startswith("ipc://") for address in file.addresses.work)
         self._local = self._owned or (cluster if hasattr(cluster, "broker_death") else None)
         self._client = self
         self._options = Options()
@@ -342,11 +349,6 @@ class Client(Shown, Tasks):
     def usable(self) -> bool:
         """Neither shut down nor cut off from its cluster."""
         return not self._closed and self._broken is None
-
-    @property
-    def _max_workers(self) -> int:
-        """How many tasks can run at once; dask and joblib read it."""
-        return max(1, sum(node.slots for node in self.nodes() if node.state == "alive"))
 
     def __repr__(self) -> str:
         return as_line(self._own_sheet())
