@@ -12,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,11 @@ def eventually(fact: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
         assert time.monotonic() < until, f"did not come true within {timeout_s:g} s"
         time.sleep(0.005)
     return found
+
+
+def told(error: BaseException) -> str:
+    """All that the interpreter prints of an exception that nobody catches."""
+    return "".join(traceback.format_exception(error))
 
 
 def alive(pid: int) -> bool:

@@ -12,12 +12,13 @@ import os
 import pickle
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import Home, Scripts, eventually
+from conftest import Home, Scripts, eventually, told
 
 import zmqsched
 from zmqsched import Client, LocalCluster, errors
@@ -74,22 +75,22 @@ def test_the_tasks_own_exception_with_the_line_that_raised_it(client):
     with pytest.raises(ZeroDivisionError, match="division by zero") as raised:
         future.result(timeout=10)
     assert raised.value is future.exception()
-    told = str(raised.value.__cause__)
-    assert "return number / 0  # the user's line" in told
-    assert "in divides" in told
-    assert "zmqsched/worker.py" not in told
+    shown = told(raised.value)
+    assert "return number / 0  # the user's line" in shown
+    assert "in divides" in shown
+    assert "zmqsched/worker.py" not in shown
 
 
-def test_chained_exceptions_are_in_the_remote_traceback(client):
+def test_chained_exceptions_are_in_the_traceback(client):
     def fails():
         try:
             {}["nothing"]
         except KeyError as error:
             raise ValueError("second") from error
 
-    told = str(client.submit(fails).exception(timeout=10).__cause__)
-    assert "KeyError: 'nothing'" in told
-    assert "direct cause" in told
+    shown = told(client.submit(fails).exception(timeout=10))
+    assert "KeyError: 'nothing'" in shown
+    assert "direct cause" in shown
 
 
 def test_results_wait_with_a_timeout(client, gate):
@@ -406,7 +407,7 @@ def test_classes_come_back_as_themselves(client):
 
 def test_functions_of_a_script(scripts: Scripts):
     out, err = scripts.run("""
-        import dataclasses, functools, sys
+        import dataclasses, functools, sys, traceback
         import zmqsched
 
         FACTOR = 3
@@ -452,7 +453,7 @@ def test_functions_of_a_script(scripts: Scripts):
             assert run(print, "from a worker", file=None) is None
             error = client.submit(raises).exception(20)
             assert type(error) is Wrong and error.code == 7, error
-            assert "raise Wrong(7)" in str(error.__cause__)
+            assert "raise Wrong(7)" in "".join(traceback.format_exception(error))
             assert list(client.map(times, range(5), chunksize=2)) == [10, 20, 30, 40, 50]
         print("all right")
     """)
@@ -526,7 +527,7 @@ def test_retries_until_it_succeeds(client, tmp_path):
 def test_retries_exhausted(client, tmp_path, retries):
     with pytest.raises(OSError, match=f"attempt {retries + 1} fails") as raised:
         client.options(retries=retries).submit(flaky(tmp_path / "counter"), 9).result(timeout=10)
-    assert "raise OSError" in str(raised.value.__cause__)
+    assert "raise OSError" in told(raised.value)
     assert (tmp_path / "counter").read_text() == "x" * (retries + 1)
 
 
@@ -565,7 +566,7 @@ def test_only_the_named_exceptions_are_retried(client, tmp_path, retry_on, raise
     with pytest.raises(raised, match="as always") as caught:
         view.submit(fails_as(raised, tmp_path / "counter")).result(timeout=10)
     assert (tmp_path / "counter").read_text() == "x" * times
-    assert "zmqsched" not in str(caught.value.__cause__), "no frame of ours"
+    assert "zmqsched" not in "".join(traceback.format_tb(caught.value.__traceback__)[-1:]), "no frame of ours"
 
 
 def test_retries_of_named_exceptions_in_maps_and_views(client, tmp_path):

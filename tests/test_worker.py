@@ -9,12 +9,13 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 
 import pytest
 
 from zmqsched import worker
-from zmqsched.errors import PayloadTooLarge, ProtocolError, RemoteTraceback, ResultNotSerializable
+from zmqsched.errors import PayloadTooLarge, ProtocolError, ResultNotSerializable
 from zmqsched.nursery import Exited, Nursery
 from zmqsched.payload import FunctionPickler, pack_call, pickling, unpack_exception, unpack_value
 from zmqsched.pipes import pair
@@ -145,10 +146,8 @@ def test_the_traceback_begins_in_the_users_code(wired):
     def fail():
         raise ValueError("words")
 
-    cause = wired.error(fail).__cause__
-    assert isinstance(cause, RemoteTraceback)
-    assert cause.text.splitlines()[1].endswith("in fail")
-    assert "zmqsched/" not in cause.text
+    frames = traceback.extract_tb(wired.error(fail).__traceback__)
+    assert [(frame.name, frame.line) for frame in frames] == [("fail", 'raise ValueError("words")')]
 
 
 @pytest.mark.parametrize("make", [lambda: (i for i in ()), threading.Lock])

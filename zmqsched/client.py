@@ -89,7 +89,7 @@ class Tasks(concurrent.futures.Executor):
         Returns
         -------
         Future
-            Completes with the result, or with the task's own exception (its remote traceback is the ``__cause__``).
+            Completes with the result, or with the task's own exception (its traceback begins where the task's does).
             What cannot be pickled is an exception of the future too (:class:`~zmqsched.errors.NotSerializable`).
 
         Raises

@@ -27,7 +27,7 @@
     └── ProtocolError (ValueError)      bytes from a peer that are not a message of ours
         └── VersionMismatch
 
-A task's own exception is none of these: it arrives as itself.
+A task's own exception is none of these: it arrives as itself, with the traceback it had in its worker.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ResultDecodeError(TaskError):
 
 
 class RemoteError(TaskError):
-    """A task raised an exception that cannot be rebuilt here; its type and traceback follow as text."""
+    """A task raised an exception that cannot be pickled, or not rebuilt here: its type, message and traceback as text."""
 
 
 class TaskTimeout(TaskError, TimeoutError):
@@ -130,14 +130,3 @@ class ProtocolError(ZmqschedError, ValueError):
 
 class VersionMismatch(ProtocolError):
     """The peer speaks another major version of the protocol."""
-
-
-class RemoteTraceback(Exception):
-    """The traceback a task's exception had in its worker, shown as the exception's cause."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self.text = text
-
-    def __str__(self) -> str:
-        return f'\n"""\n{self.text}"""'

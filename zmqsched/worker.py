@@ -20,6 +20,7 @@ from __future__ import annotations
 import faulthandler
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -28,7 +29,7 @@ from types import FrameType
 from typing import Any
 
 from .errors import ProtocolError
-from .payload import may_retry, pack_exception, pack_value, unpack_call, unpack_function
+from .payload import know_place, may_retry, pack_exception, pack_value, short_form, unpack_call, unpack_function
 from .pipes import EXIT_PIPE_LOST, Pipe
 from .protocol import Declined, Done, Interrupted, Payload, PipeMessage, Run, decode_pipe, encode_pipe
 from .surroundings import Surroundings
@@ -69,6 +70,8 @@ def run_worker(pipe: Pipe, stack: int) -> None:
     functions = _Functions()
     surroundings = Surroundings()
     interrupts = _Interrupts(pipe)
+    place = _Place(functions)
+    know_place(place)
     before = signal.signal(signal.SIGINT, interrupts)
     try:
         while (frames := pipe.receive()) is not None:
@@ -81,6 +84,7 @@ def run_worker(pipe: Pipe, stack: int) -> None:
                 continue
             if not faulthandler.is_enabled():
                 faulthandler.enable(stack)
+            place.run = message
             pipe.send(encode_pipe(_attempt(message, functions, interrupts)))
             surroundings.restore()
     except BrokenPipeError:
@@ -115,6 +119,10 @@ class _Functions:
         fn = self._loaded.get(digest)
         return fn if fn is not None else self._load(digest)
 
+    def name(self, digest: bytes) -> str:
+        fn = self._loaded.get(digest)
+        return short_form(fn) if fn is not None else "unknown"
+
     def _load(self, digest: bytes) -> Callable[..., Any]:
         try:
             fn = unpack_function(self._pickled[digest])
@@ -124,6 +132,21 @@ class _Functions:
         self._loaded[digest] = fn
         del self._pickled[digest]
         return fn
+
+
+class _Place:
+    """Where an exception comes from, in the words that its reader gets."""
+
+    def __init__(self, functions: _Functions) -> None:
+        self.run: Run | None = None
+        self._functions = functions
+
+    def __call__(self) -> str:
+        run = self.run
+        if run is None:
+            return ""
+        name = f"{self._functions.name(run.digest)}-{int.from_bytes(run.task[-8:], 'big')}"
+        return f"(ran on {socket.gethostname()}, worker {os.getpid()}, task {name}, attempt {run.attempt})"
 
 
 class _Interrupts:

@@ -118,7 +118,7 @@ def test_classes_and_functions_of_main_travel_by_value_and_come_home_as_themselv
     printed = run_as_main(
         WORKER_SIDE
         + """
-import collections, dataclasses, enum
+import collections, dataclasses, enum, traceback
 
 @dataclasses.dataclass
 class Point:
@@ -154,7 +154,7 @@ try:
     remote(fail)
 except Oops as error:
     assert type(error) is Oops and error.code == 7
-    assert "in fail" in str(error.__cause__)
+    assert traceback.extract_tb(error.__traceback__)[-1].name == "fail"
     print("fine")
 """
     )

@@ -1,8 +1,8 @@
 """Callables, calls, results and exceptions as bytes, and back. Only clients and workers import this package.
 
 ``calls`` packs arguments and results, ``functions`` callables (``captures``: whether one is still what it was),
-``exceptions`` what tasks raise; ``references`` notes what on the cluster a call refers to; ``blame`` finds what cannot be
-pickled; ``pickling`` is below all of them.
+``exceptions`` what tasks raise, with ``tracebacks``; ``references`` notes what on the cluster a call refers to; ``blame``
+finds what cannot be pickled; ``pickling`` is below all of them.
 
 Rules
 -----
@@ -16,14 +16,14 @@ Rules
   time. Correct first, fast second; annotations and docstrings are not looked at.
 * Failing to pickle is the caller's error and says which part cannot be pickled. Failing to unpickle is an answer too.
   User code (``__reduce__``, ``__setstate__``, ``__str__``) may raise anything; only KeyboardInterrupt passes through.
-* An exception travels twice: pickled if it can be rebuilt, and always as text.
+* An exception arrives as itself if it can be rebuilt, else as text with its type; with its traceback in any case.
 * A class that the client sent by value comes back as the client's own class, and as the client left it.
 """
 
 from __future__ import annotations
 
 from .calls import Call, pack_call, pack_value, unpack_call, unpack_value
-from .exceptions import pack_exception, unpack_exception
+from .exceptions import Origin, know_place, origin_of, pack_exception, unpack_exception
 from .functions import FunctionPickler, pack_kinds, unpack_function
 from .pickling import OUT_OF_BAND
 from .references import References, input_value, noting, packed_value, references
@@ -34,11 +34,14 @@ __all__ = [
     "Call",
     "Chunk",
     "FunctionPickler",
+    "Origin",
     "References",
     "RetryOn",
     "input_value",
+    "know_place",
     "may_retry",
     "noting",
+    "origin_of",
     "pack_call",
     "pack_exception",
     "pack_kinds",

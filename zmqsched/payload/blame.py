@@ -8,6 +8,7 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+from ..protocol import clipped
 from .captures import ABSENT, names
 from .pickling import dumps
 from .wrappers import Chunk
@@ -116,16 +117,16 @@ def _short(value: Any) -> str:
     try:
         text = repr(value)
     except Exception:  # noqa: BLE001 - user code may raise anything
-        text = f"<{_type_name(type(value))}>"
+        text = f"<{type_name(type(value))}>"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def a(value: Any) -> str:
-    name = _type_name(type(value))
+    name = type_name(type(value))
     return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
 
 
-def _type_name(cls: type) -> str:
+def type_name(cls: type) -> str:
     return cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
 
 
@@ -135,9 +136,10 @@ def name_of(fn: Any) -> str:
     return str(getattr(fn, "__name__", None) or type(fn).__name__)
 
 
-def brief(error: BaseException) -> str:
+def brief(error: BaseException, limit: int = 500) -> str:
+    """An exception's type and message."""
     try:
         text = str(error)
     except Exception:  # noqa: BLE001 - user code may raise anything
         text = "its message cannot be shown"
-    return f"{_type_name(type(error))}: {text[:500]}" if text else _type_name(type(error))
+    return f"{type_name(type(error))}: {clipped(text, limit)}" if text else type_name(type(error))
