@@ -162,6 +162,14 @@ def test_a_client_shows_its_cluster(client, cluster):
     assert pattern.sub("", " ".join(Cells(client._repr_html_()).cells)) == pattern.sub("", " ".join(cells_of_text(text)))
 
 
+def test_a_status_says_why_a_task_waits(client):
+    future = client.options(resources={"gpu": 1}).submit(abs, -1)
+    eventually(lambda: client.status().waiting == [(1, "need gpu, no node has one")])
+    assert "1: need gpu, no node has one" in in_ipython(client)
+    future.cancel()
+    eventually(lambda: client.status().waiting == [])
+
+
 def test_repr_asks_nobody(client, monkeypatch):
     monkeypatch.setattr(client, "_request", None)
     assert repr(client) == f"<zmqsched.Client of cluster '{client.cluster_name}', state: open, unfinished tasks: 0>"

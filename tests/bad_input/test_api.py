@@ -555,10 +555,10 @@ def test_29_options_at_the_border(client, arguments):
 
 def test_29_what_no_node_can_hold(client):
     wishes = {
-        "cpu=1, widget=1": {"resources": {"widget": 1}},
-        "cpu=99": {"resources": {"cpu": 99}},
-        "cpu=1, memory=": {"resources": {"memory": 1e18}},
-        "cpu=1, tag fast": {"tags": ["fast"]},
+        "widget, no node has one": {"resources": {"widget": 1}},
+        "99 cpu, no node has more than 2": {"resources": {"cpu": 99}},
+        "9.31e+08 GiB of memory, no node has more than": {"resources": {"memory": 1e18}},
+        "tag fast, no node has it": {"tags": ["fast"]},
     }
     with within(7):
         futures = {needs: client.options(**wish).submit(abs, -1) for needs, wish in wishes.items()}
@@ -566,7 +566,7 @@ def test_29_what_no_node_can_hold(client):
     for needs, error in told.items():
         assert type(error) is errors.Unschedulable
         text = str(error)
-        assert f"needs {needs}" in text
+        assert f"need {needs}" in text
         assert f"The nodes offer {client.nodes()[0].id} ({os.uname().nodename}): cpu=2, memory=" in text
         assert "Ask for less, or start a node that has it" in text
 

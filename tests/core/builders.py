@@ -90,8 +90,10 @@ from zmqsched.protocol import (
     Order,
     Outcome,
     Progress,
+    Query,
     Record,
     Remains,
+    Report,
     Results,
     Revoke,
     Run,
@@ -271,6 +273,11 @@ class Client(Peer):
         """What the broker says the job has."""
         self.says(Follow(7, job))
         return [label_of(task) for listed in self.all(JobTasks) if listed.request == 7 for task in listed.tasks]
+
+    def asks_why(self, *labels: str) -> dict[str, int]:
+        """How many tasks wait, by the reason that the broker names; of these, if any are named."""
+        self.says(Query(9, [task_id(label) for label in labels]))
+        return {reason: count for count, reason in self.last(Report).waiting}
 
     def teaches(self, function: str) -> None:
         self.says(Functions([Function(digest(function), blob(function))]))

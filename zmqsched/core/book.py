@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from random import Random
 
 from ..protocol import (
@@ -44,7 +44,6 @@ from ..protocol import (
     TaskSpec,
     Unknown,
     batches,
-    clipped,
 )  # fmt: skip
 from .certificate import certificate, entry
 from .functions import CAP_BYTES, FunctionStore
@@ -55,6 +54,7 @@ from .nodes import Node
 from .owners import Owner, Owners
 from .placement import Placement
 from .policy import POLICIES
+from .reasons import why_hopeless
 from .sessions import Session, Sessions
 from .settings import Settings
 from .tasks import ASSIGNED, DELAYED, FINISHED, QUEUED, RUNNING, WAITING, Kind, Task
@@ -278,9 +278,13 @@ class Book:
                 self.placement.enqueue(task)
 
     def cancel(self, session: Session, task_id: bytes, *, force: bool) -> None:
-        task = self.tasks.get(task_id)
-        if task is not None and (task.owner.job or session in task.owner.sessions):  # a job is everybody's
+        for task in self.asked_about(session, [task_id]):
             self._drop(task, "cancelled", force=force)
+
+    def asked_about(self, session: Session, tasks: list[bytes]) -> list[Task]:
+        """Those of the tasks that are open and this session's, or a job's: a job is everybody's."""
+        known = [self.tasks[task] for task in tasks if task in self.tasks]
+        return [task for task in known if task.owner.job or session in task.owner.sessions]
 
     def follow(self, session: Session, request: int, job: str) -> None:
         owner = self.owners.find_job(job)
@@ -676,20 +680,9 @@ class Book:
             if lane.unservable_since is None:
                 lane.unservable_since = self.now
             elif self.now - lane.unservable_since >= self._settings.unservable_after_s:
-                text = self._why_hopeless(lane.demand, lane.tags)
+                text = why_hopeless(lane, self.nodes.values())
                 for task in list(lane.tasks):
                     self._finish(task, Final(task.id, "Unschedulable", text=text))
-
-    def _why_hopeless(self, demand: Iterable[tuple[str, float]], tags: tuple[str, ...]) -> str:
-        wants = [_amount(name, amount) for name, amount in demand if amount] + [f"tag {tag}" for tag in tags]
-        offers = [
-            f"{node.id} ({node.where.host}): {', '.join([*(_amount(*pair) for pair in node.total.items()), *node.tags])}"
-            for node in list(self.nodes.values())[:5]
-        ]
-        return clipped(
-            f"no node can ever hold a task that needs {', '.join(wants)}. The nodes offer {'; '.join(offers)}. "
-            "Ask for less, or start a node that has it (zmqsched node --resource NAME=AMOUNT --tag TAG)."
-        )
 
     def shrink(self) -> bool:
         """A dict keeps the room it once needed; give it back when most of it is unused. Returns whether it was."""
@@ -704,7 +697,3 @@ class Book:
         waiting = sum(len(tasks) for tasks in self.waiting.values())
         queued = self.placement.queued()
         return [("waiting", waiting), ("queued", queued), ("delayed", len(self.delayed)), ("assigned", running)]
-
-
-def _amount(name: str, amount: float) -> str:
-    return f"memory={amount / 2**30:.3g} GiB" if name == "memory" else f"{name}={amount:g}"

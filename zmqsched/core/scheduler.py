@@ -91,6 +91,7 @@ from .groups import Waiter
 from .ledger import Answered, Consequence, Counted, Ledger, Placed
 from .nodes import ALIVE, DRAINING, GONE, LOST, SUSPECT, Node
 from .offences import Offences
+from .reasons import SETTLING, UNREAD, Reasons
 from .recovery import replay, snapshot
 from .sessions import Session, Sessions
 from .settings import Settings
@@ -214,8 +215,8 @@ class Scheduler:
                 self.book.answer(self.book.groups.wait(group, Waiter(session.token, request)))
             case GroupForget(request):
                 self.book.groups.forget(session.token, request)
-            case Query(request):
-                self._sessions.send(session, self._report(request, now))
+            case Query():
+                self._sessions.send(session, self._report(session, message, now))
             case StillOpen(tasks):
                 self.book.still_open(session, tasks)
             case Follow(request, job):
@@ -569,13 +570,16 @@ class Scheduler:
         self._out.append(Publish(Fact(kind, node.id, clipped(text))))
         self._out.append(Log("info", f"node {node.id} {kind}: {text}"))
 
-    def _report(self, request: int, now: float) -> Report:
+    def _report(self, session: Session, query: Query, now: float) -> Report:
         nodes = [*self._nodes.values(), *self._former]
         clients = sum(1 for session in self._sessions if not session.node)
         counts = sorted(self.counts.items())
+        held = SETTLING if now < self._settled_at else UNREAD if self.book.load.unread else ""
+        reasons = Reasons(self.book, self._may_be_back(now), held)
+        waiting = reasons.of(self.book.asked_about(session, query.tasks)) if query.tasks else reasons.of_all()
         return Report(
-            request, self.settings.name, self.settings.epoch, self.settings.policy,
-            [_node_report(node, now) for node in nodes], self.book.task_counts(), counts, clients,
+            query.request, self.settings.name, self.settings.epoch, self.settings.policy,
+            [_node_report(node, now) for node in nodes], self.book.task_counts(), counts, clients, waiting,
         )  # fmt: skip
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..core.events import Arrived, Publish, SchedulerAction, SchedulerEvent, Send, Tick
-from ..core.nodes import ALIVE
+from ..core.nodes import ALIVE, SUSPECT
+from ..core.reasons import Reasons
 from ..core.scheduler import Scheduler
 from ..core.tasks import Task
 from ..protocol import Dispatch, Envelope, Finals, Results, Submit
@@ -31,6 +32,7 @@ class Watch:
         self._seen: dict[int, int] = {}  # by session: the highest number it was sent
         self._unborn: list[bytes] = []  # submitted just now, and not known before
         self._late: list[tuple[Task, tuple[object, ...]]] = []
+        self._asks_why_at = 0.0
 
     def before(self, event: SchedulerEvent, listened: float) -> None:
         self._unborn = []
@@ -56,6 +58,9 @@ class Watch:
         for task, fate in self._late:
             if _fate(task) != fate:
                 raise SimulationFailed(f"an error of an attempt that was given up changed {fate} to {task}")
+        if isinstance(event, Tick) and self._core.book.now >= self._asks_why_at:
+            self._asks_why_at = self._core.book.now + 1.0
+            self._each_that_waits_has_a_reason()
         for action in actions:
             if isinstance(action, Send):
                 self._sent(action.envelope)
@@ -69,6 +74,13 @@ class Watch:
         for node in self._core._nodes.values():
             if now - node.heard_at > longest:
                 raise SimulationFailed(f"{node.id} has been silent for {now - node.heard_at:.1f} s and is not given up")
+
+    def _each_that_waits_has_a_reason(self) -> None:
+        book = self._core.book
+        waits = sum(not task.node or book.nodes[task.node].state is SUSPECT for task in book.tasks.values())
+        told = sum(count for count, _ in Reasons(book, lost=()).of_all())
+        if told != waits:
+            raise SimulationFailed(f"{waits} tasks wait, and there are reasons for {told}")
 
     def _errors_too_late(self, results: Results, node: str) -> Iterable[Task]:
         fresh = set()
