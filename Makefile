@@ -65,6 +65,9 @@ test-system: .venv/.system ## run the tests that need other packages (joblib, da
 	@.venv/bin/python $(PYTEST) -m system; code=$$?; \
 	if [ $$code = 5 ]; then echo "no test is marked 'system': nothing was run"; else exit $$code; fi
 
+docs: .venv/.system ## build the documentation, into build/docs
+	@.venv/bin/sphinx-build -q -W -b html docs build/docs
+
 lint: venv ## ruff and mypy --strict
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy

@@ -7,11 +7,11 @@ so far. One that fails is told as failed and the search goes on. Prints::
     the loss is below 10: True
 """
 
-import concurrent.futures
+from concurrent.futures import FIRST_COMPLETED
 
 import optuna
 
-from zmqsched import Client, LocalCluster
+from zmqsched import Client, LocalCluster, wait
 
 TRIALS = 100
 WORKERS = 4
@@ -39,7 +39,7 @@ def main() -> None:
         for _ in range(WORKERS):
             ask()
         while running:
-            done, _ = concurrent.futures.wait(running, return_when=concurrent.futures.FIRST_COMPLETED)
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 trial = running.pop(future)
                 if future.exception():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import functools
 import re
 import shlex
@@ -18,14 +19,18 @@ from conftest import Scripts
 ROOT = Path(__file__).parent.parent
 README, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "architecture.md"
 RELIABILITY = ROOT / "docs" / "reliability.md"
-PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
+PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")), *GUIDE]
+# Pages whose programs need more than zmqsched does.
+WITH_PACKAGES = {"integrations.md"}
 PACKAGE = ROOT / "zmqsched"
+SEPARATOR = "-- the next snippet --"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
-def programs() -> list[tuple[str, str | None]]:
-    """README's python blocks, and the text block that follows as what each prints."""
-    blocks = BLOCK.findall(README.read_text())
+def programs(page: Path = README) -> list[tuple[str, str | None]]:
+    """The page's python blocks, and the text block that follows as what each prints."""
+    blocks = BLOCK.findall(page.read_text())
     following = [*blocks[1:], ("", "")]
     return [
         (source, text if next_kind == "text" else None)
@@ -66,6 +71,24 @@ def test_programs_of_the_readme_run_as_pasted(scripts: Scripts, number: int):
     out, err = scripts.run(source)
     assert err == ""
     assert printed is None or out == printed
+    scripts.home.assert_nothing_left()
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.system] if page.name in WITH_PACKAGES else [], id=page.stem)
+        for page in (ROOT / "docs" / "index.md", *GUIDE)
+    ],
+)
+def test_the_snippets_of_each_page_are_one_program_that_prints_what_is_shown(scripts: Scripts, page: Path):
+    snippets = programs(page)
+    assert snippets, "a page of the guide without a snippet"
+    out, err = scripts.run(f"print({SEPARATOR!r})\n".join(source for source, _ in snippets))
+    assert err == ""
+    for (source, expected), printed in zip(snippets, out.split(f"{SEPARATOR}\n"), strict=True):
+        wanted = expected or ""  # "..." stands for anything
+        assert doctest.OutputChecker().check_output(wanted, printed, doctest.ELLIPSIS), f"{source}printed:\n{printed}"
     scripts.home.assert_nothing_left()
 
 

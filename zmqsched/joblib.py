@@ -43,6 +43,7 @@ from joblib.parallel import (
 
 from .client import Tasks
 from .easy import _client
+from .waiting import cancel_all
 
 if TYPE_CHECKING:
     import numpy as np
@@ -159,8 +160,7 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # 
         with self._lock:
             self._held.clear()
             unfinished = list(self._open)
-        for future in unfinished:
-            future.cancel(force=True)  # type: ignore[call-arg]  # all that are not done yet are ours
+        cancel_all(unfinished, force=True)
 
     def terminate(self) -> None:
         """The call has ended."""
