@@ -70,13 +70,13 @@ def lock():
 @pytest.mark.parametrize(
     ("call", "names"),
     [
-        (lambda submit: submit(max, 1, lock()), "argument 2 is a _thread.lock"),
-        (lambda submit: submit(dict, key=lock()), "keyword `key` is a _thread.lock"),
-        (lambda submit: submit(len, [1, {"deep": lock()}]), r"argument 1 -> \[1\] -> \['deep'\] is a _thread.lock"),
-        (lambda submit: submit(len, (n for n in "ab")), "argument 1 is a generator"),
-        (lambda submit: submit(len, WRITER), "argument 1 is a _io.BufferedWriter"),
-        (lambda submit: submit(len, concurrent.futures.Future()), "argument 1 -> attribute `_condition`"),
-        (lambda submit: submit(lock().acquire), "cannot pickle `acquire`"),
+        (lambda submit: submit(max, 1, lock()), r"argument 2 \(_thread.lock\): TypeError"),
+        (lambda submit: submit(dict, key=lock()), r"keyword `key` \(_thread.lock\)"),
+        (lambda submit: submit(len, [1, {"deep": lock()}]), r"argument 1 -> \[1\] -> \['deep'\] \(_thread.lock\)"),
+        (lambda submit: submit(len, (n for n in "ab")), r"argument 1 \(generator\).*; make a list of its items"),
+        (lambda submit: submit(len, WRITER), r"argument 1 \(_io.BufferedWriter\).*; hand over the path"),
+        (lambda submit: submit(len, concurrent.futures.Future()), r"_base.Future\).*; hand over its result"),
+        (lambda submit: submit(lock().acquire), r"cannot pickle `acquire` -> its `self` \(_thread.lock\)"),
     ],
 )
 def test_48_what_cannot_be_sent(client, call, names):
@@ -85,7 +85,6 @@ def test_48_what_cannot_be_sent(client, call, names):
     with pytest.raises(errors.NotSerializable, match=names) as raised:
         future.result(timeout=0)
     assert isinstance(raised.value, TypeError)
-    assert "pass plain data" in str(raised.value)
 
 
 def test_48_a_closure_that_cannot_be_sent_names_the_variable(client):
@@ -97,9 +96,9 @@ def test_48_a_closure_that_cannot_be_sent_names_the_variable(client):
 
     for future in (client.submit(careful, 1), client.submit(lambda: client.status())):
         assert future.done()
-    with pytest.raises(errors.NotSerializable, match=r"`careful`: closure variable `guard` is a _thread\.lock"):
+    with pytest.raises(errors.NotSerializable, match=r"`careful` -> closure variable `guard` \(_thread\.lock\)"):
         client.submit(careful, 1).result(timeout=0)
-    with pytest.raises(errors.NotSerializable, match=r"closure variable `client` is a zmqsched\.client\.Client"):
+    with pytest.raises(errors.NotSerializable, match=r"-> closure variable `client` \(zmqsched\.client\.Client\)"):
         client.submit(lambda: client.status()).result(timeout=0)
 
 
@@ -158,14 +157,14 @@ def generator():
 
 @pytest.mark.parametrize(
     ("function", "names"),
-    [(lock, "the result is a _thread.lock"), (generator, "the result is a generator"), (coroutine, "coroutine"),
-     (lambda: {"found": [lock()]}, r"the result -> \['found'\] -> \[0\] is a _thread.lock"),
-     (lambda: io.BufferedWriter(io.BytesIO()), "the result is a _io.BufferedWriter")],
+    [(lock, r"the result \(_thread.lock\)"), (generator, r"\(generator\).*; make a list"), (coroutine, "coroutine"),
+     (lambda: {"found": [lock()]}, r"the result -> \['found'\] -> \[0\] \(_thread.lock\)"),
+     (lambda: io.BufferedWriter(io.BytesIO()), r"the result \(_io.BufferedWriter\).*; hand over the path")],
 )  # fmt: skip
 def test_51_a_result_that_cannot_be_sent(client, function, names):
     with pytest.raises(errors.ResultNotSerializable, match=names) as raised:
         client.submit(function).result(timeout=10)
-    assert "return plain data" in str(raised.value)
+    assert isinstance(raised.value, TypeError)
 
 
 @pytest.mark.parametrize("fails_with", [ValueError, SystemExit, KeyboardInterrupt, RecursionError])

@@ -54,7 +54,7 @@ def test_only_calls_may_refer():
 
 
 def test_what_cannot_be_pickled_is_named_and_not_the_reference_beside_it():
-    with pytest.raises(errors.NotSerializable, match=r"argument 2 is a _thread\.lock"):
+    with pytest.raises(errors.NotSerializable, match=r"argument 2 \(_thread\.lock\)"):
         pack_call((Stand(b"a"), threading.Lock()), {})
     assert payload.noting() is None
 

@@ -1,145 +1,245 @@
-"""Which part of a value cannot be pickled, as a path that a reader of the user's code understands."""
+"""Which part of a value cannot be pickled, as a path that a reader of the user's code understands, and what to do instead.
+
+Rules
+-----
+* The value is pickled once more, by a pickler that sees each object just before it is taken: the last it saw is the culprit.
+  Then a path to it is looked for, along what the user's code can name: attributes, items, closure variables, globals.
+* Both are bounded (``BUDGET_S``, ``MAX_PARTS``), for a value may be huge, or make new parts of itself for ever. When the
+  budget is spent, the message says as much as is known.
+* Whatever is part of something that nobody looks into (the lock in a queue) is reported as that.
+"""
 
 from __future__ import annotations
 
 import functools
-import itertools
 import types
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from time import monotonic
 from typing import Any
 
-from ..protocol import clipped
-from .captures import ABSENT, names
-from .pickling import dumps
+import cloudpickle
+
+from .captures import ABSENT, importable, names
+from .words import brief, short, type_name
 from .wrappers import Chunk
 
-MAX_DEPTH = 12
-MAX_PARTS = 1_000
+BUDGET_S = 1.0
+MAX_PARTS = 100_000
+# Of what was seen last, where to look for something that has a path when the culprit has none: it was made for the occasion.
+_SEEN = 1_000
 
-ADVICE = "pass plain data (a path, an address, a number) and make the object inside the task"
+Named = tuple[str, Any]
+
+_ADVICE = "pass plain data (a path, an address, a number) and make the object inside the task"
+_ADVICE_FOR_RESULTS = "return plain data, or write it to a file and return the path"
+_LOCK = "a lock holds up nobody in another process: leave it out, or make one inside the task"
+_SPECIAL = {
+    **dict.fromkeys(("_thread.lock", "_thread.RLock", "threading.Condition", "threading.Event"), _LOCK),
+    **dict.fromkeys(("threading.Semaphore", "threading.BoundedSemaphore", "threading.Barrier"), _LOCK),
+    **dict.fromkeys(("generator", "map", "filter", "zip"), "make a list of its items"),
+    **dict.fromkeys(("coroutine", "async_generator"), "a task is a plain function: let it call asyncio.run"),
+    "weakref.ReferenceType": "use the object itself",
+    "socket.socket": "hand over the address, and connect where it is used",
+    "ssl.SSLSocket": "hand over the address, and connect where it is used",
+    "sqlite3.Connection": "hand over the path, and connect where it is used",
+    "concurrent.futures._base.Future": "hand over its result",
+    "_asyncio.Future": "hand over its result",
+    "_asyncio.Task": "hand over its result",
+    "subprocess.Popen": "a process belongs to the one that started it: start it where it is used",
+}
+_BY_MODULE = {
+    "_io": "hand over the path, and open the file where it is used",
+    "threading": "threads and what they share stay in their process: start them inside the task",
+    "queue": "a queue stays in its process: hand over its items as a list",
+    "concurrent.futures": "executors stay in their process: make one inside the task",
+    "multiprocessing": "make it inside the task",
+}
+# Nobody wants to know which part of these it is.
+_WHOLE = ("threading", "queue", "concurrent.futures", "multiprocessing", "asyncio", "socket", "ssl", "subprocess", "logging")
 
 
-def blame(parts: list[tuple[str, Any]], whole: str, error: BaseException, owner: Any = ABSENT) -> str:
-    """Which part cannot be pickled, as a path and a type. Bounded: it tries parts until the budget is spent."""
-    path: list[str] = []
-    passed: list[Any] = []
-    culprit, budget = owner, MAX_PARTS
-    while len(path) < MAX_DEPTH:
-        reasons = ((step, part, _why_not(part)) for step, part in parts)
-        found = next((entry for entry in reasons if entry[2] is not None), None)
-        if found is None or any(found[1] is part for part in passed):  # the latter: it refers to itself
+def blame(roots: Sequence[Named], error: BaseException, *, results: bool = False) -> str:
+    """Which of these, and what within it, raised this error when they were pickled; and what to do instead."""
+    until = monotonic() + BUDGET_S
+    if isinstance(error.__cause__, RecursionError):  # cloudpickle's own words for it
+        error = error.__cause__
+    for name, root in roots:
+        tracer = _Tracer(until)
+        failure = tracer.failure(root)
+        if isinstance(failure, _OutOfTimeError):
             break
-        step, culprit, reason = found
-        passed.append(culprit)
-        path.append(step)
-        error = reason or error
-        if isinstance(error, RecursionError):
-            return f"{' -> '.join(path)} is nested too deeply, or refers to itself through __reduce__"
-        budget -= 1 + next(index for index, (name, _) in enumerate(parts) if name == step)
-        parts = some_parts(culprit, budget)
-    where = " -> ".join(path) or whole
-    what = f" is {a(culprit)}" if culprit is not ABSENT else ""
-    return f"{where}{what} ({brief(error)})"
+        if failure is None:
+            continue
+        if isinstance(failure, RecursionError):
+            return f"{name} ({type_name(type(root))}) is nested too deeply, or refers to itself through __reduce__"
+        steps, culprit = _path(root, tracer.seen, until)
+        path = " -> ".join([name, *steps])
+        kind = "" if culprit is root and isinstance(root, types.FunctionType) else f" ({type_name(type(culprit))})"
+        return f"{path}{kind}: {brief(failure)}{_advice(culprit, results)}"
+    return f"{roots[0][0] if len(roots) == 1 else 'one of the arguments'}: {brief(error)}{_advice(ABSENT, results)}"
 
 
-def _why_not(value: Any) -> BaseException | None:
+class _OutOfTimeError(BaseException):
+    """The budget is spent."""
+
+
+class _Sink:
+    def write(self, data: Any) -> int:
+        return len(data)
+
+
+class _Tracer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no annotations
+    """Pickles into nothing, and remembers what it has seen last."""
+
+    def __init__(self, until: float) -> None:
+        super().__init__(_Sink(), 5, buffer_callback=lambda _: None)
+        self._until = until
+        self.seen: deque[Any] = deque(maxlen=_SEEN)
+
+    def persistent_id(self, obj: Any) -> None:
+        self.seen.append(obj)
+        if monotonic() > self._until:
+            raise _OutOfTimeError
+
+    def failure(self, value: Any) -> BaseException | None:
+        try:
+            self.dump(value)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - user code may raise anything
+            return error.__cause__ if isinstance(error.__cause__, RecursionError) else error
+        return None
+
+
+def _path(root: Any, seen: deque[Any], until: float) -> tuple[list[str], Any]:
+    """Steps from the root to what was seen last, and that; or to the last that can be reached."""
+    culprit = seen[-1] if seen else root
+    reached: dict[int, tuple[Any, int, str]] = {id(root): (root, 0, "")}
+    todo = deque([root])
+    while todo and id(culprit) not in reached and len(reached) < MAX_PARTS and monotonic() < until:
+        parent = todo.popleft()
+        for step, part in _some_parts(parent, culprit):
+            if id(part) not in reached:
+                reached[id(part)] = (part, id(parent), step)
+                todo.append(part)
+    found = culprit if id(culprit) in reached else root
+    if found is not culprit:  # it was made for the occasion: what holds it is the last object that was seen before
+        holders = (thing for thing in reversed(seen) if id(thing) in reached and not issubclass(type(thing), _NO_HOLDERS))
+        found = next(holders, root)
+    chain = [(found, "")]
+    while chain[-1][0] is not root:
+        thing, parent_id, step = reached[id(chain[-1][0])]
+        chain[-1] = (thing, step)
+        chain.append((reached[parent_id][0], ""))
+    chain.reverse()
+    # From the top down to the first that is a whole.
+    end = next((at for at, (thing, _) in enumerate(chain) if _is_whole(thing)), len(chain) - 1)
+    return [step for _, step in chain[1 : end + 1]], chain[end][0]
+
+
+_NO_HOLDERS = (str, int, float, bytes, complex, type(None), type, types.FunctionType, types.ModuleType)
+
+
+def _is_whole(thing: Any) -> bool:
+    module = type(thing).__module__
+    return isinstance(module, str) and any(module == name or module.startswith(f"{name}.") for name in _WHOLE)
+
+
+def _advice(culprit: Any, results: bool) -> str:
+    kind = type(culprit)
+    module = kind.__module__
+    if isinstance(module, str) and module.split(".")[0] == "zmqsched":  # they say themselves what to do
+        return ""
+    special = _SPECIAL.get(type_name(kind))
+    if special is None and isinstance(module, str):
+        special = next((text for name, text in _BY_MODULE.items() if module == name or module.startswith(f"{name}.")), None)
+    return f"; {special or (_ADVICE_FOR_RESULTS if results else _ADVICE)}"
+
+
+# --- the parts of a value ----------------------------------------------------------------------------------------------
+
+
+def _some_parts(value: Any, wanted: Any) -> list[Named]:
+    """Parts of a value, the wanted one among them if it is one; not more than are ever looked at."""
+    if isinstance(value, list | tuple) and len(value) > _SEEN:
+        at = next((index for index, part in enumerate(value) if part is wanted), None)
+        if at is not None:
+            return [(f"[{at}]", wanted)]
+    found: list[Named] = []
     try:
-        dumps(value)
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # noqa: BLE001 - user code may raise anything
-        return error.__cause__ if isinstance(error.__cause__, RecursionError) else error
-    return None
+        for step, part in parts(value):
+            found.append((step, part))
+            if len(found) == MAX_PARTS:
+                break
+    except Exception:  # noqa: BLE001 - the user's __getattr__ or property
+        return found
+    return found
 
 
-def some_parts(value: Any, limit: int) -> list[tuple[str, Any]]:
-    try:
-        return list(itertools.islice(_parts(value), limit))
-    except Exception:  # noqa: BLE001 - the user's __getattr__ or property; the culprit is then the value itself
-        return []
-
-
-def _parts(value: Any) -> Iterator[tuple[str, Any]]:
+def parts(value: Any) -> Iterator[Named]:
     """The parts that pickling this value would pickle too, named as a reader of the user's code would name them."""
     if isinstance(value, Chunk):
-        yield from _parts(value.fn)
+        yield from parts(value.fn)
     elif isinstance(value, types.FunctionType):
-        yield from _function_parts(value)
+        if not importable(value):
+            yield from function_parts(value)
+        return
+    elif isinstance(value, type | types.ModuleType):
+        if isinstance(value, type) and not importable(value):
+            yield from ((f".{name}", part) for name, part in vars(value).items())
+        return
     elif isinstance(value, types.MethodType):
         yield "its `self`", value.__self__
         yield "its function", value.__func__
+    elif isinstance(value, types.BuiltinMethodType):
+        yield "its `self`", value.__self__
+    elif isinstance(value, staticmethod | classmethod):
+        yield "its function", value.__func__
+    elif isinstance(value, property):
+        yield from (("its function", fn) for fn in (value.fget, value.fset, value.fdel) if fn is not None)
     elif isinstance(value, functools.partial):
         yield "the partial's function", value.func
         yield from ((f"the partial's argument {number}", part) for number, part in enumerate(value.args, 1))
         yield from ((f"the partial's keyword `{name}`", part) for name, part in value.keywords.items())
     elif isinstance(value, dict):
         for key, part in value.items():
-            yield f"[{_short(key)}]", part
-            yield f"key {_short(key)}", key
-    elif isinstance(value, list | tuple):
+            yield f"[{short(key)}]", part
+            yield f"key {short(key)}", key
+    elif isinstance(value, list | tuple | deque):
         yield from ((f"[{index}]", part) for index, part in enumerate(value))
     elif isinstance(value, set | frozenset):
         yield from (("an item", part) for part in value)
-    if not isinstance(value, types.FunctionType | type) and not isinstance(type(value).__reduce__, types.FunctionType):
-        yield from _attributes(value)
+    yield from _attributes(value)
+    yield "its class", type(value)
 
 
-def _function_parts(fn: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def function_parts(fn: types.FunctionType) -> Iterator[Named]:
+    """What travels with a function that travels by value."""
     for name, cell in zip(fn.__code__.co_freevars, fn.__closure__ or (), strict=False):
         try:
             yield f"closure variable `{name}`", cell.cell_contents
-        except ValueError:
+        except ValueError:  # empty
             continue
-    for part in fn.__defaults__ or ():
-        yield "a default argument", part
-    for name, part in (fn.__kwdefaults__ or {}).items():
-        yield f"the default of `{name}`", part
     for name in names(fn.__code__):
         if name in fn.__globals__:
             yield f"global `{name}`", fn.__globals__[name]
+    defaults = fn.__defaults__ or ()
+    named = fn.__code__.co_varnames[: fn.__code__.co_argcount][-len(defaults) :] if defaults else ()
+    for name, part in (*zip(named, defaults, strict=False), *(fn.__kwdefaults__ or {}).items()):
+        yield f"the default of `{name}`", part
     for name, part in fn.__dict__.items():
-        yield f"attribute `{name}`", part
+        yield f".{name}", part
+    yield from ((f"the annotation of `{name}`", part) for name, part in getattr(fn, "__annotations__", {}).items())
 
 
-def _attributes(value: Any) -> Iterator[tuple[str, Any]]:
+def _attributes(value: Any) -> Iterator[Named]:
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
-        yield from ((f"attribute `{name}`", part) for name, part in attributes.items())
+        yield from ((f".{name}", part) for name, part in attributes.items())
     for cls in type(value).__mro__:
         slots = vars(cls).get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             part = getattr(value, name, ABSENT)
             if part is not ABSENT:
-                yield f"attribute `{name}`", part
-
-
-def _short(value: Any) -> str:
-    try:
-        text = repr(value)
-    except Exception:  # noqa: BLE001 - user code may raise anything
-        text = f"<{type_name(type(value))}>"
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def a(value: Any) -> str:
-    name = type_name(type(value))
-    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"
-
-
-def type_name(cls: type) -> str:
-    return cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
-
-
-def name_of(fn: Any) -> str:
-    if isinstance(fn, Chunk | functools.partial):
-        return name_of(fn.fn if isinstance(fn, Chunk) else fn.func)
-    return str(getattr(fn, "__name__", None) or type(fn).__name__)
-
-
-def brief(error: BaseException, limit: int = 500) -> str:
-    """An exception's type and message."""
-    try:
-        text = str(error)
-    except Exception:  # noqa: BLE001 - user code may raise anything
-        text = "its message cannot be shown"
-    return f"{type_name(type(error))}: {clipped(text, limit)}" if text else type_name(type(error))
+                yield f".{name}", part

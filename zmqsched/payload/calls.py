@@ -8,9 +8,10 @@ from typing import Any, TypeAlias
 
 from ..errors import NotSerializable, ResultDecodeError, ResultNotSerializable
 from ..protocol import Payload
-from .blame import ADVICE, blame, brief
+from .blame import blame
 from .pickling import OUT_OF_BAND, ResultPickler, check_size, pack, unpack
 from .references import thread
+from .words import brief
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -35,7 +36,7 @@ def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
     except BaseException as error:
         parts = [(f"argument {number}", value) for number, value in enumerate(args, 1)]
         parts += [(f"keyword `{name}`", value) for name, value in kwargs.items()]
-        raise NotSerializable(f"cannot pickle the call: {blame(parts, 'an argument', error)}; {ADVICE}") from error
+        raise NotSerializable(f"cannot pickle {blame(parts, error)}") from error
     finally:
         thread.noted, thread.noting = thread.noting or None, outer
     if type(payload) is not bytes or len(payload) > OUT_OF_BAND:
@@ -70,9 +71,8 @@ def pack_value(value: Any) -> Payload:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        culprit = blame([("the result", value)], "the result", error)
-        advice = "return plain data, or write it to a file and return the path"
-        raise ResultNotSerializable(f"cannot pickle what the task returned: {culprit}; {advice}") from error
+        culprit = blame([("the result", value)], error, results=True)
+        raise ResultNotSerializable(f"cannot pickle what the task returned: {culprit}") from error
     if type(payload) is not bytes or len(payload) > OUT_OF_BAND:
         check_size(payload, "what the task returned")
     return payload

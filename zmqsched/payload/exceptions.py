@@ -19,9 +19,9 @@ from typing import Any, NamedTuple
 
 from ..errors import RemoteError
 from ..protocol import MAX_PAYLOAD, MAX_TEXT, Payload, clipped
-from .blame import a, brief, type_name
 from .pickling import ResultPickler, dumps, unpack
 from .tracebacks import Stack, innermost, put_together, taken_apart
+from .words import a, brief, type_name
 
 # A larger exception travels as text alone.
 _MAX_PICKLED = MAX_PAYLOAD - 4 * MAX_TEXT

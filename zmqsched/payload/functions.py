@@ -13,9 +13,10 @@ import cloudpickle
 
 from ..errors import NotSerializable
 from ..protocol import Payload
-from .blame import ADVICE, MAX_PARTS, blame, brief, name_of, some_parts
+from .blame import blame
 from .captures import Capture, Known, captures, importable
 from .pickling import REGISTERED, check_size, dumps, unpack
+from .words import brief, name_of
 from .wrappers import Chunk, Chunked, Retried
 
 
@@ -102,8 +103,6 @@ def _pack_function(fn: Callable[..., Any]) -> bytes:
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise NotSerializable(
-            f"cannot pickle `{name_of(fn)}`: {blame(some_parts(fn, MAX_PARTS), 'it', error, fn)}; {ADVICE}"
-        ) from error
+        raise NotSerializable(f"cannot pickle {blame([(f'`{name_of(fn)}`', fn)], error)}") from error
     check_size(blob, f"the function `{name_of(fn)}` with what it captures")
     return blob
