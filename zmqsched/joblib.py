@@ -23,11 +23,13 @@ Rules
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import io
 import mmap
 import os
 import sys
 import threading
+import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -154,7 +156,13 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # 
             self._start(*held)
 
     def retrieve_result_callback(self, out: concurrent.futures.Future[Any]) -> Any:
-        return out.result()
+        """The batch's results. Of an error joblib drops the traceback, so that of the task is written to it as a note."""
+        if (error := out.exception()) is None:
+            return out.result()
+        if error.__traceback__ is not None:
+            with contextlib.suppress(Exception):  # the user's class may not let itself be written to
+                error.add_note("".join(["In the task:\n", *traceback.format_tb(error.__traceback__)]).rstrip())
+        raise error
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
         with self._lock:

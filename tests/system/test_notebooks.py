@@ -1,0 +1,82 @@
+"""The notebooks of the examples do what they say, in a kernel, as a reader would run them."""
+
+import asyncio
+import json
+import time
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+from nbclient.util import ensure_async
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent.parent / "examples").glob("*.ipynb"))
+PROMPT_BACK_S = 2.0
+
+
+def executed(name, seconds_to_stop=None):
+    """The notebook's code cells, run. One that is tagged "interrupt" is interrupted once it has printed something; how long
+    the prompt then took is appended to ``seconds_to_stop``."""
+    path = next(path for path in NOTEBOOKS if path.stem == name)
+    notebook = nbformat.read(path, as_version=4)
+    asyncio.run(run_all(notebook, path.parent, seconds_to_stop))
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+async def run_all(notebook, directory, seconds_to_stop):
+    where = {"metadata": {"path": directory}}
+    client = nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3", resources=where)
+    async with client.async_setup_kernel():
+        for index, cell in enumerate(notebook.cells):
+            if "interrupt" not in cell.metadata.get("tags", ()):
+                await client.async_execute_cell(cell, index)
+                continue
+            running = asyncio.create_task(client.async_execute_cell(cell, index))
+            while not cell.outputs:  # noqa: ASYNC110 - nbclient has no event for it
+                await asyncio.sleep(0.01)
+            await asyncio.sleep(0.5)  # what it prints comes before it waits
+            began = time.monotonic()
+            await ensure_async(client.km.interrupt_kernel())
+            with pytest.raises(nbclient.exceptions.CellExecutionError, match="KeyboardInterrupt"):
+                await running
+            seconds_to_stop.append(time.monotonic() - began)
+
+
+def printed(cell):
+    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+
+
+def value(cell):
+    (result,) = (output.data for output in cell.outputs if output.output_type == "execute_result")
+    return result
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_they_are_kept_without_what_they_printed(path):
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert [(cell["outputs"], cell["execution_count"]) for cell in cells] == [([], None)] * len(cells)
+
+
+def test_every_notebook_is_run_here():
+    source = Path(__file__).read_text()
+    assert [path.stem for path in NOTEBOOKS if f'executed("{path.stem}"' not in source] == []
+
+
+def test_parallel_map(clusters):
+    client, primes, error, awaited = executed("parallel_map")
+    assert "alive" in value(client)["text/html"]
+    assert value(primes)["text/plain"] == "4203"
+    assert error.outputs[0].ename == "TypeError"
+    assert "count_primes" in "".join(error.outputs[0].traceback)
+    assert value(awaited)["text/plain"] == "25"
+
+
+def test_interrupts(clusters):
+    seconds = []
+    _, stopped, left, after = executed("interrupts", seconds)
+    assert seconds[0] < PROMPT_BACK_S
+    assert stopped.outputs[-1].ename == "KeyboardInterrupt"
+    assert printed(left) == "20 cancelled\nresults: [0.01, 0.01, 0.01]\n"
+    assert printed(after) == "the same workers: True\nat once: True\n"
