@@ -199,12 +199,14 @@ class Scripts:
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith(("ZMQSCHED_", "PYTHON"))}
         self._environment["ZMQSCHED_DIR"] = str(self.home.path)
 
-    def start(self, source: str, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    def start(
+        self, source: str, *arguments: str, stdin: int = subprocess.DEVNULL, **environment: str
+    ) -> subprocess.Popen[str]:
         path = self._directory / f"script{len(self._started)}.py"
         path.write_text(textwrap.dedent(source))
         process = subprocess.Popen(
             [sys.executable, path, *arguments], env=self._environment | environment, cwd=self._directory, text=True,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         )  # fmt: skip
         self._started.append(process)
         return process

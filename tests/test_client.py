@@ -9,7 +9,6 @@ import gc
 import math
 import operator
 import os
-import pickle
 import threading
 import time
 import traceback
@@ -826,57 +825,6 @@ def test_many_threads_submit(client):
     assert results == {thread: [thread * 1000 + number for number in range(100)] for thread in range(8)}
 
 
-def test_a_forked_child_is_told(scripts: Scripts):
-    out, _ = scripts.run("""
-        import os, sys
-        import zmqsched
-
-        with zmqsched.LocalCluster(1) as cluster, zmqsched.Client(cluster) as client:
-            assert client.submit(pow, 2, 3).result(20) == 8
-            sys.stdout.flush()
-            pid = os.fork()
-            if not pid:
-                for use in (lambda: client.submit(pow, 2, 3), client.status, lambda: client.map(abs, [1])):
-                    try:
-                        use()
-                    except RuntimeError as error:
-                        print(error)
-                with zmqsched.Client(cluster) as mine:
-                    print(mine.submit(pow, 2, 4).result(20))
-                sys.stdout.flush()
-                os._exit(0)
-            assert os.waitpid(pid, 0)[1] == 0
-            print(client.submit(pow, 2, 5).result(20))
-    """)
-    *told, theirs, ours = out.splitlines()
-    assert len(told) == 3
-    assert all("after a fork make a new one" in line for line in told)
-    assert (theirs, ours) == ("16", "32")
-
-
-def test_the_exit_of_a_forked_child_ends_nothing(scripts: Scripts):
-    out, err = scripts.run("""
-        import os, sys, time
-        import zmqsched
-
-        with zmqsched.LocalCluster(1) as cluster, zmqsched.Client(cluster) as client:
-            future = client.submit(time.sleep, 0.5)
-            if not (pid := os.fork()):
-                sys.exit(0)
-            assert os.waitpid(pid, 0)[1] == 0
-            future.result(20)
-            print(client.submit(pow, 2, 5).result(20))
-    """, PYTHONWARNINGS="ignore::DeprecationWarning")  # fmt: skip  # Python 3.12 and later advise against fork
-    assert (out, err) == ("32\n", "")
-
-
-def test_clients_and_clusters_cannot_be_pickled(client, cluster):
-    with pytest.raises(TypeError, match="cannot be pickled"):
-        pickle.dumps(client)
-    with pytest.raises(TypeError, match=r"use Client\('local-"):
-        pickle.dumps(cluster)
-
-
 def test_two_clients_on_one_cluster(client, cluster):
     with Client(cluster) as other:
         assert other.status().clients >= 2
@@ -944,25 +892,6 @@ def test_the_map_of_the_module(scripts: Scripts):
         print(zmqsched.map(lambda x: x * 2, range(5), chunksize=2))
     """)
     assert (out, err) == ("[1024, 59049]\n[0, 2, 4, 6, 8]\n", "")
-
-
-def test_a_program_that_ends_with_work_outstanding_ends_soon_and_says_so(scripts: Scripts):
-    process = scripts.start("""
-        import time
-        import zmqsched
-
-        client = zmqsched.Client()
-        futures = [client.submit(time.sleep, 60) for _ in range(20)]
-        while not any(future.running() for future in futures):
-            time.sleep(0.01)
-        print("ready", flush=True)
-    """)
-    assert process.stdout.readline() == "ready\n"
-    began = time.monotonic()
-    _, err = process.communicate(timeout=20)
-    assert time.monotonic() - began < 5
-    assert process.returncode == 0
-    assert "the program ends with 20 tasks unfinished; they are cancelled" in err
 
 
 def test_a_program_that_ends_by_an_exception(scripts: Scripts):

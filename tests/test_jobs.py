@@ -174,8 +174,7 @@ assert job.submit(abs, -1).result(15) == 1
 job.submit(wait_for, sys.argv[1])
 for number in range(5):
     job.submit(pow, 2, number)
-client.submit(abs, -1)
-while client.status().counts["accepted"] < 8:
+while client.status().counts["accepted"] < 7:
     time.sleep(0.01)
 if sys.argv[2] == "killed":
     os.kill(cluster.broker_pid, signal.SIGKILL)
@@ -194,7 +193,7 @@ with LocalCluster(1, name="lab") as cluster, Client(cluster) as client:
 def test_a_job_goes_on_in_the_next_cluster_of_that_name(scripts: Scripts, tmp_path, end):
     gate = tmp_path / "gate"
     _, err = scripts.run(EVENING, str(gate), end, code=-signal.SIGKILL if end == "killed" else 0)
-    assert ("ends with 1 tasks unfinished" in err) == (end == "ends"), "of its own, and only of these"
+    assert "unfinished" not in err, "a job is not waited for"
     eventually(lambda: not scripts.home.processes())
     journals = scripts.home.path / ".journals"
     assert (journals / "lab.journal").exists()

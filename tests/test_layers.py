@@ -43,9 +43,10 @@ MAY = {
     "callbacks": set(),
     "futures": CORE_MAY | {"payload", "callbacks", "display"},
     "waiting": {"futures"},
+    "lifetime": {"futures", "waiting", "client"},
     "options": CORE_MAY,
-    "client": EDGE_MAY | {"worker", "futures", "callbacks", "waiting", "records", "display", "host", "options"},
-    "waitgroup": EDGE_MAY | {"futures", "client", "worker"},
+    "client": EDGE_MAY | {"worker", "futures", "callbacks", "waiting", "lifetime", "records", "display", "host", "options"},
+    "waitgroup": EDGE_MAY | {"futures", "client", "worker", "waiting"},
 }
 ASSEMBLY = {"__init__", "__main__", "cluster", "stopping", "easy", "sim", "cli", "joblib"}
 

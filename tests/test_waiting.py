@@ -336,6 +336,19 @@ def test_of_two_that_ask_one_unpickles_and_the_other_waits_as_long_as_it_may(own
         assert (first.result(), second.result(), len(times)) == (7, 7, 1)
 
 
+def test_a_signal_handler_may_ask_for_the_result_that_its_thread_unpickles(owner, monkeypatch):
+    future = owner.future("a")
+    owner.answer(future, 7)
+    depth = []
+
+    def unpack(_):
+        depth.append(1)
+        return future.result(5) if len(depth) == 1 else len(depth)
+
+    monkeypatch.setattr("zmqsched.futures.unpack_value", unpack)
+    assert future.result(5) == future.result() == 2
+
+
 # --- callbacks -------------------------------------------------------------------------------------------------------
 
 

@@ -9,7 +9,6 @@ one batch, and completes futures as answers come. So a lone call goes out at onc
 
 from __future__ import annotations
 
-import atexit
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -28,9 +27,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import zmq
 from msgspec.structs import replace
 
-from . import errors, sockets
+from . import errors, lifetime, sockets
 from .callbacks import Callbacks
-from .config import CONNECT_TIMEOUT_S, ConnectionFile, find_cluster
+from .config import CONNECT_TIMEOUT_S, ConnectionFile, find_cluster, lasting_name
 from .core import events
 from .core.events import ClientAction, ClientEvent
 from .core.load import call_bytes
@@ -57,10 +56,6 @@ MAX_MESSAGES_PER_TURN = 100
 # What may wait here for a broker that is full, slow or away, before submit() waits too. A task counts half a KiB besides its
 # payload (core/load.py), so this is also some 130,000 small tasks.
 MAX_WAITING_BYTES = 64 * 1024 * 1024
-
-_open_clients: weakref.WeakSet[Client] = weakref.WeakSet()
-# Those with unfinished tasks, or a cluster of their own; others last as long as somebody has them or one of their futures.
-_needed_clients: set[Client] = set()
 
 
 class Submission(NamedTuple):
@@ -219,7 +214,11 @@ class TaskOptions(Tasks):
 
 
 class Client(Shown, Tasks):
-    """A connection to a cluster.
+    """A connection to a cluster, for all threads of this process.
+
+    At its end the program waits for what was submitted, as with the standard's executors; an interrupt (Ctrl-C) then cancels
+    what is left. In a forked child it raises RuntimeError, and so do its unfinished futures there. A pickled client connects
+    anew where it is unpickled, to the cluster of that name or connection file; copied, it stays the same.
 
     Parameters
     ----------
@@ -259,14 +258,14 @@ class Client(Shown, Tasks):
         self._client = self
         self._options = Options()
         self._retry_on = b""
-        self._pid = os.getpid()
         self._lock = threading.RLock()  # a signal handler that submits may have interrupted a submit
         self._idle = threading.Condition(self._lock)
         self._room = threading.Condition(self._lock)
         self._blocked = 0  # how many threads wait for room
         self._asked = 0  # bytes of all that was ever submitted
         self._closed = False
-        self._broken: ZmqschedError | None = None
+        self._why_closed = ""
+        self._broken: ZmqschedError | RuntimeError | None = None
         self._functions = FunctionPickler()
         self._callbacks = Callbacks()
         self._prefix = secrets.token_bytes(8)
@@ -292,10 +291,7 @@ class Client(Shown, Tasks):
         except BaseException:
             self._abandon()
             raise
-        _open_clients.add(self)
-        # At exit the last registered goes first: clients before any cluster of this process that they may be using.
-        atexit.unregister(_close_all)
-        atexit.register(_close_all)
+        lifetime.register(self)
 
     # --- what users call, besides Tasks ------------------------------------------------------------------------------
 
@@ -328,19 +324,18 @@ class Client(Shown, Tasks):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """As ``Executor.shutdown``: take nothing more, and (``wait``) return when all futures are done and their callbacks
-        have returned; in a callback, when all futures are done.
+        have returned; in a callback, when all futures are done. KeyboardInterrupt while it waits cancels what is left, also
+        what runs, but for jobs.
 
         A cluster that this client has started itself is stopped too.
         """
-        with self._lock:
-            self._closed = True
-            self._room.notify_all()
-            futures = list(self._futures.values())
+        self._take_no_more()
+        futures = list(self._futures.values())
         if cancel_futures:
             cancel_all(futures)
         if wait:
             self._close_when_done()
-        elif not futures or cancel_futures:
+        elif all(future.done() for future in futures):
             self._close()
         else:
             threading.Thread(target=self._close_when_done, name="zmqsched shutdown", daemon=True).start()
@@ -361,7 +356,7 @@ class Client(Shown, Tasks):
 
     def _sheet(self) -> Sheet:
         own = self._own_sheet()
-        if not self.usable or os.getpid() != self._pid or threading.current_thread() is self._thread:
+        if not self.usable or threading.current_thread() is self._thread:
             return own
         try:
             status = status_of(self._report(ANSWER_TIMEOUT_S))
@@ -370,7 +365,19 @@ class Client(Shown, Tasks):
         return dataclasses.replace(own, tables=[nodes_table(status.nodes)], facts=[*own.facts, *task_facts(status)])
 
     def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError("a zmqsched Client cannot be pickled: it is a connection; use it where it was made")
+        if self._owned:
+            raise TypeError(
+                "this zmqsched Client cannot be pickled: it has started a cluster for itself, which ends with it. "
+                "Start a LocalCluster, and what is made with Client(cluster) can be"
+            )
+        return Client, (self._where,)
+
+    def __copy__(self) -> Client:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Client:
+        """A connection is one thing, like a module: what holds it may be copied, it is not."""
+        return self
 
     # --- submitting ----------------------------------------------------------------------------------------------------
 
@@ -393,7 +400,7 @@ class Client(Shown, Tasks):
                 self._wait_for_room()
             self._asked += call_bytes(call)
             self._futures[task] = future
-            _needed_clients.add(self)
+            lifetime.needed.add(self)
             if options.job:
                 self._kept.add(task)
             self._inbox.append(Submission(task, Shape(digest, options, short_form(fn)), call, blob))
@@ -418,12 +425,10 @@ class Client(Shown, Tasks):
             self._blocked -= 1
 
     def _check_usable(self) -> None:
-        if os.getpid() != self._pid:
-            raise RuntimeError("this zmqsched Client belongs to the process that made it; after a fork make a new one")
         if self._broken is not None:
             raise type(self._broken)(str(self._broken))
         if self._closed:
-            raise RuntimeError("cannot schedule new futures after shutdown")
+            raise RuntimeError(self._why_closed)
 
     def _withdraw(self, tasks: list[bytes], *, force: bool) -> None:
         self._post(events.Withdraw(tasks, force))
@@ -461,19 +466,21 @@ class Client(Shown, Tasks):
     # --- beginning and ending ----------------------------------------------------------------------------------------
 
     def _find(self, cluster: LocalCluster | ConnectionFile | str | os.PathLike[str] | None) -> ConnectionFile:
-        if isinstance(cluster, ConnectionFile):
-            return cluster
-        if (file := getattr(cluster, "file", None)) is not None:
+        file = cluster if isinstance(cluster, ConnectionFile) else getattr(cluster, "file", None)
+        if file is not None:
+            self._where = file.name
             return cast(ConnectionFile, file)
+        where = cast("str | os.PathLike[str] | None", cluster)
         try:
-            return find_cluster(cast("str | os.PathLike[str] | None", cluster))
+            self._where = lasting_name(where)
+            return find_cluster(where)
         except ClusterNotFound:
             if cluster is not None or os.environ.get("ZMQSCHED_CLUSTER"):
                 raise
         from .cluster import LocalCluster
 
         self._owned = LocalCluster()
-        _needed_clients.add(self)
+        lifetime.needed.add(self)
         return self._owned.file
 
     def _wait_until_begun(self, file: ConnectionFile, timeout: float) -> str:
@@ -490,28 +497,47 @@ class Client(Shown, Tasks):
         if hasattr(self, "_thread"):
             self._close()
         else:
-            _needed_clients.discard(self)
+            lifetime.needed.discard(self)
             self._ctx.destroy(linger=0)
             if self._owned:
                 self._owned.close()
 
+    def _take_no_more(self, why: str = "cannot schedule new futures after shutdown") -> None:
+        with self._lock:
+            self._closed = True
+            self._why_closed = self._why_closed or why
+            self._room.notify_all()
+
+    def _disown(self, error: RuntimeError) -> None:
+        """This process is a fork of the client's (``lifetime.py``)."""
+        self._broken = error
+        self._lock = threading.RLock()
+        self._idle = threading.Condition(self._lock)
+        self._room = threading.Condition(self._lock)
+        self._callbacks = Callbacks()
+        futures, self._futures = self._futures, {}
+        for future in futures.values():
+            future._disown(error)
+
     def _close_when_done(self) -> None:
-        with self._idle:
-            while self._futures and self._thread.is_alive():
-                self._idle.wait(1.0)
-        if not self._callbacks.are_mine(threading.current_thread()):
-            self._callbacks.finish()
+        try:
+            with self._idle:
+                while self._futures and self._thread.is_alive():
+                    self._idle.wait(1.0)
+            if not self._callbacks.are_mine(threading.current_thread()):
+                self._callbacks.finish()
+        except KeyboardInterrupt:
+            cancel_all([future for task, future in list(self._futures.items()) if task not in self._kept], force=True)
+            raise
         self._close()
 
     def _close(self) -> None:
-        with self._lock:
-            self._closed = True
-            self._room.notify_all()
+        self._take_no_more()
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._post(events.Leave(bool(self._kept), "client closed"))
             self._thread.join(CLOSE_TIMEOUT_S + (DELIVERY_TIMEOUT_S if self._kept else 0.0))
         self._callbacks.close()
-        _open_clients.discard(self)
+        lifetime.opened.discard(self)
         if self._owned:
             self._owned.close()
 
@@ -611,7 +637,7 @@ class Client(Shown, Tasks):
             with self._idle:
                 self._idle.notify_all()
                 if not self._futures and not self._owned:
-                    _needed_clients.discard(self)
+                    lifetime.needed.discard(self)
 
     def _break(self, error: ZmqschedError) -> None:
         """Nothing more will come: everything open fails with the reason."""
@@ -651,7 +677,7 @@ def _serve(
             client._break(ClusterLost(f"the client's I/O thread failed: {error!r}"))
         raise
     finally:
-        _needed_clients.discard(cast("Client", reference()))
+        lifetime.needed.discard(cast("Client", reference()))
         dealer.close(linger=1_000)
         ctx.term()
         os.close(wake)
@@ -707,14 +733,3 @@ def _warn(text: str) -> None:
     """From the I/O thread, which must outlive it when warnings are errors."""
     with contextlib.suppress(RuntimeWarning):
         warnings.warn(f"zmqsched: {text}", RuntimeWarning, stacklevel=1)
-
-
-def _close_all() -> None:
-    """At exit nothing waits: what is unfinished is cancelled, and said. What was submitted under a job's name goes on."""
-    for client in list(_open_clients):
-        mine = [future for task, future in list(client._futures.items()) if task not in client._kept and not future.done()]
-        if mine:
-            warnings.warn(f"zmqsched: the program ends with {len(mine)} tasks unfinished; they are cancelled", stacklevel=1)
-        for future in mine:
-            future.cancel()
-        client._close()

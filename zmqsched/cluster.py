@@ -108,6 +108,7 @@ class LocalCluster(Shown):
             raise ValueError(f"there is no policy {policy!r}; there are {', '.join(sorted(POLICIES))}")
         self.name = check_name(name or f"local-{os.getpid()}-{next(_numbers)}")
         self._path = cluster_dir(self.name) / CONNECTION_FILE
+        self._pid = os.getpid()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._lock = threading.Lock()
         self._fate = ""
@@ -147,7 +148,10 @@ class LocalCluster(Shown):
         _running.add(self)
 
     def close(self) -> None:
-        """Stop everything, and wait for it: no process, file or socket is left. Idempotent."""
+        """Stop everything, and wait for it: no process, file or socket is left. Idempotent; nothing in a forked child, whose
+        cluster it is not."""
+        if os.getpid() != self._pid:
+            return
         os.eventfd_write(self._closing, 1)
         with self._lock:
             processes, self._processes = self._processes, []

@@ -589,8 +589,8 @@ def find_cluster(where: str | os.PathLike[str] | None = None) -> ConnectionFile:
         The file is missing, damaged or not private.
     """
     if where is None:
-        where = os.environ.get("ZMQSCHED_CLUSTER") or DEFAULT_CLUSTER
-    if not isinstance(where, str) or "/" in where or where.endswith(".json"):
+        where = lasting_name(where)
+    if not isinstance(where, str) or _is_path(where):
         return ConnectionFile.load(Path(where).expanduser())
     directory = cluster_dir(where)
     if not is_held(directory):
@@ -598,6 +598,17 @@ def find_cluster(where: str | os.PathLike[str] | None = None) -> ConnectionFile:
     if not (directory / CONNECTION_FILE).exists():
         raise ClusterNotFound(f"the cluster {where!r} is still starting; try again in a moment")
     return ConnectionFile.load(directory / CONNECTION_FILE)
+
+
+def lasting_name(where: str | os.PathLike[str] | None) -> str:
+    """What :func:`find_cluster` is given, such that it finds the same in another process of this user."""
+    if where is None:
+        where = os.environ.get("ZMQSCHED_CLUSTER") or DEFAULT_CLUSTER
+    return str(Path(where).expanduser().absolute()) if _is_path(where) else str(where)
+
+
+def _is_path(where: str | os.PathLike[str]) -> bool:
+    return not isinstance(where, str) or "/" in where or where.endswith(".json")
 
 
 def _not_found(name: str) -> str:

@@ -45,7 +45,8 @@ class Owner(Protocol):
 
 
 class Future(concurrent.futures.Future[T]):
-    """A ``concurrent.futures.Future``. It also works with ``await``, in any event loop.
+    """A ``concurrent.futures.Future``. It also works with ``await``, in any event loop: when the coroutine that awaits it is
+    cancelled (``asyncio.wait_for`` in time, Ctrl-C), so is the task, also if it runs; ``asyncio.shield`` protects it.
 
     ``cancel()`` has its standard meaning: a task that has not started never will, and one that runs is not touched. Whether
     it runs is known here some milliseconds after the fact; if a cancelled task turns out to have started, its result is
@@ -122,7 +123,12 @@ class Future(concurrent.futures.Future[T]):
     def __await__(self) -> Generator[object, None, T]:
         import asyncio  # heavy, and a program that awaits has it
 
-        return asyncio.wrap_future(self).__await__()
+        try:
+            return (yield from asyncio.wrap_future(self).__await__())
+        except asyncio.CancelledError:
+            if not self.done():  # who awaited it was cancelled
+                self.cancel(force=True)
+            raise
 
     def __repr__(self) -> str:
         if (final := self._final) is None:
@@ -176,6 +182,13 @@ class Future(concurrent.futures.Future[T]):
                 callback(self)
             except BaseException:
                 logging.getLogger("concurrent.futures").exception("exception calling callback for %r", self)
+
+    def _disown(self, error: RuntimeError) -> None:
+        """This process is a fork of the future's: whoever asks is told."""
+        self._condition = threading.Condition()
+        self._waiters = []
+        if self._state in _OPEN:
+            self._exception, self._state = error, FINISHED
 
     def _packed(self) -> Payload | None:
         """What the task returned, pickled; None unless it has returned, and nobody has asked for the result yet."""

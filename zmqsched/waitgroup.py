@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import secrets
+import threading
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +16,7 @@ from . import worker
 from .core.events import Tell
 from .errors import WaitGroupError
 from .protocol import GroupAdd, GroupForget, GroupWait
+from .waiting import cancel_all
 
 if TYPE_CHECKING:
     from .client import Tasks
@@ -34,10 +37,15 @@ class WaitGroup:
     def __init__(self, client: Tasks) -> None:
         self._tasks: Tasks | None = client
         self._group = secrets.token_bytes(16)
+        self._started: weakref.WeakSet[Future[Any]] = weakref.WeakSet()  # by go() here
+        self._lock = threading.RLock()  # of that: it may not grow while it is walked
 
     def go(self, fn: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
         """Add one, submit the task, count down at its end. Returns its future."""
-        return self._here()._in_group(self._group).submit(fn, *args, **kwargs)
+        future = self._here()._in_group(self._group).submit(fn, *args, **kwargs)
+        with self._lock:
+            self._started.add(future)
+        return future
 
     def add(self, n: int = 1) -> None:
         """Add ``n``, which may be negative, to the counter."""
@@ -59,6 +67,9 @@ class WaitGroup:
     def wait(self, timeout: float | None = None) -> None:
         """Return when the counter is zero. What was added before, in this process, is counted.
 
+        KeyboardInterrupt while it waits cancels the tasks that :meth:`go` has started here and that have not ended, also
+        those that run.
+
         Raises
         ------
         TimeoutError
@@ -71,11 +82,20 @@ class WaitGroup:
         try:
             error = reply.result(timeout).error
         except concurrent.futures.TimeoutError:
-            client._requests.pop(request, None)
-            client._post(Tell(GroupForget(request)))
+            self._give_up(request)
             raise TimeoutError(f"the WaitGroup was not done within {timeout} s") from None
+        except KeyboardInterrupt:
+            self._give_up(request)
+            with self._lock:
+                cancel_all(self._started, force=True)
+            raise
         if error:
             raise WaitGroupError(error)
+
+    def _give_up(self, request: int) -> None:
+        client = self._here()._client
+        client._requests.pop(request, None)
+        client._post(Tell(GroupForget(request)))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _arrived, (self._group,)
@@ -96,4 +116,6 @@ def _arrived(group: bytes) -> WaitGroup:
     made = WaitGroup.__new__(WaitGroup)
     made._tasks = None
     made._group = group
+    made._started = weakref.WeakSet()
+    made._lock = threading.RLock()
     return made

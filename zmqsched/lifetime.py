@@ -1,0 +1,88 @@
+"""The clients of this process: how long they last, and what becomes of them at its end and in its forks.
+
+Rules
+-----
+* A client lasts as long as somebody has it or one of its futures, and until its last task is answered, or for as long as it
+  has a cluster of its own.
+* At the program's end, however it ends short of a signal that kills it, it is waited for what was submitted, as the
+  standard's executors do; for the callbacks too. After a second the program says so; an interrupt (Ctrl-C) cancels what is
+  left, also what runs. What belongs to a job is not waited for. Nothing more can be submitted.
+* In a forked child the parent's clients are of no use: their sockets and their threads are the parent's. Their unfinished
+  futures fail there, so that nobody waits for what cannot come, without their callbacks, which the parent will call. Locks
+  are made anew: a thread that is not there may have held them.
+"""
+
+from __future__ import annotations
+
+import atexit
+import concurrent.futures
+import contextlib
+import os
+import sys
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from .waiting import cancel_all
+
+if TYPE_CHECKING:
+    from .client import Client
+    from .futures import Future
+
+SAY_AFTER_S = 1.0
+FORKED = "this zmqsched Client belongs to the process that made it; after a fork make a new one"
+
+# All that are not closed; and those that last even if nobody has them.
+opened: weakref.WeakSet[Client] = weakref.WeakSet()
+needed: set[Client] = set()
+
+
+def register(client: Client) -> None:
+    """A client has begun."""
+    opened.add(client)
+    # At exit the last registered goes first: clients before any cluster of this process that they may be using.
+    atexit.unregister(_at_exit)
+    atexit.register(_at_exit)
+
+
+def _at_exit() -> None:
+    clients = list(opened)
+    try:
+        for client in clients:
+            client._take_no_more("cannot schedule new futures after interpreter shutdown")
+        _wait_for(clients)
+        for client in clients:
+            client._callbacks.finish()
+    except KeyboardInterrupt:
+        cancel_all(_unfinished(clients), force=True)
+    finally:
+        for client in clients:
+            client._close()
+
+
+def _wait_for(clients: list[Client]) -> None:
+    left = concurrent.futures.wait(_unfinished(clients), SAY_AFTER_S).not_done
+    if left:
+        with contextlib.suppress(Exception):  # its standard error is the user's to close or to replace
+            sys.stderr.write(
+                f"zmqsched: the program has ended but for {len(left)} unfinished tasks, which it waits for; "
+                "an interrupt (Ctrl-C) cancels them\n"
+            )
+    while left:
+        left = concurrent.futures.wait(left, SAY_AFTER_S).not_done
+
+
+def _unfinished(clients: list[Client]) -> list[Future[Any]]:
+    return [
+        future for client in clients for task, future in list(client._futures.items())
+        if task not in client._kept and not future.done()
+    ]  # fmt: skip
+
+
+def _in_forked_child() -> None:
+    for client in list(opened):
+        client._disown(RuntimeError(FORKED))
+    opened.clear()
+    needed.clear()
+
+
+os.register_at_fork(after_in_child=_in_forked_child)
