@@ -399,3 +399,30 @@ def test_many_at_once(client, tmp_path):
     worker_of(client)
     assert gate.begun() == 1
     eventually(lambda: sum(client.status().tasks.values()) == 0)
+
+
+def test_a_module_is_not_left_half_imported(client: Client, tmp_path: Path) -> None:
+    """As those with registries are: its second import would fail, in whatever task comes next."""
+    (tmp_path / "registry.py").write_text("names = []\n")
+    (tmp_path / "registering.py").write_text(
+        "import pathlib, time, registry\n"
+        "if registry.names: raise ValueError('registered already')\n"
+        "registry.names.append(__name__)\n"
+        "pathlib.Path(__file__).with_name('begun').touch()\n"
+        "time.sleep(0.2)\n"
+    )
+
+    def imports(directory: str, seconds: float) -> str:
+        import sys
+        import time
+
+        sys.path.insert(0, directory)
+        import registering  # type: ignore[import-not-found]
+
+        time.sleep(seconds)
+        return str(registering.__name__)
+
+    stopped = client.submit(imports, str(tmp_path), 60)
+    eventually((tmp_path / "begun").exists)
+    stopped.cancel(force=True)
+    assert client.submit(imports, str(tmp_path), 0).result(SOON_S) == "registering"

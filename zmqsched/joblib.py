@@ -73,6 +73,8 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # 
         self._given = client
         self._parallel: Any = None  # whose own this backend is
         self._limit: int | None = None  # tasks of this call that may be at the cluster
+        self._there = 0  # those that are
+        self._aborted = False
         self._lock = threading.Lock()
         self._open: set[concurrent.futures.Future[Any]] = set()
         self._held: deque[tuple[BatchedCalls, Callable[[Any], None]]] = deque()
@@ -127,13 +129,17 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # 
         self._arrays = _Arrays(max_nbytes if self._tasks._client._on_one_host else None)
         return self.effective_n_jobs(n_jobs)
 
+    def start_call(self) -> None:
+        self._aborted = False
+
     def submit(self, func: BatchedCalls, callback: Callable[[Any], None]) -> None:
         """Run a batch. Never raises: joblib calls this in callbacks too, where an error would be nobody's."""
         self._arrays.share(func)
         with self._lock:
-            if self._limit is not None and len(self._open) >= self._limit:
+            if self._there == self._limit:
                 self._held.append((func, callback))
                 return
+            self._there += 1
         self._start(func, callback)
 
     def _start(self, batch: BatchedCalls, callback: Callable[[Any], None]) -> None:
@@ -145,13 +151,17 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # 
             future.set_exception(error)
         with self._lock:
             self._open.add(future)
+            aborted = self._aborted
         future.add_done_callback(self._ended)
         future.add_done_callback(callback)
+        if aborted:  # meanwhile
+            cancel_all([future], force=True)
 
     def _ended(self, future: concurrent.futures.Future[Any]) -> None:
         with self._lock:
             self._open.discard(future)
             held = self._held.popleft() if self._held else None
+            self._there -= held is None
         if held is not None:
             self._start(*held)
 
@@ -166,6 +176,7 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # 
 
     def abort_everything(self, ensure_ready: bool = True) -> None:
         with self._lock:
+            self._aborted = True
             self._held.clear()
             unfinished = list(self._open)
         cancel_all(unfinished, force=True)

@@ -7,8 +7,8 @@ Rules
 * A run is declined after its ``until``: its node may have been frozen, and the task be another's by now. And without its
   function: the node takes back from the front of the pipe while this worker does, perhaps the run that brought it.
 * Whatever a task raises is its answer: SystemExit and KeyboardInterrupt too. Only losing the pipe ends a worker.
-* SIGINT raises KeyboardInterrupt in code of the task's, and nowhere else: a worker that is between two tasks ignores it. The
-  node is told that it came, in any case.
+* SIGINT raises KeyboardInterrupt in code of the task's, and nowhere else: a worker that is between two tasks ignores it, and
+  so does one that imports a module. The node is told that it came, in any case.
 * A function is kept by its digest, pickled if it could not be loaded, so that a later Run may try again.
 * A crash in a task's native code leaves a stack (``blackbox.py``); a task cannot switch that off for the next.
 * A task's working directory and standard streams are its own: what it leaves is put back (``surroundings.py``).
@@ -162,8 +162,18 @@ class _Interrupts:
             signal.default_int_handler(number, frame)
         with suppress(OSError):
             self._pipe.send(encode_pipe(Interrupted()))
-        if self.wanted:
+        if self.wanted and not _imports(frame):
             raise KeyboardInterrupt
+
+
+def _imports(frame: FrameType | None) -> bool:
+    """A module is being imported. Left half way it, and what it imports, may never be importable again in this process; so
+    the task goes on, and if it has not ended when the node's patience has, the worker does."""
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _attempt(run: Run, functions: _Functions, interrupts: _Interrupts) -> Done:
