@@ -22,10 +22,12 @@ from conftest import eventually
 from test_nursery import Watched, ask, send
 
 from zmqsched import Client, LocalCluster, errors, host, worker
-from zmqsched.blackbox import MAX_STACK, MAX_STDERR, STACK_SIGNAL, readable_stack
+from zmqsched.blackbox import MAX_STACK, STACK_SIGNAL, readable_stack
 from zmqsched.nursery import Exited, Wires
 from zmqsched.payload import Chunk, short_form
+from zmqsched.protocol import Words
 from zmqsched.shell import RELAY_MAX, Relay, log, relay_logging
+from zmqsched.streams import MAX_STDERR
 
 
 @pytest.fixture
@@ -215,7 +217,7 @@ def test_a_forked_childs_crash_is_not_the_workers(nursery, spawn):
 
     wires = spawn(1)
     send(wires.pipe, forks)
-    assert b"Fatal Python error: Segmentation fault" in drained(wires)
+    assert b"Fatal Python error: Segmentation fault" in b"".join(said.text for said in heard(nursery, wires))
     assert wires.box.stack() == ""
 
 
@@ -232,14 +234,13 @@ def test_the_stack_is_not_for_the_childrens_eyes(spawn):
 # --- standard error ----------------------------------------------------------------------------------------------------
 
 
-def drained(wires: Wires) -> bytes:
-    """All that was written, to the end of the pipe."""
-    written = b""
-    while (data := wires.box.read()) is not None:
-        written += data
-        if not data:
-            assert select.select([wires.box], [], [], 20)[0], "it does not end"
-    return written
+def heard(nursery: Watched, wires: Wires) -> list[Words]:
+    """Its streams, read as a node does until the worker is dead."""
+    while not any(isinstance(event, Exited) for event in nursery.read()):
+        wires.streams.read()
+        assert select.select([nursery, wires.streams], [], [], 20)[0], "it does not end"
+    wires.streams.read_rest()
+    return wires.streams.take(time.monotonic())
 
 
 def test_what_a_dead_worker_said_last_is_kept(nursery, spawn):
@@ -250,8 +251,9 @@ def test_what_a_dead_worker_said_last_is_kept(nursery, spawn):
 
     wires = spawn(1)
     send(wires.pipe, speaks)
-    assert drained(wires) == b"loading\nfailed"
-    assert wires.box.stderr() == "loading\nfailed"
+    (said,) = heard(nursery, wires)
+    assert (said.stream, said.text) == (2, b"loading\nfailed")
+    assert wires.streams.last_words() == "loading\nfailed"
 
 
 def test_of_much_only_the_end_is_kept(nursery, spawn):
@@ -262,22 +264,30 @@ def test_of_much_only_the_end_is_kept(nursery, spawn):
 
     wires = spawn(1)
     send(wires.pipe, floods)
-    assert len(drained(wires)) == 10_000_008
-    told = wires.box.stderr()
-    assert told == "[...] " + "x" * (MAX_STDERR - 8) + "\nthe end"
+    (said,) = heard(nursery, wires)
+    assert (said.at + len(said.text), said.lines + said.text.count(b"\n")) == (10_000_008, 1)
+    assert wires.streams.last_words() == "[...] " + "x" * (MAX_STDERR - 8) + "\nthe end"
 
 
 def test_what_is_told_is_readable(nursery, spawn):
     wires = spawn(1)
     send(wires.pipe, lambda: os.write(2, b"\x1b[31mred\x1b[0m\t10 %\r20 %\r\nb\xff\x00d\x07\n") and os._exit(1))
-    drained(wires)
-    assert wires.box.stderr() == "red\t10 %\n20 %\nb\ufffdd\n"
+    heard(nursery, wires)
+    assert wires.streams.last_words() == "red\t10 %\n20 %\nb\ufffdd\n"
 
 
 def test_nothing_said_is_nothing_read(nursery, spawn):
     wires = spawn(1)
     ask(wires.pipe, os.getpid)
-    assert (wires.box.read(), wires.box.stderr()) == (b"", "")
+    assert (wires.streams.read(), wires.streams.last_words()) == (False, "")
+
+
+def test_the_certificate_has_only_what_that_task_has_said(nursery, spawn):
+    wires = spawn(1)
+    ask(wires.pipe, lambda: os.write(2, b"of another task\n"))
+    send(wires.pipe, os._exit, 1, task=b"another task's id")
+    heard(nursery, wires)
+    assert wires.streams.last_words() == ""
 
 
 def test_the_end_of_standard_error_is_in_the_certificate(client):
@@ -307,7 +317,11 @@ def test_a_fatal_error_of_the_interpreter_is_told(client):
     assert "Fatal Python error: the objects are lost" in certificate(client, fails)
 
 
-def test_what_a_task_says_comes_out_of_its_node(scripts):
+def untagged(printed: str) -> list[str]:
+    return [re.fullmatch(r"\[\w+-\d+ n1/\d+\] (.*)", line)[1] for line in printed.splitlines()]
+
+
+def test_what_a_task_says_comes_out_of_its_client(scripts):
     out, err = scripts.run(
         """
         import os, sys
@@ -327,36 +341,8 @@ def test_what_a_task_says_comes_out_of_its_node(scripts):
         """,
         PYTHONUNBUFFERED="1",
     )
-    assert sorted(out.splitlines()) == sorted(f"on stdout {number}" for number in range(100))
-    assert sorted(err.splitlines()) == sorted([f"on stderr {number}" for number in range(100)] + ["last words"])
-
-
-def test_a_flood_that_nobody_reads_stops_nobody_and_is_counted(scripts):
-    """The cluster's standard error is a pipe that is read only when all is over."""
-    process = scripts.start(
-        """
-        import os, psutil
-        from zmqsched import Client, LocalCluster
-
-        def floods():
-            for _ in range(256):
-                os.write(2, b"x" * (1 << 20))
-            return "flooded"
-
-        with LocalCluster(2) as cluster, Client(cluster) as client:
-            (node,) = client.nodes()
-            before = psutil.Process(node.pid).memory_info().rss
-            flood = client.submit(floods)
-            assert list(client.map(abs, range(1000))) == list(range(1000))
-            assert flood.result(timeout=60) == "flooded"
-            print((psutil.Process(node.pid).memory_info().rss - before) >> 20, flush=True)
-        """
-    )
-    assert int(process.stdout.readline()) < 20
-    _, err = process.communicate(timeout=40)
-    assert process.returncode == 0, err[-2000:]
-    dropped = sum(map(int, re.findall(r"zmqsched: (\d+) bytes dropped here", err)))
-    assert dropped + err.count("x") == 256 << 20
+    assert sorted(untagged(out)) == sorted(f"on stdout {number}" for number in range(100))
+    assert sorted(untagged(err)) == sorted([f"on stderr {number}" for number in range(100)] + ["last words"])
 
 
 def test_a_node_says_no_more_than_its_reader_takes():
@@ -477,8 +463,8 @@ def test_the_next_task_has_its_streams(scripts):
                 assert client.submit(says, number).result(timeout=20) == before
         """
     )
-    assert out.splitlines() == [f"on stdout {number}" for number in range(4)]
-    assert err.splitlines() == [f"on stderr {number}" for number in range(4)]
+    assert untagged(out) == [f"on stdout {number}" for number in range(4)]
+    assert untagged(err) == [f"on stderr {number}" for number in range(4)]
 
 
 def test_the_next_task_is_where_the_first_was(spawn, tmp_path):

@@ -9,7 +9,9 @@ import pytest
 import zmqsched
 from zmqsched import errors
 
-PUBLIC = ["Client", "Future", "LocalCluster", "WaitGroup", "__version__", "as_completed", "errors", "map", "wait"]
+PUBLIC = [
+    "Client", "Future", "LocalCluster", "WaitGroup", "__version__", "as_completed", "errors", "get_task", "map", "wait",
+]  # fmt: skip
 
 
 def test_these_names_and_no_others():

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "zmqsched"
 
 CORE_MAY = {"errors", "config", "protocol"}
 SHELL_MAY = CORE_MAY | {
-    "core", "sockets", "pipes", "broker", "journal", "monitor", "node", "nursery", "orphans", "blackbox", "shell", "host",
-    "version",
+    "core", "sockets", "pipes", "broker", "journal", "monitor", "node", "nursery", "orphans", "blackbox", "streams",
+    "listening", "shell", "host", "version",
 }  # fmt: skip
 EDGE_MAY = CORE_MAY | {"core", "payload", "sockets", "pipes"}
 
@@ -32,20 +32,25 @@ MAY = {
     "node": SHELL_MAY,
     "nursery": SHELL_MAY,
     "blackbox": set(),
+    "streams": {"protocol"},
     "surroundings": set(),
     "orphans": set(),
     "shell": CORE_MAY,
     "host": CORE_MAY,
     "version": set(),
-    "worker": EDGE_MAY | {"surroundings"},
+    "listening": {"protocol", "streams"},
+    "worker": EDGE_MAY | {"surroundings", "streams"},
+    "context": {"protocol", "payload", "worker"},
     "display": set(),
     "records": CORE_MAY | {"display"},
     "callbacks": set(),
-    "futures": CORE_MAY | {"payload", "callbacks", "display"},
+    "printing": {"protocol"},
+    "futures": CORE_MAY | {"payload", "callbacks", "display", "printing"},
     "waiting": {"futures"},
     "lifetime": {"futures", "waiting", "client"},
     "options": CORE_MAY,
-    "client": EDGE_MAY | {"worker", "futures", "callbacks", "waiting", "lifetime", "records", "display", "host", "options"},
+    "client": EDGE_MAY
+    | {"worker", "futures", "callbacks", "printing", "waiting", "lifetime", "records", "display", "host", "options"},
     "waitgroup": EDGE_MAY | {"futures", "client", "worker", "waiting"},
 }
 ASSEMBLY = {"__init__", "__main__", "cluster", "stopping", "easy", "sim", "cli", "joblib"}
@@ -142,7 +147,7 @@ def test_each_module_has_a_layer():
 def test_only_the_edges_ever_unpickle():
     """The rule that the tables exist for, said once more without them."""
     direct = {layer(path) for path in modules() if "payload" in {target(name) for _, name in imports(path)}}
-    assert direct <= {"payload", "worker", "client", "futures", *ASSEMBLY}
+    assert direct <= {"payload", "worker", "context", "client", "futures", *ASSEMBLY}
 
 
 # The modules that read the wall clock, which may step; everything else measures by the monotonic one.

@@ -337,7 +337,7 @@ def test_a_message_that_is_no_run_is_refused():
     ours, theirs = pair()
     ours.send(encode_pipe(GroupAdd([])))
     with pytest.raises(ProtocolError, match="GroupAdd"):
-        worker.run_worker(theirs, stack=-1)
+        worker.run_worker(theirs, stack=-1, voice=None)
     assert not worker.in_worker()
     ours.close()
     theirs.close()

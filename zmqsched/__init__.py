@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .client import Client
     from .cluster import LocalCluster
+    from .context import get_task
     from .easy import map  # noqa: A004 - zmqsched.map is the point
     from .futures import Future
     from .version import __version__
     from .waitgroup import WaitGroup
     from .waiting import as_completed, wait
 
-__all__ = ["Client", "Future", "LocalCluster", "WaitGroup", "__version__", "as_completed", "errors", "map", "wait"]
+__all__ = [
+    "Client", "Future", "LocalCluster", "WaitGroup", "__version__", "as_completed", "errors", "get_task", "map", "wait",
+]  # fmt: skip
 
 _HOMES = {
     "Client": "client",
@@ -30,6 +33,7 @@ _HOMES = {
     "WaitGroup": "waitgroup",
     "__version__": "version",
     "as_completed": "waiting",
+    "get_task": "context",
     "map": "easy",
     "wait": "waiting",
 }

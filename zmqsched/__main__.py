@@ -97,6 +97,9 @@ def _node(arguments: list[str]) -> int:
     )
     parser.add_argument("--tag", action="append", default=[], help="offer tasks that ask for this tag; may be repeated")
     parser.add_argument("--wait", type=float, default=0.0, metavar="SECONDS", help="for the connection file to appear")
+    parser.add_argument(
+        "--no-echo", action="store_true", help="do not write here too what tasks write to standard error: clients have it"
+    )
     options = parser.parse_args(arguments)
     set_up_logging(options.log_level)
     starter = Starter(options.ready_fd)
@@ -106,7 +109,7 @@ def _node(arguments: list[str]) -> int:
         file = _load(Path(options.connect), options.wait, until_eof=options.until_eof)
         from .node import Node
 
-        node = Node(file, options.slots, dict(options.resource), options.tag)
+        node = Node(file, options.slots, dict(options.resource), options.tag, echo=not options.no_echo)
         node.run(starter, until_eof=options.until_eof)
     except ZmqschedError as error:
         return starter.failed(error)

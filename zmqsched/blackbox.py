@@ -1,10 +1,8 @@
-"""A worker's black box, its last stack and words: what is read when the worker is dead, or does not answer.
+"""A worker's black box, its last stack: what is read when the worker is dead, or does not answer.
 
 Rules
 -----
 * The node makes it and keeps it open, so it outlives the worker however that ends. Nobody else reads it.
-* Standard **error** is a pipe. The node reads it as soon as something is there, keeps the end of it, and passes everything
-  on. What others still write into it when the worker is dead is lost.
 * The **stack** is a memfd that ``faulthandler`` writes into, without Python's help: on a fatal signal (SIGSEGV, SIGFPE,
   SIGABRT, SIGBUS, SIGILL), and on ``STACK_SIGNAL``, which the node sends (through the nursery) to see where a live worker
   is, whether or not its code holds the GIL.
@@ -30,11 +28,6 @@ STACK_SIGNAL = signal.SIGRTMAX - 9
 # Of a dump, which may go through a hundred threads; the one that matters is not always the first.
 _MAX_DUMP = 64 * 1024
 MAX_STACK = 8 * 1024  # characters of the stack as it is told
-MAX_STDERR = 4 * 1024  # bytes that are kept
-_CHUNK = 64 * 1024  # as much as a pipe holds
-
-# Colours and the like, and what else would make an error message unreadable.
-_CONTROL = re.compile(r"\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
 # Where the worker's own frames begin; what it calls on a task's behalf (unpickling, a WaitGroup) is of interest.
 _WORKER = re.escape(os.path.join(os.path.dirname(os.path.abspath(__file__)), "worker.py"))
 _OURS = re.compile(rf'  File "{_WORKER}", line \d+ in (_attempt|run_worker)')
@@ -47,44 +40,11 @@ class BlackBox:
         self.asked = False  # the worker was asked for its stack, and has not finished that task yet
         self.memory = 0  # bytes of resident set, as the node measured them last
         self._stack = io.FileIO(os.memfd_create("zmqsched-stack", os.MFD_CLOEXEC), "r+")
-        read, write = os.pipe2(os.O_CLOEXEC)
-        os.set_blocking(read, False)
-        self._stderr, self._theirs = io.FileIO(read, "r"), io.FileIO(write, "w")
-        self._written = 0
-        self._end = b""
 
     @property
-    def descriptors(self) -> list[int]:
+    def descriptor(self) -> int:
         """What the worker needs, for :func:`arm`."""
-        return [self._stack.fileno(), self._theirs.fileno()]
-
-    def handed_over(self) -> None:
-        """The worker has its side, and only the worker: else the pipe would not end with it."""
-        self._theirs.close()
-
-    def fileno(self) -> int:
-        """Readable when there is something on standard error, or never will be again."""
-        return self._stderr.fileno()
-
-    def read(self) -> bytes | None:
-        """What was written to standard error, at most 64 KiB at once; never waits.
-
-        Returns
-        -------
-        bytes | None
-            Empty: nothing now. None: nothing any more.
-        """
-        data = self._stderr.read(_CHUNK)
-        if not data:
-            return b"" if data is None else None
-        self._written += len(data)
-        self._end = (self._end + data)[-MAX_STDERR:]
-        return data
-
-    def stderr(self) -> str:
-        """The end of what was read of standard error, at most ``MAX_STDERR`` bytes of it, without control characters."""
-        text = self._end.decode(errors="replace").replace("\r\n", "\n").replace("\r", "\n")
-        return "[...] " * (self._written > MAX_STDERR) + _CONTROL.sub("", text)
+        return self._stack.fileno()
 
     def clear(self) -> None:
         """Forget the dumps so far."""
@@ -97,14 +57,11 @@ class BlackBox:
         return readable_stack(os.pread(self._stack.fileno(), _MAX_DUMP, 0).decode(errors="replace"))
 
     def close(self) -> None:
-        for file in (self._stack, self._stderr, self._theirs):
-            file.close()
+        self._stack.close()
 
 
-def arm(stack: int, stderr: int) -> None:
-    """Have this process, a worker, write its stack and its errors into the box."""
-    os.dup2(stderr, 2)
-    os.close(stderr)
+def arm(stack: int) -> None:
+    """Have this process, a worker, write its stack into the box."""
     faulthandler.enable(stack)
     faulthandler.register(STACK_SIGNAL, stack, all_threads=True, chain=False)
     os.register_at_fork(after_in_child=_disarm)

@@ -196,7 +196,7 @@ def _stay_up(wanted: _Wanted, starter: Starter) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     with LocalCluster(
         wanted.workers, name=wanted.name, n_nodes=wanted.nodes, policy=wanted.policy, resources=wanted.resources,
-        tags=wanted.tags, listen=wanted.listen, journal=wanted.keeps_journal, max_queued=wanted.max_queued,
+        tags=wanted.tags, listen=wanted.listen, journal=wanted.keeps_journal, max_queued=wanted.max_queued, echo=True,
     ) as cluster:  # fmt: skip
         stop = StopSignals(until_eof=False)  # from here on nothing is interrupted, the clean-up least of all
         signal.signal(signal.SIGCHLD, _nothing)

@@ -40,7 +40,21 @@ from .futures import Future
 from .host import where
 from .options import boolean, exception_types, integer, seconds, short_name, task_resources, task_tags, time_limit
 from .payload import Chunk, FunctionPickler, pack_call, pack_kinds, short_form
-from .protocol import ClientHello, Envelope, Follow, JobTasks, Options, Payload, Query, Report, Shape, decode, encode
+from .printing import Log, Printer, Source, cell_reader, tag_of
+from .protocol import (
+    ClientHello,
+    Envelope,
+    Follow,
+    JobTasks,
+    Options,
+    Payload,
+    Query,
+    Report,
+    Shape,
+    Words,
+    decode,
+    encode,
+)
 from .records import NodeList, Status, WorkerList, node_infos, nodes_table, status_of, task_facts, worker_infos
 from .waiting import cancel_all
 from .worker import in_worker
@@ -228,6 +242,9 @@ class Client(Shown, Tasks):
         cluster is started, and stopped again with this client or at exit.
     timeout
         Seconds until the broker must have answered.
+    output
+        Show what tasks print (``printing.py``): each line with its task and worker in front; in a notebook, in the cell that
+        has submitted the task. Whether shown or not, ``future.log()`` has the end of it.
 
     Raises
     ------
@@ -242,6 +259,7 @@ class Client(Shown, Tasks):
         cluster: LocalCluster | ConnectionFile | str | os.PathLike[str] | None = None,
         *,
         timeout: float = CONNECT_TIMEOUT_S,
+        output: bool = True,
     ) -> None:
         if in_worker():
             raise RuntimeError(
@@ -251,6 +269,8 @@ class Client(Shown, Tasks):
         self._owned: LocalCluster | None = None
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
             raise ValueError(f"timeout is a number of seconds above 0, not {timeout!r}")
+        self._printer = Printer() if boolean("output", output) else None
+        self._cell = cell_reader()
         file = self._find(cluster)
         # A broker on Unix sockets has nodes on its own host only.
         self._on_one_host = all(address.startswith("ipc://") for address in file.addresses.work)
@@ -284,7 +304,7 @@ class Client(Shown, Tasks):
         try:
             self._dealer = sockets.connect_dealer(self._ctx, file.reachable("work"), sockets.Keys.of(file), timeout)
             self._core = Requests(ClientHello(secrets.token_bytes(16), 1, where()))
-            has = (weakref.ref(self), self._core, self._dealer, self._ctx, os.dup(self._wake))
+            has = (weakref.ref(self), self._core, self._dealer, self._ctx, os.dup(self._wake), self._printer)
             self._thread = threading.Thread(target=_serve, args=has, name="zmqsched client", daemon=True)
             self._thread.start()
             self.cluster_name = self._wait_until_begun(file, timeout)
@@ -387,6 +407,8 @@ class Client(Shown, Tasks):
         self._check_usable()
         task = self._prefix + next(self._numbers).to_bytes(8, "big")
         future: Future[T] = self._future(task)
+        if self._cell is not None:
+            future._cell = self._cell()
         try:
             digest, blob = self._functions.pack(fn, retry_on if options.retries else b"")
             call = pack_call(args, kwargs)
@@ -537,6 +559,8 @@ class Client(Shown, Tasks):
             self._post(events.Leave(bool(self._kept), "client closed"))
             self._thread.join(CLOSE_TIMEOUT_S + (DELIVERY_TIMEOUT_S if self._kept else 0.0))
         self._callbacks.close()
+        if self._printer is not None:
+            self._printer.join()
         lifetime.opened.discard(self)
         if self._owned:
             self._owned.close()
@@ -594,6 +618,12 @@ class Client(Shown, Tasks):
                 case events.NowRunning(tasks):
                     for task in tasks:
                         self._now_running(task)
+                case events.Heard(words, advances, node):
+                    for said, shape in words:
+                        self._heard(said, shape, node)
+                    for advance in advances:
+                        if (future := self._futures.get(advance.task)) is not None:
+                            future._progress = (advance.fraction, advance.text)
                 case events.Replied(message):
                     reply = self._requests.pop(message.request, None)
                     if reply is not None:
@@ -623,6 +653,16 @@ class Client(Shown, Tasks):
             self._kept.update(listed.tasks)
             known = self._futures
             return [known.get(task) or known.setdefault(task, self._future(task)) for task in listed.tasks]
+
+    def _heard(self, words: Words, shape: Shape | None, node: str) -> None:
+        future = self._futures.get(words.task)
+        if future is None:
+            return
+        if future._log is None:
+            future._log = Log()
+        news = future._log.add(words)
+        if news is not None and self._printer is not None:
+            self._printer.show(Source(tag_of(words.task, shape), f"{node}/{words.worker}", words.stream), news, future._cell)
 
     def _now_running(self, task: bytes) -> None:
         future = self._futures.get(task)
@@ -657,7 +697,12 @@ class Client(Shown, Tasks):
 
 
 def _serve(
-    reference: weakref.ref[Client], core: Requests, dealer: zmq.Socket[bytes], ctx: zmq.Context[zmq.Socket[bytes]], wake: int
+    reference: weakref.ref[Client],
+    core: Requests,
+    dealer: zmq.Socket[bytes],
+    ctx: zmq.Context[zmq.Socket[bytes]],
+    wake: int,
+    printer: Printer | None,
 ) -> None:
     """The I/O thread. It does not keep its client: one that nobody can use any more says goodbye, and the thread ends."""
     waiter = sockets.Waiter(dealer)
@@ -681,6 +726,8 @@ def _serve(
         dealer.close(linger=1_000)
         ctx.term()
         os.close(wake)
+        if printer is not None:
+            printer.close()
 
 
 def _is_closed(reference: weakref.ref[Client]) -> bool:

@@ -32,7 +32,7 @@ from .core.policy import DEFAULT_POLICY, POLICIES
 from .display import Sheet, Shown, as_line
 from .errors import StartError, ZmqschedError
 from .host import thread_limits, usable_cpus
-from .options import amounts, integer, task_tags
+from .options import amounts, boolean, integer, task_tags
 from .shell import BROKER_ENVIRONMENT, log
 from .sockets import listen_address
 
@@ -71,6 +71,9 @@ class LocalCluster(Shown):
     journal
         Whether tasks and answers survive the broker's death by themselves: True (if the cluster is given a name), False,
         or a file to keep them in, instead of one in the user's state directory.
+    echo
+        The nodes' standard error, which is this program's, has what tasks write to theirs, too: for a program that runs a
+        cluster whose tasks come from others.
 
     Raises
     ------
@@ -94,6 +97,7 @@ class LocalCluster(Shown):
         listen: str | None = None,
         max_queued: int | None = None,
         journal: bool | str | os.PathLike[str] | None = None,
+        echo: bool = False,
     ) -> None:
         n_workers = usable_cpus() if n_workers is None else n_workers
         integer("n_workers", n_workers, 1, MAX_WORKERS)
@@ -117,6 +121,7 @@ class LocalCluster(Shown):
         weakref.finalize(self, os.close, self._closing).atexit = False  # close() still needs it then
         offers = [f"--resource={key}={amount}" for key, amount in amounts(resources or {}).items()]
         offers += [f"--tag={tag}" for tag in task_tags(tags)]
+        offers += [] if boolean("echo", echo) else ["--no-echo"]
         self._broker = ["broker", f"--name={self.name}", f"--policy={policy}"]
         self._broker += ["--listen", listen] if listen is not None else []
         self._broker += _journal_option(name is not None if journal is None else journal)

@@ -24,12 +24,15 @@ import threading
 import time
 from collections.abc import Generator
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from . import errors
 from .callbacks import Callbacks
 from .payload import unpack_exception, unpack_value
 from .protocol import Final, Payload, payload_bytes
+
+if TYPE_CHECKING:
+    from .printing import Log
 
 T = TypeVar("T")
 
@@ -55,6 +58,11 @@ class Future(concurrent.futures.Future[T]):
 
     _final: Final | None = None  # the answer that is not unpickled yet
     _unpacking: tuple[int] | None = None  # the thread that does it now, in an object of its own
+
+    # Of most futures there is nothing to keep.
+    _log: Log | None = None
+    _progress: tuple[float, str] | None = None
+    _cell: dict[str, Any] | None = None  # where in a notebook it was made
 
     def __init__(self, task: bytes, owner: Owner) -> None:
         super().__init__()
@@ -173,6 +181,16 @@ class Future(concurrent.futures.Future[T]):
                 waiter.add_cancelled(self)
             self._condition.notify_all()
         return True
+
+    def log(self) -> str:
+        """The end of what the task has printed so far, at most 64 KiB: standard output and error, of all its attempts. Where
+        something is missing it says ``[N bytes skipped]``."""
+        return "" if self._log is None else self._log.text()
+
+    @property
+    def progress(self) -> tuple[float, str] | None:
+        """What the task has last said of how far it is (``zmqsched.get_task().progress``): a fraction and a text."""
+        return self._progress
 
     def _call_back(self) -> None:
         """Run the callbacks. Never raises."""

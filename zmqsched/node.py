@@ -1,8 +1,8 @@
 """The node's shell: one connection to the broker, one pipe to each worker, the agent between them.
 
 One thread, one loop, as the broker's. The nursery is forked first, before ZeroMQ or any thread exists, and the workers
-from it. This process never unpickles and never runs user code. What it and its workers say on standard error is written by
-a thread that does nothing else: whoever does not read it must not stop the loop.
+from it. This process never unpickles and never runs user code. What it says on standard error, and of its workers
+what ``listening.py`` picks, is written by a thread that does nothing else: whoever does not read it must not stop the loop.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from . import host, orphans
-from .blackbox import BlackBox
 from .config import ConnectionFile
 from .core import events
 from .core.agent import Agent
 from .core.events import AgentAction, AgentEvent, Reached, Said, Tick
 from .errors import ProtocolError, Refused, StartError
+from .listening import Listener
 from .nursery import KILLED, Born, Exited, Gone, Nursery, Wires
 from .protocol import (
+    Advanced,
     Beat,
     Declined,
     Done,
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
 
 MAX_MESSAGES_PER_TURN = 100
 MAX_ANSWERS_PER_TURN = 64  # of each worker
-MAX_LAST_READS = 32  # of a dead worker's standard error, 64 KiB each: a pipe holds at most 1 MiB
 LINGER_MS = 2_000
 # While every worker has several short tasks in its pipe there is no hurry: rather than be woken for each answer, the node
 # sleeps this long and takes all that have come (as a network driver does under load).
@@ -56,7 +56,7 @@ class Node:
     """A node that runs until it is told to leave. ``slots``: workers; None is one for each usable CPU.
 
     ``resources`` are added to what is found here, or replace it; ``cpu`` is never below the number of slots, for a slot
-    is what runs a task that asks for one.
+    is what runs a task that asks for one. ``echo``: what tasks write to standard error is written to the node's as well.
     """
 
     def __init__(
@@ -65,6 +65,8 @@ class Node:
         slots: int | None = None,
         resources: dict[str, float] | None = None,
         tags: Iterable[str] = (),
+        *,
+        echo: bool = True,
     ) -> None:
         orphans.adopt()
         slots = slots or host.usable_cpus()
@@ -88,9 +90,9 @@ class Node:
         )
         self._agent = Agent(hello, gpus)
         self._incarnation = hello.incarnation
+        self._echo = echo
         self._wires: dict[int, Wires] = {}  # by worker
         self._readable: dict[int, int] = {}  # worker by descriptor, of its pipe
-        self._speaking: dict[int, int] = {}  # worker by descriptor, of its standard error
         self._unsent: dict[int, list[Run]] = {}  # what could not be put into a dying worker's pipe
         self._measured: dict[int, psutil.Process] = {}
         self._oom_kills = host.OomKills()
@@ -109,6 +111,7 @@ class Node:
         self._zmq = zmq
         stop = StopSignals(until_eof=until_eof)
         self._waiter = self._sockets.Waiter(self._dealer)
+        self._listener = Listener(self._stderr.forward, self._waiter.add, self._waiter.remove, echo=self._echo)
         self._waiter.add(self._connections.descriptor)
         for descriptor in (self._nursery.fileno(), *stop.descriptors):
             self._waiter.add(descriptor)
@@ -125,7 +128,7 @@ class Node:
         self._step(Tick())
         said = False
         while not self._why:
-            deadline: float = self._agent.next_deadline()
+            deadline = min(self._agent.next_deadline(), self._listener.due())
             if self._agent.has_plenty:
                 sleep(PACE_S)
                 deadline = 0.0
@@ -133,13 +136,14 @@ class Node:
             for descriptor in stop.descriptors:
                 if descriptor in ready and (why := stop.read(descriptor)):
                     self._step(events.Leave(why == "SIGTERM", why))
-            self._read_stderrs(ready)
+            self._listener.read(ready, monotonic())
             self._read_workers(ready)
             if self._nursery.fileno() in ready:
                 self._read_nursery()
             if self._connections.descriptor in ready and self._connections.new():
                 self._step(events.Reconnected())
             self._read_broker()
+            self._pass_on()
             self._step(Tick())
             if not said and self._agent.ready:
                 said = True
@@ -179,9 +183,8 @@ class Node:
     def _start(self, worker: int) -> None:
         wires = self._wires[worker] = self._nursery.spawn(worker)
         self._readable[wires.pipe.fileno()] = worker
-        self._speaking[wires.box.fileno()] = worker
-        for wire in (wires.pipe, wires.box):
-            self._waiter.add(wire.fileno())
+        self._waiter.add(wires.pipe.fileno())
+        self._listener.add(worker, wires.streams)
 
     def _give(self, worker: int, run: Run) -> None:
         try:
@@ -209,26 +212,18 @@ class Node:
         own; "" if nothing was written. At most ``blackbox.MAX_STACK`` characters."""
         return self._wires[worker].box.stack()
 
-    def _read_stderrs(self, ready: set[int]) -> None:
-        for descriptor in ready & self._speaking.keys():
-            self._read_stderr(self._wires[self._speaking[descriptor]].box)
-
-    def _read_stderr(self, box: BlackBox) -> bool:
-        """Pass on what is there. False: nothing is."""
-        data = box.read()
-        if data:
-            self._stderr.forward(data)
-        elif data is None and box.fileno() in self._speaking:  # the worker, or a task, has closed it
-            del self._speaking[box.fileno()]
-            self._waiter.remove(box.fileno())
-        return bool(data)
+    def _pass_on(self) -> None:
+        """What tasks have printed: before the tick, which sends their results."""
+        words, advances = self._listener.take(monotonic())
+        if words or advances:
+            self._step(events.Printed(words, advances))
 
     def _read_workers(self, ready: set[int]) -> None:
         for descriptor in ready & self._readable.keys():
             self._read_worker(self._readable[descriptor])
 
     def _read_worker(self, worker: int, limit: int = MAX_ANSWERS_PER_TURN) -> None:
-        pipe, _, box = self._wires[worker]
+        pipe, _, box, _ = self._wires[worker]
         for _ in range(limit):
             try:
                 frames = pipe.receive(wait=False)
@@ -240,8 +235,12 @@ class Node:
             except ProtocolError as error:
                 log.warning("worker %d sent what is no message: %s", worker, error)
                 continue
-            if box.asked and isinstance(message, Done):
-                box.clear()  # or it would be told of the next task when that kills the worker
+            if isinstance(message, Done):
+                self._listener.answered(worker, message)
+                if box.asked:
+                    box.clear()  # or it would be told of the next task when that kills the worker
+            elif isinstance(message, Advanced):
+                self._listener.advanced(worker, monotonic())
             if isinstance(message, Done | Declined | GroupAdd | Interrupted):
                 self._step(Said(worker, message))
 
@@ -276,20 +275,13 @@ class Node:
         wires = self._wires.pop(worker)
         del self._readable[wires.pipe.fileno()]
         self._waiter.remove(wires.pipe.fileno())
-        self._read_last_words(wires.box)
+        self._listener.bury(worker, monotonic())
+        self._pass_on()
         self._measured.pop(pid, None)
         oom = how == KILLED and self._oom_kills.lately()
-        remains = Remains(wires.box.stack(), wires.box.stderr(), wires.box.memory, exited.peak, oom)
+        remains = Remains(wires.box.stack(), wires.streams.last_words(), wires.box.memory, exited.peak, oom)
         wires.close()
         self._step(events.Exited(worker, pid, how, untaken, remains))
-
-    def _read_last_words(self, box: BlackBox) -> None:
-        """Its end may never come: somebody else may have it open still."""
-        for _ in range(MAX_LAST_READS):
-            if not self._read_stderr(box):
-                break
-        if self._speaking.pop(box.fileno(), None) is not None:
-            self._waiter.remove(box.fileno())
 
     # --- the broker ------------------------------------------------------------------------------------------------
 
@@ -344,7 +336,8 @@ class Node:
         self._nursery.close()
         orphans.end_all()  # this process is a node: it has no other children
         for wires in self._wires.values():
-            self._read_last_words(wires.box)
+            wires.streams.read_rest()
+            self._stderr.forward(wires.streams.take_unclaimed())
             wires.close()
         self._pub.close(linger=0)
         self._connections.close()

@@ -21,7 +21,6 @@ import array
 import atexit
 import ctypes
 import gc
-import io
 import os
 import select
 import signal
@@ -38,15 +37,16 @@ from typing import NamedTuple, NoReturn
 from . import orphans
 from .blackbox import STACK_SIGNAL, BlackBox, arm
 from .pipes import EXIT_PIPE_LOST, Pipe, pair
+from .streams import Streams, Voice
 
 # Control datagrams, both ways: kind, worker, pid, peak memory, then text. A spawn carries what the worker is to have: its
-# end of the pipe, and its side of the black box.
+# end of the pipe, and its side of the black box and of the streams.
 _CONTROL = struct.Struct("=cQQQ")
 _SPAWN, _KILL, _INTERRUPT, _DUMP = b"S", b"K", b"I", b"D"
 _SIGNALS = {_INTERRUPT: signal.SIGINT, _DUMP: STACK_SIGNAL}
 _BORN, _EXITED = b"B", b"X"
 _CONTROL_MAX = 1024
-_RIGHTS = 3
+_RIGHTS = 6
 _ANCILLARY = socket.CMSG_SPACE(4 * _RIGHTS)
 
 KILLED = f"killed by {signal.SIGKILL.name}"
@@ -91,6 +91,7 @@ class Wires(NamedTuple):
     pipe: Pipe
     kept: Pipe
     box: BlackBox
+    streams: Streams
 
     def close(self) -> None:
         for wire in self:
@@ -115,9 +116,10 @@ class Nursery:
         """Ask for a worker of this number. Runs may be sent at once."""
         ours, theirs = pair()
         box = BlackBox()
-        self._send(_SPAWN, worker, [theirs.fileno(), *box.descriptors])
-        box.handed_over()
-        return Wires(ours, theirs, box)
+        streams = Streams(worker)
+        self._send(_SPAWN, worker, [theirs.fileno(), box.descriptor, *streams.descriptors])
+        streams.handed_over()
+        return Wires(ours, theirs, box, streams)
 
     def kill(self, worker: int) -> None:
         """SIGKILL the worker and its process group. Its exit is reported by :meth:`read`; a dead one is ignored."""
@@ -351,16 +353,14 @@ class _Keeper:
             self._outbox.clear()
 
 
-def _work(pipe: int, stack: int, stderr: int) -> int:
+def _work(pipe: int, stack: int, *streams: int) -> int:
     """A worker's life: its exit code."""
     from .worker import run_worker
 
-    arm(stack, stderr)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # with PYTHONUNBUFFERED a line goes out in pieces, and workers' lines mix
-            stream.reconfigure(line_buffering=True, write_through=False)
+    arm(stack)
+    voice = Voice(*streams)
     try:
-        run_worker(Pipe(socket.socket(fileno=pipe)), stack)
+        run_worker(Pipe(socket.socket(fileno=pipe)), stack, voice)
         code = 0
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else 1

@@ -46,6 +46,8 @@ MAX_ITEMS = 10_000
 MAX_FRAMES = 1_024
 MAX_PARTS = 256  # frames of one payload: a task and its function must fit a message together
 MAX_TEXT = 64 * 1024
+MAX_WORDS = 64 * 1024  # of what a task prints: as much as its future keeps
+MAX_ADVANCE_TEXT = 200
 # One call or one result. libzmq cuts a link at an oversize frame without a word, so the sender checks (pitfall 6).
 MAX_PAYLOAD = 1 << 30
 
@@ -189,6 +191,28 @@ class Stopped(_Wire):
     attempt: Count
     verdict: Literal["cancelled", "TaskTimeout"]
     text: Text
+
+
+class Words(_Wire):
+    """What an attempt has written to standard output (``stream`` 1) or error (2): ``text``, behind ``at`` bytes with
+    ``lines`` line ends among them. Whoever passes it on may leave some out: what comes next tells how much."""
+
+    task: TaskId
+    attempt: Count
+    worker: Count
+    stream: Literal[1, 2]
+    at: Count
+    lines: Count
+    text: Annotated[bytes, Meta(max_length=MAX_WORDS)]
+
+
+class Advance(_Wire):
+    """How far an attempt has come, as it says itself."""
+
+    task: TaskId
+    attempt: Count
+    fraction: Annotated[float, Meta(ge=0, le=1)]
+    text: Annotated[str, Meta(max_length=MAX_ADVANCE_TEXT)] = ""
 
 
 class WorkerState(_Wire):
@@ -485,6 +509,15 @@ class Adopt(_Wire, tag=47):
     attempts: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)]
 
 
+class Output(_Wire, tag=48):
+    """What tasks print and how far they have come: from ``node`` to the broker, and on to who waits for them. Before their
+    results, if they are told at all."""
+
+    words: Annotated[list[Words], Meta(max_length=MAX_ITEMS)]
+    advances: Annotated[list[Advance], Meta(max_length=MAX_ITEMS)] = []
+    node: Name = ""
+
+
 # --- node and worker (pipes) -----------------------------------------------------------------------------------------
 
 
@@ -492,7 +525,7 @@ class Run(_Wire, tag=60):
     """Run one attempt. ``function`` is empty when the worker has it by digest; ``fresh`` says forget the others first.
 
     ``env`` is set for this task alone (``CUDA_VISIBLE_DEVICES``). It is not to be begun after ``until``, by the monotonic
-    clock of the host that node and worker share.
+    clock of the host that node and worker share. ``name``: the task's, if it was given one.
     """
 
     task: TaskId
@@ -503,6 +536,7 @@ class Run(_Wire, tag=60):
     fresh: bool = False
     env: tuple[tuple[str, str], ...] = ()
     until: float = math.inf
+    name: Name = ""
 
 
 class Declined(_Wire, tag=63):
@@ -513,16 +547,23 @@ class Declined(_Wire, tag=63):
 
 
 class Done(_Wire, tag=61):
+    """An attempt's answer. ``wrote``: what it has printed lies in the worker's streams, up to its mark there."""
+
     task: TaskId
     attempt: Count
     ok: bool
     value: _Inline
     seconds: Amount
     retry: bool = True
+    wrote: bool = False
 
 
 class Interrupted(_Wire, tag=62):
     """SIGINT has come to the worker."""
+
+
+class Advanced(_Wire, tag=64):
+    """The task that the worker runs has said how far it is; where, is in ``streams.py``."""
 
 
 # --- beats and facts (PUB) ----------------------------------------------------------------------------------------------
@@ -579,11 +620,11 @@ Message: TypeAlias = (
     ClientHello | NodeHello | Welcome | No | SayHello | Ping | Pong | Ack | Goodbye
     | Submit | Functions | NeedFunctions | Cancel | Finals | Running | GroupAdd | GroupWait | GroupForget | GroupDone
     | Query | Report | Notice | Shutdown | Drain | Follow | JobTasks | StillOpen | Unknown | Hold
-    | Dispatch | Revoke | Stop | Results | Progress | Workers | Draining | Adopt
+    | Dispatch | Revoke | Stop | Results | Progress | Workers | Draining | Adopt | Output
     | Beat | Fact
 )  # fmt: skip
 RecordMessage: TypeAlias = Submit | Functions | Finals | GroupAdd | Charged | Forgotten | Left | Present
-PipeMessage: TypeAlias = Run | Done | Declined | GroupAdd | Interrupted
+PipeMessage: TypeAlias = Run | Done | Declined | GroupAdd | Interrupted | Advanced
 
 
 class Envelope(Struct, array_like=True, frozen=True, gc=False):
@@ -802,6 +843,9 @@ def _check(body: Message | RecordMessage) -> None:
             _check_amounts(shape.options.resources)
             if not math.isfinite(shape.options.backoff + shape.options.timeout):
                 raise ProtocolError("a task's seconds must be finite numbers")
+    elif kind is Output:
+        if any(math.isnan(advance.fraction) for advance in cast(Output, body).advances):
+            raise ProtocolError("how far a task has come must be a number")
     elif isinstance(body, NodeHello | ClientHello):
         _check_names(body)
         if isinstance(body, NodeHello):

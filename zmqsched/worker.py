@@ -12,7 +12,9 @@ Rules
 * A function is kept by its digest, pickled if it could not be loaded, so that a later Run may try again.
 * A crash in a task's native code leaves a stack (``blackbox.py``); a task cannot switch that off for the next.
 * A task's working directory and standard streams are its own: what it leaves is put back (``surroundings.py``).
-* Code inside a task reaches the node through :func:`tell`, from any thread.
+* What a task prints is its own (``streams.py``), and handed over before its answer. Nothing else is set up for it: as in any
+  program, ``warnings`` and, until somebody configures ``logging``, records from WARNING on go to standard error.
+* Code inside a task reaches the node through :func:`tell`, from any thread, and learns of the task in ``context.py``.
 """
 
 from __future__ import annotations
@@ -32,9 +34,32 @@ from .errors import ProtocolError
 from .payload import know_place, may_retry, pack_exception, pack_value, short_form, unpack_call, unpack_function
 from .pipes import EXIT_PIPE_LOST, Pipe
 from .protocol import Declined, Done, Interrupted, Payload, PipeMessage, Run, decode_pipe, encode_pipe
+from .streams import Voice
 from .surroundings import Surroundings
 
+# A task that takes less is not worth a look at what its C code has not written out.
+SHORT_S = 0.001
+
 _pipe: Pipe | None = None
+_now: Now | None = None
+
+
+class Now:
+    """What this worker runs, for ``context.py``: ``run`` is None between two tasks. ``cancelled``: the end of this one was
+    asked for."""
+
+    __slots__ = ("cancelled", "function", "run", "voice")
+
+    def __init__(self, voice: Voice) -> None:
+        self.voice = voice
+        self.run: Run | None = None
+        self.function: Callable[..., Any] | None = None
+        self.cancelled = False
+
+
+def now() -> Now | None:
+    """None in a process that is no worker."""
+    return _now
 
 
 def in_worker() -> bool:
@@ -55,7 +80,7 @@ def tell(message: PipeMessage) -> None:
     _pipe.send(encode_pipe(message))
 
 
-def run_worker(pipe: Pipe, stack: int) -> None:
+def run_worker(pipe: Pipe, stack: int, voice: Voice) -> None:
     """Run what comes out of the pipe. Returns when the node has closed its end.
 
     ``stack`` is the descriptor for faulthandler.
@@ -65,11 +90,12 @@ def run_worker(pipe: Pipe, stack: int) -> None:
     SystemExit
         With ``EXIT_PIPE_LOST``: a task closed the pipe, or what else the worker needs.
     """
-    global _pipe  # noqa: PLW0603 - a process is a worker or it is not
+    global _pipe, _now  # noqa: PLW0603 - a process is a worker or it is not
     _pipe = pipe
+    now = _now = Now(voice)
     functions = _Functions()
     surroundings = Surroundings()
-    interrupts = _Interrupts(pipe)
+    interrupts = _Interrupts(pipe, now)
     place = _Place(functions)
     know_place(place)
     before = signal.signal(signal.SIGINT, interrupts)
@@ -85,7 +111,7 @@ def run_worker(pipe: Pipe, stack: int) -> None:
             if not faulthandler.is_enabled():
                 faulthandler.enable(stack)
             place.run = message
-            pipe.send(encode_pipe(_attempt(message, functions, interrupts)))
+            pipe.send(encode_pipe(_attempt(message, functions, interrupts, now)))
             surroundings.restore()
     except BrokenPipeError:
         return
@@ -95,7 +121,7 @@ def run_worker(pipe: Pipe, stack: int) -> None:
         raise SystemExit(EXIT_PIPE_LOST) from error
     finally:
         signal.signal(signal.SIGINT, before)
-        _pipe = None
+        _pipe = _now = None
 
 
 class _Functions:
@@ -152,9 +178,10 @@ class _Place:
 class _Interrupts:
     """The handler of SIGINT. ``wanted``: code of a task's runs."""
 
-    def __init__(self, pipe: Pipe) -> None:
+    def __init__(self, pipe: Pipe, now: Now) -> None:
         self.wanted = False
         self._pipe = pipe
+        self._now = now
         self._pid = os.getpid()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
@@ -162,8 +189,10 @@ class _Interrupts:
             signal.default_int_handler(number, frame)
         with suppress(OSError):
             self._pipe.send(encode_pipe(Interrupted()))
-        if self.wanted and not _imports(frame):
-            raise KeyboardInterrupt
+        if self.wanted:
+            self._now.cancelled = True
+            if not _imports(frame):
+                raise KeyboardInterrupt
 
 
 def _imports(frame: FrameType | None) -> bool:
@@ -176,18 +205,20 @@ def _imports(frame: FrameType | None) -> bool:
     return False
 
 
-def _attempt(run: Run, functions: _Functions, interrupts: _Interrupts) -> Done:
+def _attempt(run: Run, functions: _Functions, interrupts: _Interrupts, now: Now) -> Done:
     """Run one attempt; whatever happens is its answer."""
     pid = os.getpid()
     seconds = 0.0
     started = 0.0
     fn = None
     retry = True
+    now.voice.begin(run.task, run.attempt)
+    now.run = run
     try:
         before = _set_environment(run.env) if run.env else None
         interrupts.wanted = True
         try:
-            fn = functions.get(run.digest)
+            fn = now.function = functions.get(run.digest)
             args, kwargs = _arguments(run.call)
             started = perf_counter()
             result = fn(*args, **kwargs)
@@ -204,7 +235,10 @@ def _attempt(run: Run, functions: _Functions, interrupts: _Interrupts) -> Done:
         ok, value = False, pack_exception(error)
         retry = may_retry(fn, error)
     _flush()
-    return Done(run.task, run.attempt, ok, value, seconds, retry)
+    now.run = now.function = None
+    now.cancelled = False
+    wrote = now.voice.end(run.task, run.attempt, short=seconds < SHORT_S)
+    return Done(run.task, run.attempt, ok, value, seconds, retry, wrote)
 
 
 def _arguments(call: Payload) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -37,6 +37,7 @@ from typing import Literal
 from ..config import BEAT_INTERVAL_S, SUSPECT_AFTER_BEATS
 from ..protocol import (
     Adopt,
+    Advance,
     Attempt,
     Beat,
     Death,
@@ -56,6 +57,7 @@ from ..protocol import (
     Options,
     Order,
     Outcome,
+    Output,
     Payload,
     Progress,
     Results,
@@ -66,12 +68,14 @@ from ..protocol import (
     Stop,
     Stopped,
     Welcome,
+    Words,
     Workers,
     WorkerState,
     batches,
     payload_bytes,
     wire_bytes,
 )  # fmt: skip
+from . import outputs
 from .events import (
     AgentAction,
     AgentEvent,
@@ -80,6 +84,7 @@ from .events import (
     Give,
     Leave,
     Log,
+    Printed,
     Quit,
     Reached,
     Reconnected,
@@ -215,6 +220,8 @@ class Agent:
             case Stood(worker, stack):
                 if (ending := self._workers[worker].ending) is not None:
                     ending.stack = stack
+            case Printed(words, advances):
+                self._printed(words, advances)
             case Born(worker, pid):
                 self._workers[worker].pid = pid
                 self._workers_changed = True
@@ -316,7 +323,7 @@ class Agent:
         self._workers_changed = True
         self._credit = self._slots  # what the hello said
         for body in self._uplink.undelivered:  # what the last session did not deliver and is still worth something
-            if isinstance(body, Results | GroupAdd):
+            if isinstance(body, Results | GroupAdd | Output):
                 self._uplink.send(body)
             elif isinstance(body, Progress) and (body.deaths or body.stopped):  # of what the hello offered, it may be
                 self._uplink.send(Progress(self._credit, deaths=body.deaths, stopped=body.stopped))
@@ -421,6 +428,12 @@ class Agent:
             self._done(worker, message)
         if worker.ending is not None and worker.ending.over:
             worker.ending = None
+
+    def _printed(self, words: list[Words], advances: list[Advance]) -> None:
+        """At once, so before any result of this turn. Without a session it is lost; what comes later says how much."""
+        if (link := self._uplink.link) is not None:
+            for message in outputs.messages(link, words, advances, self.name):
+                link.send(message)
 
     def _done(self, worker: Worker, message: Done) -> None:
         held = worker.runs.pop(message.task)
@@ -617,7 +630,8 @@ class Agent:
         worker.functions.add(digest)
         env = (("CUDA_VISIBLE_DEVICES", ",".join(worker.gpus)),) if worker.gpus else ()
         until = self._uplink.lease_ends
-        self._out.append(Give(worker.id, Run(held.task, held.attempt, digest, function, held.call, fresh, env, until)))
+        name = held.options.name
+        self._out.append(Give(worker.id, Run(held.task, held.attempt, digest, function, held.call, fresh, env, until, name)))
 
     def _pin(self, demand: tuple[tuple[str, float], ...]) -> tuple[str, ...]:
         """The least loaded GPUs for this task: whole ones, or a share of one."""

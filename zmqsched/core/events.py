@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 from ..protocol import (
+    Advance,
     Beat,
     Declined,
     Done,
@@ -33,6 +34,7 @@ from ..protocol import (
     Shape,
     Shutdown,
     Welcome,
+    Words,
 )  # fmt: skip
 
 
@@ -171,6 +173,13 @@ class Stood(NamedTuple):
     stack: str
 
 
+class Printed(NamedTuple):
+    """What tasks here have printed, and how far they have come; of one that has ended, before :class:`Said` says so."""
+
+    words: list[Words]
+    advances: list[Advance]
+
+
 class TakenBack(NamedTuple):
     worker: int
     runs: list[Run]
@@ -225,7 +234,7 @@ class SendBeat(NamedTuple):
     beat: Beat
 
 
-AgentEvent = Reached | Reconnected | Unreadable | Born | Exited | Said | TakenBack | Stood | Leave | Tick
+AgentEvent = Reached | Reconnected | Unreadable | Born | Exited | Said | Printed | TakenBack | Stood | Leave | Tick
 AgentAction = ToBroker | Start | Give | TakeBack | AskStack | TellStack | Interrupt | Kill | SendBeat | Log | Quit
 
 
@@ -266,6 +275,15 @@ class NowRunning(NamedTuple):
     tasks: list[bytes]
 
 
+class Heard(NamedTuple):
+    """What tasks of this client's have printed at ``node``, and how far they have come. Each task's shape, if it is known:
+    others' tasks are followed too."""
+
+    words: list[tuple[Words, Shape | None]]
+    advances: list[Advance]
+    node: str
+
+
 class Replied(NamedTuple):
     message: GroupDone | Report | JobTasks
 
@@ -282,4 +300,4 @@ class Broken(NamedTuple):
 
 
 ClientEvent = Ask | Withdraw | Tell | Reached | Reconnected | Unreadable | Leave | Tick
-ClientAction = ToBroker | Began | Finished | NowRunning | Replied | Warned | Broken | Quit
+ClientAction = ToBroker | Began | Finished | NowRunning | Heard | Replied | Warned | Broken | Quit

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from ..protocol import Ack, Envelope, Finals, Message, Ping, Pong, Submit
+from ..protocol import Ack, Envelope, Finals, Message, Output, Ping, Pong, Submit
 
 WINDOW = 200
 ACK_DELAY_S = 0.05  # an answer usually carries the acknowledgement sooner, for nothing
@@ -38,18 +38,20 @@ class Link:
     answered. A message alone does not say so: it may have lain in a buffer while we slept.
 
     ``delivered`` collects what carries payloads (:class:`~zmqsched.protocol.Finals`, :class:`~zmqsched.protocol.Submit`) and
-    was acknowledged by the other end, for the owner to take.
+    was acknowledged by the other end, for the owner to take. ``printed``: bytes of text (:class:`~zmqsched.protocol.Output`)
+    that were not, so that whoever sends more may leave some out.
     """
 
     __slots__ = (
         "_ack_at", "_acked", "_backlog", "_cautious", "_control", "_next", "_ping_at", "_ping_number", "_pings",
-        "_resend_after", "_secured", "_unacked", "confirmed_at", "delivered", "received", "session",
+        "_resend_after", "_secured", "_unacked", "confirmed_at", "delivered", "printed", "received", "session",
     )  # fmt: skip
 
     def __init__(self, session: int, *, cautious: bool = False) -> None:
         self.session = session
         self.received = 0
         self.delivered: list[Finals | Submit] = []
+        self.printed = 0
         self._cautious = cautious
         self._secured = 0  # the highest number that may be acknowledged
         self._acked = 0  # the highest number that was acknowledged to the other end
@@ -66,6 +68,8 @@ class Link:
 
     def send(self, body: Message) -> None:
         self._backlog.append(body)
+        if type(body) is Output:
+            self.printed += printed_bytes(body)
 
     def ping(self, now: float) -> None:
         """Ask for a sign of life, and for what arrived."""
@@ -147,6 +151,8 @@ class Link:
         numbers = [seq for seq, _ in self._unacked]
         assert numbers == list(range(self._next - len(numbers), self._next)), "unacknowledged numbers have a hole"
         assert len(numbers) <= WINDOW, "more on the way than the window allows"
+        printed = sum(printed_bytes(body) for body in self.unfinished() if isinstance(body, Output))
+        assert self.printed == printed, "bytes of output on the way are off"
         assert bool(numbers) == (self._ping_at is not None), "a message on the way without a timer, or the reverse"
 
     def _lost(self) -> list[Envelope]:
@@ -163,6 +169,8 @@ class Link:
             body = self._unacked.popleft()[1]
             if type(body) is Finals or type(body) is Submit:
                 self.delivered.append(body)
+            elif type(body) is Output:
+                self.printed -= printed_bytes(body)
             progress = True
         if progress:
             self._ping_at = now + PING_AFTER_S if self._unacked else None
@@ -172,3 +180,7 @@ class Link:
         if self._unacked and self._unacked[0][0] <= pong.high and pong.received < pong.high:
             self._resend_after = pong.received  # also what was sent since: the peer ignores numbers behind a gap
         self.confirmed_at = max([self.confirmed_at, *(at for number, at in self._pings if number == pong.number)])
+
+
+def printed_bytes(output: Output) -> int:
+    return sum([len(words.text) for words in output.words])

@@ -43,6 +43,7 @@ from ..protocol import (
     NeedFunctions,
     No,
     Notice,
+    Output,
     Payload,
     Query,
     Report,
@@ -65,6 +66,7 @@ from .events import (
     ClientAction,
     ClientEvent,
     Finished,
+    Heard,
     Leave,
     NowRunning,
     Quit,
@@ -225,6 +227,8 @@ class Requests:
                 known = [Function(digest, self._functions[digest]) for digest in digests if digest in self._functions]
                 for batch in batches(known, _function_bytes):
                     self._uplink.send(Functions(batch))
+            case Output():
+                self._heard(message)
             case Hold(on):
                 self._held = on
             case Welcome():
@@ -334,6 +338,15 @@ class Requests:
         if news:
             self._out.append(Finished(news))
         self._send_what_waits()
+
+    def _heard(self, output: Output) -> None:
+        words = [(each, self._shape(each.task)) for each in output.words if self._awaits(each.task)]
+        advances = [each for each in output.advances if self._awaits(each.task)]
+        if words or advances:
+            self._out.append(Heard(words, advances, output.node))
+
+    def _shape(self, task: bytes) -> Shape | None:
+        return self._open[task][1] if task in self._open else None
 
     def _awaits(self, task: bytes) -> bool:
         """It is ours, or of a job that we follow, and unanswered."""

@@ -51,6 +51,7 @@ from ..protocol import (
     NodeHello,
     NodeReport,
     Notice,
+    Output,
     Present,
     Progress,
     Query,
@@ -68,6 +69,7 @@ from ..protocol import (
     clipped,
     wire_bytes,
 )  # fmt: skip
+from . import outputs
 from .book import Book
 from .dispatching import Dispatching
 from .events import (
@@ -244,6 +246,8 @@ class Scheduler:
                 known = [Function(d, functions[d]) for d in digests if d in functions]
                 for batch in batches(known, _function_bytes):
                     self._sessions.send(self._sessions.of(node), Functions(batch))
+            case Output():
+                outputs.pass_on(message, node.id, self.book)
             case Draining():
                 self._start_draining(node)
             case Goodbye(reason):

@@ -29,6 +29,7 @@ only a started task is blamed for a death              ``SimNode``, at each repo
 a late error decides nothing                           ``Watch``, at each result
 ``requeue=False`` without retries runs at most once    ``SimWorker``, at each start
 the answer is the right one; retries are not deaths    ``SimClient``, at each answer
+what a task prints comes before its answer             ``SimClient``, at each answer and each line
 a WaitGroup is zero when its tasks are answered        ``SimClient``, at each reply
 all are answered, nothing is kept, both ends agree     ``runs.Cluster.complaint``, at the end
 no message raises                                      everywhere: an exception of a core ends the run

@@ -22,10 +22,12 @@ from ..core.events import (
     Exited,
     Finished,
     Give,
+    Heard,
     Interrupt,
     Kill,
     Leave,
     Log,
+    Printed,
     Quit,
     Reached,
     Replied,
@@ -76,6 +78,7 @@ from ..protocol import (
     StillOpen,
     Submit,
     Unknown,
+    Words,
 )  # fmt: skip
 from .disk import Disk
 from .watch import Watch
@@ -326,6 +329,7 @@ class SimWorker:
     def _answer(self, run: Run, plan: Plan, *, ok: bool) -> None:
         value = msgspec.msgpack.encode(plan.number)
         self.running = None
+        self.node.post(Printed([Words(run.task, run.attempt, self.number, 1, 0, 0, b"%d\n" % plan.number)], []))
         done = Done(run.task, run.attempt, ok, value, plan.seconds, retry=plan.retried)
         self.node.post(Said(self.number, done))
         self.next()
@@ -479,6 +483,7 @@ class SimClient(Peer):
         self.options: dict[bytes, Options] = {}
         self.cancelled: set[bytes] = set()
         self.answers: dict[bytes, str] = {}
+        self.heard: set[bytes] = set()
         self.group_zero = False
         self.finished_asking = False
         self._in_group: list[bytes] = []  # what the WaitGroup was asked about
@@ -534,6 +539,9 @@ class SimClient(Peer):
                 case Finished(finals):
                     for final in finals:
                         self._answered(final.task, final.verdict, final.value, final.text)
+                case Heard(words, _, _):
+                    for said, _ in words:
+                        self._listen(said)
                 case Replied(GroupDone(_, error)):
                     self._group_is_zero(error)
                 case Replied(JobTasks(_, _, tasks)):
@@ -545,11 +553,20 @@ class SimClient(Peer):
                 case _:
                     pass
 
+    def _listen(self, words: Words) -> None:
+        if words.task in self.answers:
+            raise SimulationFailed(f"{words.task.hex()[-4:]} is heard of after its answer")
+        if words.text != b"%d\n" % self.plans[words.task].number:
+            raise SimulationFailed(f"{words.task.hex()[-4:]} is said to have printed what another has: {words.text!r}")
+        self.heard.add(words.task)
+
     def _answered(self, task: bytes, verdict: str, value: Payload, text: str) -> None:
         self.world.say(f"= {self.name.decode()}: {task.hex()[-4:]} is {verdict} {text}")
         if task in self.answers:
             raise SimulationFailed(f"task {task.hex()} was answered twice")
         self.answers[task] = verdict
+        if verdict == "ok" and task not in self.heard and not self._others and self._nobody_began_anew():
+            raise SimulationFailed(f"{task.hex()[-4:]} is answered, and what it printed has not come")
         plan = self.plans[task]
         if not self._may_end(task, plan, verdict, text):
             times = f"{self.world.executions[task]} executions, {self.world.deaths[task]} deaths"
@@ -579,6 +596,11 @@ class SimClient(Peer):
                 return self.broker.disk is not None and self.broker.disk.was_full
             case _:
                 return False
+
+    def _nobody_began_anew(self) -> bool:
+        """Only between two sessions what is printed may be lost."""
+        peers = [process for process in self.world.processes.values() if isinstance(process, SimNode | SimClient)]
+        return not self.broker.crashes and all(peer.core._uplink.hello.life == 1 for peer in peers)
 
     def _group_is_zero(self, error: str) -> None:
         if error:
