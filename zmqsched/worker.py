@@ -96,8 +96,7 @@ def run_worker(pipe: Pipe, stack: int, voice: Voice) -> None:
     functions = _Functions()
     surroundings = Surroundings()
     interrupts = _Interrupts(pipe, now)
-    place = _Place(functions)
-    know_place(place)
+    know_place(_Place(functions, now))
     before = signal.signal(signal.SIGINT, interrupts)
     try:
         while (frames := pipe.receive()) is not None:
@@ -110,7 +109,6 @@ def run_worker(pipe: Pipe, stack: int, voice: Voice) -> None:
                 continue
             if not faulthandler.is_enabled():
                 faulthandler.enable(stack)
-            place.run = message
             pipe.send(encode_pipe(_attempt(message, functions, interrupts, now)))
             surroundings.restore()
     except BrokenPipeError:
@@ -163,12 +161,12 @@ class _Functions:
 class _Place:
     """Where an exception comes from, in the words that its reader gets."""
 
-    def __init__(self, functions: _Functions) -> None:
-        self.run: Run | None = None
+    def __init__(self, functions: _Functions, now: Now) -> None:
         self._functions = functions
+        self._now = now
 
     def __call__(self) -> str:
-        run = self.run
+        run = self._now.run
         if run is None:
             return ""
         name = f"{self._functions.name(run.digest)}-{int.from_bytes(run.task[-8:], 'big')}"
