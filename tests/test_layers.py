@@ -46,7 +46,8 @@ MAY = {
     "callbacks": set(),
     "printing": {"protocol"},
     "futures": CORE_MAY | {"payload", "callbacks", "display", "printing"},
-    "waiting": {"futures"},
+    "progress": CORE_MAY | {"options"},
+    "waiting": {"futures", "progress"},
     "lifetime": {"futures", "waiting", "client"},
     "options": CORE_MAY,
     "client": EDGE_MAY

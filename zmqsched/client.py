@@ -433,6 +433,11 @@ class Client(Shown, Tasks):
         return Future(task, self)
 
     @property
+    def _held_back(self) -> bool:
+        """The broker takes no more tasks for now."""
+        return self._core.held
+
+    @property
     def _waiting(self) -> int:
         """Bytes of tasks that are not submitted yet, in the inbox or in the core."""
         return self._asked - self._core.taken + self._core.waiting

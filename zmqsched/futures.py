@@ -22,7 +22,7 @@ import concurrent.futures
 import logging
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -44,6 +44,9 @@ class Owner(Protocol):
 
     _callbacks: Callbacks
 
+    @property
+    def _held_back(self) -> bool: ...
+    def _request(self, make: Callable[[int], Any]) -> tuple[int, concurrent.futures.Future[Any]]: ...
     def _withdraw(self, tasks: list[bytes], *, force: bool) -> None: ...
 
 

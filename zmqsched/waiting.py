@@ -21,6 +21,7 @@ from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING, 
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from .futures import Future
+from .progress import FutureWork, show
 
 if TYPE_CHECKING:
     import asyncio
@@ -34,19 +35,31 @@ _DONE = (CANCELLED_AND_NOTIFIED, FINISHED)
 
 
 def wait(
-    fs: Iterable[StandardFuture[T]], timeout: float | None = None, return_when: str = ALL_COMPLETED
+    fs: Iterable[StandardFuture[T]],
+    timeout: float | None = None,
+    return_when: str = ALL_COMPLETED,
+    *,
+    progress: bool | None = None,
 ) -> DoneAndNotDoneFutures[T]:
     """As ``concurrent.futures.wait``: the sets ``done`` and ``not_done``, when all are done, the first is done
     (``FIRST_COMPLETED``) or has failed (``FIRST_EXCEPTION``), or ``timeout`` seconds are over.
 
     KeyboardInterrupt while it waits cancels those that are not done, also those that run.
+
+    ``progress``: whether to show a bar of how many are done, failed and running, which says why when nothing has moved for
+    three seconds; by default in interactive sessions, if it takes longer than half a second.
     """
     fs = set(fs)
+    work = FutureWork(fs)
+    bar = show(progress, work, "futures", next((future._owner for future in fs if isinstance(future, Future)), None))
     try:
         return concurrent.futures.wait(fs, timeout, return_when)
     except KeyboardInterrupt:
         cancel_all(fs, force=True)
         raise
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 def as_completed(fs: Iterable[StandardFuture[T]], timeout: float | None = None) -> AsCompleted[T]:

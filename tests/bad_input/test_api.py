@@ -559,9 +559,9 @@ def test_29_what_no_node_can_hold(client):
         "9.31e+08 GiB of memory, no node has more than": {"resources": {"memory": 1e18}},
         "tag fast, no node has it": {"tags": ["fast"]},
     }
-    with within(7):
+    with within(12):
         futures = {needs: client.options(**wish).submit(abs, -1) for needs, wish in wishes.items()}
-        told = {needs: future.exception(timeout=7) for needs, future in futures.items()}
+        told = {needs: future.exception(timeout=12) for needs, future in futures.items()}
     for needs, error in told.items():
         assert type(error) is errors.Unschedulable
         text = str(error)

@@ -83,7 +83,7 @@ def test_the_node_that_had_it_is_lost():
 def test_the_error_of_what_can_never_run_uses_the_same_words():
     broker, client, _ = a_cluster({"resources": {"memory": 8 * GIB}, "tags": ["ssd"]})
     reason = why(client, resources={"gpu": 1})
-    broker.passes(6)
+    broker.passes(10)
     text = client.final("it").text
     assert text.startswith(f"tasks like this one {reason}. The nodes offer n1 (a-host): cpu=1, memory=8 GiB, ssd. ")
 

@@ -1055,7 +1055,7 @@ def test_what_no_node_can_ever_hold_fails_within_seconds_and_says_why():
     client.submits("wide", resources={"gpu": 4})
     client.submits("tagged", tags=("tpu",))
     client.submits("fine", resources={"gpu": 1})
-    broker.passes(6)
+    broker.passes(10)
     assert client.answers == {"wide": "Unschedulable", "tagged": "Unschedulable"}
     text = client.final("wide").text
     assert "need 4 gpu, no node has more than 1" in text

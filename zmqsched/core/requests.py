@@ -171,6 +171,11 @@ class Requests:
     def open(self) -> int:
         return len(self._open)
 
+    @property
+    def held(self) -> bool:
+        """The broker takes no more for now."""
+        return self._held
+
     def _ask(self, tasks: list[tuple[bytes, Shape, Payload]], functions: dict[bytes, Payload]) -> None:
         for entry in tasks:
             self._open[entry[0]] = self._fresh[entry[0]] = entry

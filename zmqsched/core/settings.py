@@ -26,7 +26,7 @@ class Settings:
     suspect_after_s: float = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS
     ping_grace_s: float = PING_GRACE_S
     client_lease_s: float = CLIENT_LEASE_S
-    unservable_after_s: float = 3.0
+    unservable_after_s: float = 6.0
     await_lost_s: float = 60.0
     max_deaths: int = 3
     journal: bool = False
