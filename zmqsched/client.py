@@ -78,7 +78,7 @@ class Submission(NamedTuple):
     task: bytes
     shape: Shape
     call: Payload
-    function: bytes
+    function: Payload
 
 
 class Tasks(concurrent.futures.Executor):
@@ -410,8 +410,8 @@ class Client(Shown, Tasks):
         if self._cell is not None:
             future._cell = self._cell()
         try:
-            digest, blob = self._functions.pack(fn, retry_on if options.retries else b"")
             call = pack_call(args, kwargs)
+            digest, blob = self._functions.pack(fn, retry_on if options.retries else b"", call)
         except errors.TaskError as error:
             future.set_running_or_notify_cancel()
             future.set_exception(error)

@@ -31,7 +31,16 @@ from types import FrameType
 from typing import Any
 
 from .errors import ProtocolError
-from .payload import know_place, may_retry, pack_exception, pack_value, short_form, unpack_call, unpack_function
+from .payload import (
+    Shipped,
+    know_place,
+    load_function,
+    may_retry,
+    pack_exception,
+    pack_value,
+    short_form,
+    unpack_call,
+)
 from .pipes import EXIT_PIPE_LOST, Pipe
 from .protocol import Declined, Done, Interrupted, Payload, PipeMessage, Run, decode_pipe, encode_pipe
 from .streams import Voice
@@ -123,39 +132,42 @@ def run_worker(pipe: Pipe, stack: int, voice: Voice) -> None:
 
 
 class _Functions:
-    """The callables this worker has been given, by digest."""
+    """The callables this worker has been given, by digest, and the modules that have come with them."""
 
     def __init__(self) -> None:
-        self._loaded: dict[bytes, Callable[..., Any]] = {}
-        self._pickled: dict[bytes, bytes] = {}
+        self._loaded: dict[bytes, tuple[Callable[..., Any], Shipped | None]] = {}
+        self._pickled: dict[bytes, Payload] = {}
 
     def accept(self, run: Run) -> None:
         if run.fresh:
             self._loaded.clear()
             self._pickled.clear()
         if run.function and run.digest not in self._loaded:
-            self._pickled[run.digest] = _joined(run.function)
+            self._pickled[run.digest] = run.function
 
     def has(self, digest: bytes) -> bool:
         return digest in self._loaded or digest in self._pickled
 
     def get(self, digest: bytes) -> Callable[..., Any]:
-        fn = self._loaded.get(digest)
-        return fn if fn is not None else self._load(digest)
+        """Ready to be called: its modules are those that imports find."""
+        fn, modules = self._loaded.get(digest) or self._load(digest)
+        if modules is not None:
+            modules.activate()
+        return fn
 
     def name(self, digest: bytes) -> str:
-        fn = self._loaded.get(digest)
-        return short_form(fn) if fn is not None else "unknown"
+        known = self._loaded.get(digest)
+        return short_form(known[0]) if known is not None else "unknown"
 
-    def _load(self, digest: bytes) -> Callable[..., Any]:
+    def _load(self, digest: bytes) -> tuple[Callable[..., Any], Shipped | None]:
         try:
-            fn = unpack_function(self._pickled[digest])
+            loaded = load_function(self._pickled[digest])
         except BaseException as error:
             error.add_note("(raised in the worker while it loaded the task's function, before the call)")
             raise
-        self._loaded[digest] = fn
+        self._loaded[digest] = loaded
         del self._pickled[digest]
-        return fn
+        return loaded
 
 
 class _Place:
@@ -245,10 +257,6 @@ def _arguments(call: Payload) -> tuple[tuple[Any, ...], dict[str, Any]]:
     except BaseException as error:
         error.add_note("(raised in the worker while it loaded the task's arguments, before the call)")
         raise
-
-
-def _joined(payload: Payload) -> bytes:
-    return payload if isinstance(payload, bytes) else b"".join(payload)
 
 
 def _set_environment(env: tuple[tuple[str, str], ...]) -> list[tuple[str, str | None]]:

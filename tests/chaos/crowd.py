@@ -20,7 +20,7 @@ from zmqsched import host, sockets
 from zmqsched.config import ConnectionFile
 from zmqsched.core import events
 from zmqsched.core.agent import Agent
-from zmqsched.payload import pack_value, unpack_call, unpack_function
+from zmqsched.payload import load_function, pack_value, unpack_call
 from zmqsched.protocol import Done, Envelope, NodeHello, Run, decode, encode
 
 TURN_MS = 10
@@ -65,8 +65,7 @@ class Member:
 
     def _done(self, run: Run) -> Done:
         if run.function and run.digest not in self._functions:
-            blob = run.function if isinstance(run.function, bytes) else b"".join(run.function)
-            self._functions[run.digest] = unpack_function(blob)
+            self._functions[run.digest], _ = load_function(run.function)
         args, kwargs = unpack_call(run.call)
         return Done(run.task, run.attempt, True, pack_value(self._functions[run.digest](*args, **kwargs)), 0.0)
 

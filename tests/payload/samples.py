@@ -10,6 +10,8 @@ import types
 from pathlib import Path
 
 from zmqsched.payload import pack_value, unpack_value
+from zmqsched.payload.pickling import unpack
+from zmqsched.payload.wrappers import Wrapped
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -26,6 +28,12 @@ def run_as_main(source: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
+
+
+def unpack_function(payload):
+    """As a worker does, but with the modules that this process has."""
+    found = unpack(payload)
+    return found.load() if isinstance(found, Wrapped) else found
 
 
 def there_and_back(value):
@@ -70,7 +78,7 @@ from zmqsched.payload import *
 stdin = sys.stdin.buffer
 def read():
     return stdin.read(int(stdin.readline()))
-fn, call = unpack_function(read()), unpack_call(read())
+fn, call = load_function(read())[0], unpack_call(read())
 try:
     value = b"v" + pack_value(fn(*call[0], **call[1]))
 except BaseException as error:

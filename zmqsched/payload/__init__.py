@@ -1,6 +1,7 @@
 """Callables, calls, results and exceptions as bytes, and back. Only clients and workers import this package.
 
-``calls`` packs arguments and results, ``functions`` callables (``captures``: whether one is still what it was),
+``calls`` packs arguments and results, ``functions`` callables (``captures``: whether one is still what it was) with the
+user's own ``modules``, which ``shipped`` imports in the worker (``local``: which files are the user's own),
 ``exceptions`` what tasks raise, with ``tracebacks``; ``references`` notes what on the cluster a call refers to; ``blame``
 finds what cannot be pickled; ``pickling`` is below all of them.
 
@@ -11,9 +12,8 @@ Rules
   defines travels as a reference to it, unless ``cloudpickle.register_pickle_by_value`` says otherwise.
 * Buffers of at least ``OUT_OF_BAND`` bytes are not copied: a payload then is ``[stream, buffer, ...]``, and the buffers
   are the caller's own memory until they are sent. A caller who changes an array before that changes the argument.
-* A packed function is remembered only while everything it captures is provably what it was: constants, modules,
-  importable things, and functions of which the same is true. Anything that could change in place is pickled anew each
-  time. Correct first, fast second; annotations and docstrings are not looked at.
+* A function is sent once as long as it is the same, with all that it captures. A change in place is seen.
+* The user's own modules go along with the function that needs them, as their files are at the time of the call.
 * Failing to pickle is the caller's error and says which part cannot be pickled. Failing to unpickle is an answer too.
   User code (``__reduce__``, ``__setstate__``, ``__str__``) may raise anything; only KeyboardInterrupt passes through.
 * An exception arrives as itself if it can be rebuilt, else as text with its type; with its traceback in any case.
@@ -24,10 +24,11 @@ from __future__ import annotations
 
 from .calls import Call, pack_call, pack_value, unpack_call, unpack_value
 from .exceptions import Origin, know_place, origin_of, pack_exception, unpack_exception
-from .functions import FunctionPickler, pack_kinds, unpack_function
+from .functions import FunctionPickler, load_function, pack_kinds
 from .pickling import OUT_OF_BAND
 from .references import References, input_value, noting, packed_value, references
-from .wrappers import Chunk, RetryOn, may_retry, short_form
+from .shipped import Shipped
+from .wrappers import Chunk, RetryOn, Wrapper, may_retry, short_form
 
 __all__ = [
     "OUT_OF_BAND",
@@ -37,8 +38,11 @@ __all__ = [
     "Origin",
     "References",
     "RetryOn",
+    "Shipped",
+    "Wrapper",
     "input_value",
     "know_place",
+    "load_function",
     "may_retry",
     "noting",
     "origin_of",
@@ -51,6 +55,5 @@ __all__ = [
     "short_form",
     "unpack_call",
     "unpack_exception",
-    "unpack_function",
     "unpack_value",
 ]

@@ -21,10 +21,11 @@ from typing import Any
 import cloudpickle
 
 from .captures import ABSENT, importable, names
+from .pickling import Sink
 from .words import brief, short, type_name
-from .wrappers import Chunk
+from .wrappers import Wrapper
 
-BUDGET_S = 1.0
+BUDGET_S = 3.0
 MAX_PARTS = 100_000
 # Of what was seen last, where to look for something that has a path when the culprit has none: it was made for the occasion.
 _SEEN = 1_000
@@ -73,7 +74,7 @@ def blame(roots: Sequence[Named], error: BaseException, *, results: bool = False
             continue
         if isinstance(failure, RecursionError):
             return f"{name} ({type_name(type(root))}) is nested too deeply, or refers to itself through __reduce__"
-        steps, culprit = _path(root, tracer.seen, until)
+        steps, culprit = _path(root, tracer.seen, monotonic() + BUDGET_S)
         path = " -> ".join([name, *steps])
         kind = "" if culprit is root and isinstance(root, types.FunctionType) else f" ({type_name(type(culprit))})"
         return f"{path}{kind}: {brief(failure)}{_advice(culprit, results)}"
@@ -84,16 +85,11 @@ class _OutOfTimeError(BaseException):
     """The budget is spent."""
 
 
-class _Sink:
-    def write(self, data: Any) -> int:
-        return len(data)
-
-
 class _Tracer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no annotations
     """Pickles into nothing, and remembers what it has seen last."""
 
     def __init__(self, until: float) -> None:
-        super().__init__(_Sink(), 5, buffer_callback=lambda _: None)
+        super().__init__(Sink(), 5, buffer_callback=lambda _: None)
         self._until = until
         self.seen: deque[Any] = deque(maxlen=_SEEN)
 
@@ -115,14 +111,10 @@ class _Tracer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no 
 def _path(root: Any, seen: deque[Any], until: float) -> tuple[list[str], Any]:
     """Steps from the root to what was seen last, and that; or to the last that can be reached."""
     culprit = seen[-1] if seen else root
-    reached: dict[int, tuple[Any, int, str]] = {id(root): (root, 0, "")}
-    todo = deque([root])
-    while todo and id(culprit) not in reached and len(reached) < MAX_PARTS and monotonic() < until:
-        parent = todo.popleft()
-        for step, part in _some_parts(parent, culprit):
-            if id(part) not in reached:
-                reached[id(part)] = (part, id(parent), step)
-                todo.append(part)
+    # What holds the culprit was mostly seen shortly before it.
+    reached = _reached(root, culprit, until, set(map(id, seen)))
+    if id(culprit) not in reached:
+        reached = _reached(root, culprit, until, None)
     found = culprit if id(culprit) in reached else root
     if found is not culprit:  # it was made for the occasion: what holds it is the last object that was seen before
         holders = (thing for thing in reversed(seen) if id(thing) in reached and not issubclass(type(thing), _NO_HOLDERS))
@@ -136,6 +128,20 @@ def _path(root: Any, seen: deque[Any], until: float) -> tuple[list[str], Any]:
     # From the top down to the first that is a whole.
     end = next((at for at, (thing, _) in enumerate(chain) if _is_whole(thing)), len(chain) - 1)
     return [step for _, step in chain[1 : end + 1]], chain[end][0]
+
+
+def _reached(root: Any, wanted: Any, until: float, through: set[int] | None) -> dict[int, tuple[Any, int, str]]:
+    """What can be reached from the root, until the wanted is: by id, with the id of what it is part of and the step to it.
+    ``through``: look only into these."""
+    reached: dict[int, tuple[Any, int, str]] = {id(root): (root, 0, "")}
+    todo = deque([root])
+    while todo and id(wanted) not in reached and len(reached) < MAX_PARTS and monotonic() < until:
+        parent = todo.popleft()
+        for step, part in _some_parts(parent, wanted):
+            if id(part) not in reached and (through is None or id(part) in through):
+                reached[id(part)] = (part, id(parent), step)
+                todo.append(part)
+    return reached
 
 
 _NO_HOLDERS = (str, int, float, bytes, complex, type(None), type, types.FunctionType, types.ModuleType)
@@ -179,7 +185,7 @@ def _some_parts(value: Any, wanted: Any) -> list[Named]:
 
 def parts(value: Any) -> Iterator[Named]:
     """The parts that pickling this value would pickle too, named as a reader of the user's code would name them."""
-    if isinstance(value, Chunk):
+    if isinstance(value, Wrapper):
         yield from parts(value.fn)
     elif isinstance(value, types.FunctionType):
         if not importable(value):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import dis
+import functools
 import itertools
 import sys
 import types
@@ -9,30 +12,9 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .pickling import REGISTERED
+from .pickling import by_value
 
 ABSENT = object()
-
-
-class Known:
-    """A packed callable and the state it was packed in."""
-
-    __slots__ = ("captured", "fn", "modules", "packed")
-
-    def __init__(self, fn: weakref.ref[Any], packed: tuple[bytes, bytes], captured: list[Capture]) -> None:
-        self.fn = fn
-        self.packed = packed
-        self.captured = captured
-        # cloudpickle also names the submodules of captured packages that are imported at the time.
-        self.modules = len(sys.modules) if any(capture.packages for capture in captured) else 0
-
-    def unchanged(self) -> bool:
-        if self.modules and self.modules != len(sys.modules):
-            return False
-        for capture in self.captured:  # noqa: SIM110 - a generator would double the cost of a hit
-            if not capture.holds():
-                return False
-        return True
 
 
 class Capture:
@@ -133,6 +115,47 @@ def names(code: types.CodeType) -> Iterator[str]:
             yield from names(constant)
 
 
+def imported_in(fn: Any) -> frozenset[str]:
+    """What the code of a function by value, and of those it captures, imports when it runs: modules, or names in them."""
+    found: set[str] = set()
+    todo, seen = [fn], {id(fn)}
+    while todo:
+        value = todo.pop()
+        if isinstance(value, functools.partial):
+            inner = [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, types.MethodType):
+            inner = [value.__func__]
+        elif isinstance(value, types.FunctionType) and not importable(value):
+            found.update(_imports(value.__code__, str(value.__globals__.get("__package__") or "")))
+            inner = [value.__globals__.get(name) for name in names(value.__code__)]
+            with contextlib.suppress(ValueError):  # a cell that is still empty
+                inner += [cell.cell_contents for cell in value.__closure__ or ()]
+        else:
+            continue
+        fresh = [part for part in inner if id(part) not in seen]
+        seen.update(map(id, fresh))
+        todo += fresh
+    return frozenset(found)
+
+
+@functools.lru_cache(maxsize=512)
+def _imports(code: types.CodeType, package: str) -> frozenset[str]:
+    found: set[str] = set()
+    before: list[Any] = [None, None]
+    for instruction in dis.get_instructions(code):
+        if instruction.opname == "IMPORT_NAME":
+            level, wanted = before
+            base = package.rsplit(".", level - 1)[0] if level else ""
+            name = ".".join(part for part in (base, instruction.argval) if part)
+            found.add(name)
+            found.update(f"{name}.{part}" for part in wanted or ())
+        before = [before[1], instruction.argval]
+    for constant in code.co_consts:
+        if type(constant) is types.CodeType:
+            found |= _imports(constant, package)
+    return frozenset(found)
+
+
 _SCALARS = frozenset({type(None), bool, int, float, complex, str, bytes, range, type(Ellipsis), type(NotImplemented)})
 
 
@@ -148,7 +171,7 @@ def _constant(value: Any) -> bool:
             return False
     if kind is types.ModuleType:
         name: str = value.__name__
-        return sys.modules.get(name) is value and not _by_value(name)
+        return sys.modules.get(name) is value and not by_value(name)
     return importable(value)
 
 
@@ -157,16 +180,12 @@ def importable(value: Any) -> bool:
     if not isinstance(value, types.FunctionType | types.BuiltinFunctionType | type):
         return False
     name, path = value.__module__, value.__qualname__
-    if type(name) is not str or name == "__main__" or _by_value(name):
+    if type(name) is not str or name == "__main__" or by_value(name):
         return False
     found: Any = sys.modules.get(name)
     for part in path.split("."):
         found = getattr(found, part, None)
     return found is value
-
-
-def _by_value(module: str) -> bool:
-    return bool(REGISTERED) and any(module == name or module.startswith(f"{name}.") for name in list(REGISTERED))
 
 
 def _same_items(now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:

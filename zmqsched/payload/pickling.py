@@ -28,7 +28,7 @@ REGISTERED: set[str] = _PICKLE_BY_VALUE_MODULES
 _MAIN = b"\x8c\x08__main__\x94"
 
 
-def pack(value: Any, pickler: type[cloudpickle.Pickler] = cloudpickle.Pickler) -> Payload:
+def pack(value: Any, pickler: type[cloudpickle.Pickler] = cloudpickle.Pickler, *, plain_first: bool = True) -> Payload:
     buffers: list[Buffer] = []
 
     def in_band(buffer: pickle.PickleBuffer) -> bool:
@@ -38,7 +38,7 @@ def pack(value: Any, pickler: type[cloudpickle.Pickler] = cloudpickle.Pickler) -
         buffers.append(raw)
         return False
 
-    stream = _plain(value, in_band)
+    stream = _plain(value, in_band) if plain_first else None
     if stream is None:
         buffers.clear()
         stream = _dumps_by_value(value, pickler, in_band)
@@ -73,12 +73,48 @@ def _dumps_by_value(value: Any, pickler: type[cloudpickle.Pickler], in_band: _Bu
     return file.getvalue()
 
 
-def unpack(payload: Payload) -> Any:
+def enclosed(payload: Payload) -> bytes | tuple[Any, ...]:
+    """A payload to be put inside another: its buffers stay apart from the stream there too. :func:`unpack` reads it."""
+    return payload if isinstance(payload, bytes) else (payload[0], *map(pickle.PickleBuffer, payload[1:]))
+
+
+class Sink:
+    """A file that only counts what is written."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        self.bytes += size
+        return size
+
+
+def pickled_bytes(value: Any) -> int:
+    """How much a value takes pickled, buffers included; 0 if it cannot be."""
+    sink = Sink()
+
+    def count(buffer: pickle.PickleBuffer) -> None:
+        sink.bytes += buffer.raw().nbytes
+
+    try:
+        cloudpickle.Pickler(sink, 5, buffer_callback=count).dump(value)
+    except Exception:  # noqa: BLE001 - user code may raise anything
+        return 0
+    return sink.bytes
+
+
+def unpack(payload: Payload | tuple[Any, ...]) -> Any:
     if isinstance(payload, bytes):
         return pickle.loads(payload)
     # An array built on a read-only buffer could not be written to, though the caller's could: copy those.
     buffers = [part if not memoryview(part).readonly else bytearray(part) for part in payload[1:]]
     return pickle.loads(payload[0], buffers=buffers)
+
+
+def by_value(module: str) -> bool:
+    """The user wants what this module defines sent by value."""
+    return bool(REGISTERED) and any(module == name or module.startswith(f"{name}.") for name in list(REGISTERED))
 
 
 def check_size(payload: Payload, what: str) -> None:

@@ -6,7 +6,7 @@ import functools
 from typing import Any
 
 from ..protocol import clipped
-from .wrappers import Chunk
+from .wrappers import Wrapper
 
 
 def short(value: Any) -> str:
@@ -30,8 +30,8 @@ def type_name(cls: type) -> str:
 
 def name_of(fn: Any) -> str:
     """A callable's own name; of one that calls another, the other's."""
-    if isinstance(fn, Chunk | functools.partial):
-        return name_of(fn.fn if isinstance(fn, Chunk) else fn.func)
+    if isinstance(fn, Wrapper | functools.partial):
+        return name_of(fn.fn if isinstance(fn, Wrapper) else fn.func)
     return str(getattr(fn, "__name__", None) or type(fn).__name__)
 
 

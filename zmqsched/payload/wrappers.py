@@ -1,31 +1,43 @@
-"""Callables of ours around the user's: a batch of calls as one task, a task that is retried after some errors only."""
+"""Callables of ours around the user's: what they have in common, and a task that is retried after some errors only."""
 
 from __future__ import annotations
 
 import functools
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
+
+from ..protocol import Payload
+from .pickling import enclosed, unpack
 
 
-class Chunk:
-    """Calls a function for each of a list of argument tuples, as one task."""
+class Wrapper:
+    """A callable of ours around the user's function, which is packed by itself and remembered as such.
 
-    __slots__ = ("fn",)
+    ``packed``: the function, if it is not to be looked at again (:meth:`FunctionPickler.keep`).
+    """
+
+    __slots__ = ("fn", "packed")
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn = fn
+        self.packed: Any = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.fn(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[type[Wrapper], tuple[Callable[..., Any]]]:
+        return type(self), (self.fn,)
+
+
+class Chunk(Wrapper):
+    """Calls a function for each of a list of argument tuples, as one task."""
+
+    __slots__ = ()
 
     def __call__(self, calls: list[tuple[Any, ...]]) -> list[Any]:
         fn = self.fn
         return [fn(*args) for args in calls]
-
-    def __reduce__(self) -> tuple[type[Chunk], tuple[Callable[..., Any]]]:
-        return Chunk, (self.fn,)
-
-
-def _unpack_chunk(blob: bytes) -> Chunk:
-    return Chunk(pickle.loads(blob))
 
 
 class RetryOn:
@@ -47,35 +59,33 @@ def may_retry(fn: Callable[..., Any] | None, error: BaseException) -> bool:
     return not isinstance(fn, RetryOn) or any(kind in fn.kinds for kind in type(error).__mro__)
 
 
-def _unpack_retry_on(blob: bytes, kinds: bytes) -> RetryOn:
-    return RetryOn(pickle.loads(blob), pickle.loads(kinds))
-
-
 def short_form(fn: Callable[..., Any]) -> str:
     """A function's name for messages, at most 255 characters."""
     name = getattr(fn, "__qualname__", None)
     if not isinstance(name, str):
-        inner = fn.fn if type(fn) is Chunk else fn.func if isinstance(fn, functools.partial) else None
+        inner = fn.fn if isinstance(fn, Wrapper) else fn.func if isinstance(fn, functools.partial) else None
         name = type(fn).__qualname__ if inner is None else short_form(inner)
     return name[:255] if name.isascii() else name.encode(errors="replace").decode()[:255]
 
 
-class Chunked:
-    """Pickles into a Chunk of a function that is already pickled."""
+class Wrapped:
+    """How a function travels that needs more than its own pickle: ``load`` makes a callable of it again.
 
-    def __init__(self, blob: bytes) -> None:
-        self.blob = blob
+    ``kind``: the wrapper to put around it. ``kinds``: packed types of the exceptions that are retried; empty: any.
+    ``modules``: those of the user's own that it needs, packed.
+    """
 
-    def __reduce__(self) -> tuple[Callable[[bytes], Chunk], tuple[bytes]]:
-        return _unpack_chunk, (self.blob,)
-
-
-class Retried:
-    """Pickles into a RetryOn of a function and of types that are already pickled."""
-
-    def __init__(self, blob: bytes, kinds: bytes) -> None:
-        self.blob = blob
+    def __init__(self, inner: Payload | tuple[Any, ...], kind: type[Wrapper] | None, kinds: bytes, modules: bytes) -> None:
+        self.inner = inner
+        self.kind = kind
         self.kinds = kinds
+        self.modules = modules
 
-    def __reduce__(self) -> tuple[Callable[[bytes, bytes], RetryOn], tuple[bytes, bytes]]:
-        return _unpack_retry_on, (self.blob, self.kinds)
+    def load(self) -> Callable[..., Any]:
+        fn: Callable[..., Any] = unpack(self.inner)
+        if self.kind is not None:
+            fn = self.kind(fn)
+        return RetryOn(fn, pickle.loads(self.kinds)) if self.kinds else fn
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Wrapped, (enclosed(cast(Payload, self.inner)), self.kind, self.kinds, self.modules)

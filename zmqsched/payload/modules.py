@@ -1,0 +1,317 @@
+"""The user's own modules, for workers that lack them or have others: what of them a call needs, as the files say now.
+
+Rules
+-----
+* A module is the user's own if it is a Python file that somebody edits (``local.py``). It travels as source, to be imported
+  in the worker under its name (``shipped.py``): so its classes are the same for all functions that come with it, and what
+  it does when it is imported, it does there.
+* What travels: the modules that a packed function or call names, the packages they lie in, and what those import, anywhere
+  in their text, as far as it is the user's own. Nothing else that lies beside them, and no data files.
+* The file counts, not what this process has imported: who edits a module and calls again gets the new behaviour, without
+  a reload here. A file that is gone counts as it was last. One that cannot be parsed is an error of the call, at once.
+* A loop of calls looks only now and then whether files have changed (``LOOK_S``); whoever waits for a result, edits a file
+  and calls again gets the new one. A file read within ``SETTLED_S`` of its last change is read again, for a second change
+  within that time may leave it with the same time and size.
+* Not sent: ``__main__`` (what it defines is pickled by value), modules registered with cloudpickle (so is theirs), and
+  packages with compiled parts, which are the node's to have.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.machinery
+import os
+import pickle
+import re
+import sys
+import threading
+import zlib
+from collections.abc import Iterable, Iterator
+from time import monotonic
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from ..errors import NotSerializable
+from ..protocol import Payload
+from .local import is_users
+from .pickling import by_value
+from .shipped import Loader, Source
+
+# For each file, so looking takes at most some 5 % of a loop's time; nobody gets a result and edits a file in less.
+LOOK_S = 50e-6
+SETTLED_S = 0.05
+_MAX_SETS = 256
+_COMPILED = tuple(importlib.machinery.EXTENSION_SUFFIXES)
+_NEVER = ("__main__", "__mp_main__", "zmqsched")
+# How pickle begins to refer to a class or function by its names: none in a stream, no module either.
+STACK_GLOBAL = b"\x93"
+
+
+class Bundle(NamedTuple):
+    """Some modules and what they import. ``blob``: the sources, for :class:`~zmqsched.payload.shipped.Shipped`."""
+
+    digest: bytes
+    blob: bytes
+
+
+class _Entry:
+    """A module of the user's and the modules it may import, as read last. ``file``: empty for a namespace package;
+    ``fixed``: it has no file here that could change."""
+
+    __slots__ = ("broken", "digest", "file", "fixed", "imports", "name", "places", "read_at", "seen", "seen_at", "text")
+
+    def __init__(self, name: str, file: str, places: tuple[str, ...] | None, text: bytes | None = None) -> None:
+        self.name = name
+        self.file = file
+        self.places = places
+        self.seen: tuple[int, ...] | None = None
+        self.seen_at = self.read_at = 0.0
+        self.digest = b""
+        self.text = b""
+        self.imports: tuple[str, ...] = ()
+        self.broken: SyntaxError | ValueError | None = None
+        self.fixed = text is not None or not file
+        if text is not None:
+            self._take(text)
+
+    def look(self, now: float) -> bool:
+        """Read the file if it is not known to be what it was; True if it has changed."""
+        if self.fixed:
+            return False
+        try:
+            status = os.stat(self.file)
+        except OSError:
+            return False
+        seen = (status.st_mtime_ns, status.st_size, status.st_ino)
+        if seen != self.seen:
+            self.seen, self.seen_at = seen, now
+        elif self.read_at >= self.seen_at + SETTLED_S:
+            return False
+        try:
+            with open(self.file, "rb") as file:
+                text = file.read()
+        except OSError:
+            self.seen = None
+            return False
+        self.read_at = now
+        return self._take(text)
+
+    def _take(self, text: bytes) -> bool:
+        digest = hashlib.blake2b(text, digest_size=16).digest()
+        if digest == self.digest:
+            return False
+        self.text, self.digest, self.broken = text, digest, None
+        try:
+            tree = ast.parse(text, self.file)
+        except (SyntaxError, ValueError) as error:
+            self.broken = error
+            return True
+        package = self.name if self.places is not None else self.name.rpartition(".")[0]
+        self.imports = tuple(dict.fromkeys(_imports(tree, package)))
+        return True
+
+
+class _Set:
+    """Modules that were asked for together. ``due``: when to look at their files again."""
+
+    __slots__ = ("bundle", "due", "entries")
+
+    def __init__(self, bundle: Bundle, entries: list[_Entry], now: float) -> None:
+        self.bundle = bundle
+        self.entries = [(entry, entry.digest) for entry in entries]
+        self.due = now + LOOK_S * len(entries)
+
+    def has_changed(self, now: float) -> bool:
+        if now < self.due:
+            return False
+        self.due = now + LOOK_S * len(self.entries)
+        for entry, _ in self.entries:
+            entry.look(now)
+        return any(entry.digest is not then for entry, then in self.entries)  # others look at the same entries
+
+
+class Modules:
+    """What this process knows of the user's own modules. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._entries: dict[str, _Entry | None] = {}
+        self._sets: dict[frozenset[str], _Set] = {}
+        self._imported: tuple[int, str] = (0, "")
+        self._compiled: set[str] = set()
+        self._pattern: re.Pattern[bytes] | None = None
+
+    def named_in(self, payload: Payload) -> frozenset[str]:
+        """Names of the user's modules that this pickle refers to, or may refer to: a text that equals one counts too."""
+        stream = payload if isinstance(payload, bytes) else payload[0]
+        if isinstance(stream, bytes) and STACK_GLOBAL not in stream:
+            return _NONE
+        if self._imported != _imported_now():
+            self._look_around()
+        if self._pattern is None:
+            return _NONE
+        found = self._pattern.findall(stream)
+        return frozenset(name[1:].decode() for name in found) if found else _NONE
+
+    def own_among(self, names: frozenset[str]) -> frozenset[str]:
+        """Those of these names that are modules of the user's own, imported here or not."""
+        if not names:
+            return _NONE
+        with self._lock:
+            return frozenset(name for name in names if self._entry(name) is not None)
+
+    def bundle(self, names: frozenset[str]) -> Bundle | None:
+        """These modules with all they import; None if none of them is there any more.
+
+        Raises
+        ------
+        NotSerializable
+            One of them is no Python, as it is now.
+        """
+        with self._lock:
+            now = monotonic()
+            found = self._sets.get(names)
+            if found is not None and found.has_changed(now):
+                self._forget()
+                found = None
+            if found is None:
+                if len(self._sets) >= _MAX_SETS:
+                    self._sets.clear()
+                found = self._sets[names] = self._made(names, now)
+            return found.bundle if found.bundle.blob else None
+
+    def _look_around(self) -> None:
+        """Which of the imported modules are the user's own."""
+        with self._lock:
+            self._imported = _imported_now()
+            loaded = list(sys.modules.items())
+            self._compiled = {name.partition(".")[0] for name, module in loaded if _file_of(module).endswith(_COMPILED)}
+            names = [name.encode() for name, module in loaded if name.isascii() and self._is_own(name, module)]
+            # As protocol 5 writes a name the first time: opcode, length, name, memoize.
+            any_of = b"|".join(re.escape(b"%c%b" % (len(name), name)) for name in names if len(name) < 256)
+            self._pattern = re.compile(b"\x8c(" + any_of + b")\x94", re.DOTALL) if any_of else None
+            self._forget()
+
+    def _forget(self) -> None:
+        """What was not there before may be now."""
+        self._sets.clear()
+        self._entries = {name: entry for name, entry in self._entries.items() if entry is not None}
+
+    def _made(self, names: Iterable[str], now: float) -> _Set:
+        importlib.invalidate_caches()
+        entries = self._gathered(names)
+        while any([entry.look(now) for entry in entries.values()]):  # noqa: C419 - look at each
+            entries = self._gathered(names)
+        sources: list[Source] = []
+        for name in sorted(entries):
+            entry = entries[name]
+            if entry.broken is not None:
+                raise NotSerializable(f"cannot send the module {name!r} along: {entry.broken}") from entry.broken
+            sources.append(Source(name, self._key(name), entry.file, entry.text, entry.places))
+        blob = zlib.compress(pickle.dumps([tuple(source) for source in sources], 5), 1) if sources else b""
+        digest = hashlib.blake2b(b"".join(source.key for source in sources), digest_size=16).digest()
+        return _Set(Bundle(digest, blob), list(entries.values()), now)
+
+    def _gathered(self, names: Iterable[str]) -> dict[str, _Entry]:
+        """Modules, the packages around them, and whatever those import."""
+        found: dict[str, _Entry] = {}
+        todo = list(names)
+        while todo:
+            name = todo.pop()
+            if name in found or (entry := self._entry(name)) is None:
+                continue
+            found[name] = entry
+            todo.extend(entry.imports)
+            if parent := name.rpartition(".")[0]:
+                todo.append(parent)
+        return found
+
+    def _key(self, name: str) -> bytes:
+        reached = self._gathered([name])
+        digest = hashlib.blake2b(name.encode(), digest_size=16)
+        for other in sorted(reached):
+            digest.update(b"%b\0%b" % (other.encode(), reached[other].digest))
+        return digest.digest()
+
+    def _entry(self, name: str) -> _Entry | None:
+        if name not in self._entries:
+            self._entries[name] = entry = self._found(name)
+            if entry is not None:
+                entry.look(monotonic())
+        return self._entries[name]
+
+    def _found(self, name: str) -> _Entry | None:
+        """The user's own module of that name, imported here or not."""
+        module = sys.modules.get(name)
+        if module is None:
+            return self._not_imported(name)
+        if not self._is_own(name, module):
+            return None
+        loader = getattr(module, "__loader__", None)
+        path = getattr(module, "__path__", None)
+        places = None if path is None else tuple(str(place) for place in path)
+        return _Entry(name, _file_of(module), places, loader.source.text if isinstance(loader, Loader) else None)
+
+    def _not_imported(self, name: str) -> _Entry | None:
+        if not self._may_be_own(name):
+            return None
+        parent = name.rpartition(".")[0]
+        above = self._entry(parent) if parent else None
+        if parent and (above is None or above.places is None):
+            return None
+        try:
+            spec = importlib.machinery.PathFinder.find_spec(name, list(above.places or ()) if above else None)
+        except Exception:  # noqa: BLE001 - a finder of somebody's: then it is not ours to ship
+            return None
+        if spec is None or not _is_own_file(spec.origin or "", spec.submodule_search_locations or ()):
+            return None
+        places = spec.submodule_search_locations
+        return _Entry(name, spec.origin or "", None if places is None else tuple(places))
+
+
+    def _may_be_own(self, name: str) -> bool:
+        top = name.partition(".")[0]
+        return top not in _NEVER and top not in self._compiled and not by_value(name)
+
+    def _is_own(self, name: str, module: Any) -> bool:
+        if not self._may_be_own(name):
+            return False
+        try:
+            places = [str(place) for place in getattr(module, "__path__", None) or ()]
+            return getattr(module, "__spec__", None) is not None and _is_own_file(_file_of(module), places)
+        except Exception:  # noqa: BLE001 - what somebody has put there in place of a module
+            return False
+
+
+_NONE: frozenset[str] = frozenset()
+
+
+def _imported_now() -> tuple[int, str]:
+    """Something else when modules were imported in between; told in no time."""
+    return len(sys.modules), next(reversed(sys.modules))
+
+
+def _is_own_file(file: str, places: Iterable[str]) -> bool:
+    if file:
+        return file.endswith(".py") and is_users(os.path.abspath(file))
+    return any(is_users(os.path.abspath(place)) for place in places)
+
+
+def _file_of(module: ModuleType | Any) -> str:
+    file = getattr(module, "__file__", None)
+    return file if isinstance(file, str) else ""
+
+
+def _imports(tree: ast.AST, package: str) -> Iterator[str]:
+    """Names that the code may import, as modules or from them."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            name = ".".join(part for part in (base, node.module) if part)
+            if name:
+                yield name
+                yield from (f"{name}.{alias.name}" for alias in node.names)
