@@ -22,7 +22,7 @@ import psutil
 
 from zmqsched import Client, LocalCluster
 
-from . import echo, work
+from . import echo, stops, work
 
 WORKERS = 2
 TASKS = 10_000
@@ -134,6 +134,36 @@ def broker_memory(_repeats: int) -> list[Row]:
     ]
 
 
+def cancel(repeats: int) -> list[Row]:
+    with _client() as ours:
+        seconds = [stops.slot_free_s(ours, WORKERS) for _ in range(repeats)]
+    return [Row("cancel of a running task: its slot is free", "s", {"zmqsched": seconds}, *_at_most(max(seconds), 1))]
+
+
+def stop_button(repeats: int) -> list[Row]:
+    with _client() as ours:
+        pressed = [stops.stop_button_s(ours) for _ in range(repeats)]
+    back, idle = ([times[which] for times in pressed] for which in (0, 1))
+    return [
+        Row("stop button: the prompt is back", "s", {"zmqsched": back}, *_at_most(max(back), 2)),
+        Row("stop button: remote CPUs are idle", "s", {"zmqsched": idle}, *_at_most(max(idle), 2)),
+    ]
+
+
+def _at_most(longest: float, limit: float) -> tuple[str, str, bool]:
+    return f"{longest:.2f} s at most", f"< {limit:g} s", longest < limit
+
+
+def imports(repeats: int) -> list[Row]:
+    samples = _interleaved(
+        repeats, zmqsched=lambda: 1000 * stops.import_s("zmqsched"), zmq=lambda: 1000 * stops.import_s("zmq"),
+        client=lambda: 1000 * stops.import_s("zmqsched.client"),
+    )  # fmt: skip
+    ratio, client = _ratio(samples, "zmqsched", "zmq"), _ratio(samples, "client", "zmq")
+    title = "import zmqsched"
+    return [Row(title, "ms", samples, f"{ratio:.2f} x zmq; Client {client:.1f} x", "<= 2.5 x", ratio <= 2.5)]
+
+
 def _own(title: str, unit: str, value: float, limit: float) -> Row:
     return Row(title, unit, {"zmqsched": [value]}, f"{value:.2f} {unit}", f"<= {limit:g} {unit}", value <= limit)
 
@@ -147,6 +177,9 @@ MEASURES: dict[str, Callable[[int], list[Row]]] = {
     "naps": naps,
     "start": first_result,
     "memory": broker_memory,
+    "cancel": cancel,
+    "stop": stop_button,
+    "import": imports,
 }
 
 

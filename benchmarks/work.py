@@ -19,6 +19,11 @@ def nap(seconds: float) -> None:
     time.sleep(seconds)
 
 
+def spin(_: object = None) -> None:
+    while True:
+        pass
+
+
 def wait_for(path: str) -> None:
     """Occupy a worker until there is such a file."""
     while not Path(path).exists():
