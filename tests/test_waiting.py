@@ -248,6 +248,24 @@ def test_an_async_for_that_is_cancelled_cancels_what_it_waits_for(owner):
     assert [(sorted(tasks), force) for tasks, force in owner.withdrawn] == [([b"a", b"b"], True)]
 
 
+@pytest.mark.parametrize("known_to_run", [False, True])
+def test_an_await_that_is_cancelled_cancels_also_what_runs(owner, known_to_run):
+    future = runs(owner.future("a")) if known_to_run else owner.future("a")
+
+    async def main():
+        task = asyncio.ensure_future(asyncio.wait_for(future, 20))
+        for _ in range(5):  # turns of the loop, until it is awaited
+            await asyncio.sleep(0)
+        assert future._done_callbacks
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert future.cancelled()
+    assert owner.withdrawn[-1] == ([b"a"], True)
+
+
 # --- interrupts ------------------------------------------------------------------------------------------------------
 
 

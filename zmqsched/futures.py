@@ -137,8 +137,7 @@ class Future(concurrent.futures.Future[T]):
         try:
             return (yield from asyncio.wrap_future(self).__await__())
         except asyncio.CancelledError:
-            if not self.done():  # who awaited it was cancelled
-                self.cancel(force=True)
+            self.cancel(force=True)  # asyncio has cancelled it by now, but not what may run
             raise
 
     def __repr__(self) -> str:
