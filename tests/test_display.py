@@ -1,5 +1,6 @@
 """How things look: text and HTML say the same, nothing gets out of its cell, and showing never raises nor waits for long."""
 
+import concurrent.futures
 import os
 import re
 import signal
@@ -221,6 +222,39 @@ def test_a_cluster_shows_how_to_use_it(clusters):
         assert str(cluster.broker_pid) in repr(cluster)
     assert repr(cluster) == "<zmqsched.LocalCluster 'lab', state: closed>"
     assert not alive(cluster.broker_pid)
+
+
+def test_a_future_shows_its_state_and_what_became_of_it(client, gate):
+    good, bad = client.submit(abs, -1), client.submit(divmod, 1, 0)
+    assert concurrent.futures.wait([good, bad]).not_done == set()
+    assert re.fullmatch(r"<Future at 0x[0-9a-f]+ state=finished returned \d+ bytes, not unpickled yet>", repr(good))
+    assert good._final is not None
+    good.result(), bad.exception()
+    waiting = client.options(tags=["nowhere"]).submit(abs, -1)
+    for future, expected in (
+        (good, ["state", "finished", "returned", "int"]),
+        (bad, ["state", "finished", "raised", "ZeroDivisionError"]),
+        (waiting, ["state", "pending"]),
+    ):
+        assert Cells(future._repr_html_()).cells == [f"Future at {id(future):#x}", *expected]
+        assert repr(future) == f"<Future at {id(future):#x} state={' '.join(expected[1:])}>" == in_ipython(future)
+        assert repr(future) == concurrent.futures.Future.__repr__(future)
+    waiting.cancel()
+    assert "state=cancelled" in repr(waiting)
+
+
+def test_a_future_shows_how_far_its_task_is(client, gate):
+    def work(gated):
+        import zmqsched
+
+        zmqsched.get_task().progress(0.4, "epoch 3\n<b>")
+        gated()
+
+    works = client.submit(work, gate.task)
+    eventually(lambda: works.progress and works.running())
+    assert Cells(works._repr_html_()).cells[1:] == ["state", "running", "at", "40 % epoch 3 <b>"]
+    assert repr(works).endswith(" state=running at 40 % epoch 3 <b>>")
+    gate.open()
 
 
 @pytest.mark.parametrize("what", ["nodes", "workers", "status"])

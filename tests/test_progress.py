@@ -31,6 +31,10 @@ class Work:
         self.total, self.done, self.failed, self.running, self.waiting = total, done, failed, running, waiting
         self.pause = pause
 
+    @property
+    def ended(self):
+        return self.total == self.done + self.failed
+
     def open_tasks(self):
         return [bytes(16)]
 
@@ -326,24 +330,14 @@ def test_the_reason_stands_where_the_bar_was(monkeypatch):
     assert "waiting" not in drawn(screen)[-1]
 
 
-def test_it_does_not_keep_the_work(monkeypatch):
-    screen = a_screen(monkeypatch)
-    work = Work(total=10)
-    bar = Bar(work, "fit", None, 0.0)
-    eventually(lambda: drawn(screen))
-    del work
-    eventually(lambda: not bar._thread.is_alive())
-    assert screen.getvalue().endswith("\n")
-
-
 @pytest.mark.parametrize("stderr", [None, io.TextIOWrapper(io.BytesIO()), object()])
 def test_what_cannot_be_drawn_on_harms_nobody(stderr, monkeypatch):
     if isinstance(stderr, io.TextIOWrapper):
         stderr.close()
     monkeypatch.setattr(sys, "stderr", stderr)
     bar = Bar(Work(total=1), "fit", None, 0.0)
-    eventually(lambda: not bar._thread.is_alive())
     bar.close()
+    assert not bar._thread.is_alive()
 
 
 def test_work_that_raises_ends_the_bar_only(monkeypatch):
@@ -352,9 +346,10 @@ def test_work_that_raises_ends_the_bar_only(monkeypatch):
         def open_tasks(self):
             raise RuntimeError("a bug")
 
+    monkeypatch.setattr(progress, "STILL_S", 0.1)
     bar = Bar(Broken(total=1), "fit", Cluster(), 0.0)
-    eventually(lambda: drawn(screen))
-    bar.close()
+    eventually(lambda: not bar._thread.is_alive())
+    assert rows(screen.getvalue()) == [drawn(screen)[-1]]
 
 
 def test_several_at_once_have_a_line_each(monkeypatch):
@@ -509,10 +504,15 @@ def test_at_a_prompt_the_bar_says_what_is_missing_and_an_interrupt_ends_it(scrip
         import sys, time
         import zmqsched
 
+        def talk(number):
+            for line in range(20):
+                print("task", number, "says", line, flush=True)
+                time.sleep(0.01)
+
         sys.ps1 = ">>> "  # as in an interactive session
-        with zmqsched.LocalCluster(1) as cluster, zmqsched.Client(cluster) as client:
-            fs = [client.submit(abs, -n) for n in range(3)]
-            fs += [client.options(resources={"gpu": 1}).submit(abs, -1) for n in range(12)]
+        with zmqsched.LocalCluster(2, resources={"gpu": 1}) as cluster, zmqsched.Client(cluster) as client:
+            fs = [client.options(resources={"gpu": 1}).submit(time.sleep, 60) for n in range(13)]
+            fs += [client.options(name="talk").submit(talk, n) for n in range(3)]
             try:
                 zmqsched.wait(fs)
             except KeyboardInterrupt:
@@ -520,12 +520,13 @@ def test_at_a_prompt_the_bar_says_what_is_missing_and_an_interrupt_ends_it(scrip
         """,
         columns=100,
     )
-    eventually(lambda: "3/15" in terminal.text)
-    eventually(lambda: "] 12 waiting: need gpu, no node has one" in terminal.text)
+    eventually(lambda: "3/16" in terminal.text)
+    eventually(lambda: ", 1 running] 12 waiting: need gpu, the only one is taken" in terminal.text)
     terminal.process.send_signal(signal.SIGINT)
     assert terminal.ends() == 0
-    bar, rest = rows(terminal.text)
-    assert (bar.partition(":")[0], rest) == ("futures", "INTERRUPTED 12")
+    *said, bar, rest = rows(terminal.text)
+    assert (bar.partition(":")[0], rest) == ("futures", "INTERRUPTED 13")
+    assert [line.partition("] ")[2] for line in said] == [f"task {n} says {line}" for n in range(3) for line in range(20)]
 
 
 def test_a_terminal_that_does_not_know_its_size(scripts, tmp_path):

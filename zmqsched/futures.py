@@ -23,11 +23,12 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
+from concurrent.futures._base import _STATE_TO_DESCRIPTION_MAP, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from . import errors
 from .callbacks import Callbacks
+from .display import Sheet, Shown, cell
 from .payload import unpack_exception, unpack_value
 from .protocol import Final, Payload, payload_bytes
 
@@ -50,7 +51,7 @@ class Owner(Protocol):
     def _withdraw(self, tasks: list[bytes], *, force: bool) -> None: ...
 
 
-class Future(concurrent.futures.Future[T]):
+class Future(Shown, concurrent.futures.Future[T]):
     """A ``concurrent.futures.Future``. It also works with ``await``, in any event loop: when the coroutine that awaits it is
     cancelled (``asyncio.wait_for`` in time, Ctrl-C), so is the task, also if it runs; ``asyncio.shield`` protects it.
 
@@ -141,11 +142,32 @@ class Future(concurrent.futures.Future[T]):
             raise
 
     def __repr__(self) -> str:
-        if (final := self._final) is None:
-            return super().__repr__()
-        size = payload_bytes(final.value)
-        what = "returned" if final.verdict == "ok" else "raised"
-        return f"<{type(self).__name__} at {id(self):#x} state=finished {what} {size:,} bytes, not unpickled yet>"
+        (_, state), *facts = self._facts()
+        return f"<{self._name()} state={state}{''.join(f' {name} {cell(value)}' for name, value in facts)}>"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # on one line: futures come in lists
+
+    def _sheet(self) -> Sheet:
+        return Sheet(self._name(), facts=self._facts())
+
+    def _name(self) -> str:
+        return f"{type(self).__name__} at {id(self):#x}"
+
+    def _facts(self) -> list[tuple[str, object]]:
+        """What is known without unpickling anything; the state first."""
+        with self._condition:
+            final, error, state = self._final, self._exception, self._state
+        facts: list[tuple[str, object]] = [("state", _STATE_TO_DESCRIPTION_MAP[state])]
+        if final is not None:
+            what = "returned" if final.verdict == "ok" else "raised"
+            facts.append((what, f"{payload_bytes(final.value):,} bytes, not unpickled yet"))
+        elif state == FINISHED:
+            facts.append(("raised", type(error).__name__) if error else ("returned", type(self._result).__name__))
+        elif state in _OPEN and self._progress is not None:
+            fraction, text = self._progress
+            facts.append(("at", f"{100 * fraction:.0f} % {text}".rstrip()))
+        return facts
 
     # --- for the I/O thread and for what of zmqsched works on futures -------------------------------------------------
 

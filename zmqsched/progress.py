@@ -9,7 +9,7 @@ Rules
 * tqdm draws, in its notebook form in notebooks; it is imported when the first bar is shown. Who prints while there are bars
   does it in ``tqdm.external_write_mode``, as ``printing.py``.
 * A bar that cannot be drawn is given up, and the work goes on. After ``close`` nothing is drawn any more.
-* Whoever has a bar closes it; it ends by itself, too, when the work is complete, or nobody has the work any more.
+* Whoever has a bar closes it; it ends by itself, too, when the work has.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ _dumb_terminal = threading.Lock()  # held by the bar that is drawn there: one be
 
 class Work(Protocol):
     """What can have a bar, counted in items. ``total``: None if it is not known. ``running``, ``waiting``: of those that are
-    not done, as far as is known here. ``pause``: what it waits for itself, "" if for nothing."""
+    not done, as far as is known here. ``pause``: what it waits for itself, "" if for nothing. ``ended``: nothing will move
+    any more."""
 
     @property
     def total(self) -> int | None: ...
@@ -59,6 +60,8 @@ class Work(Protocol):
     def waiting(self) -> int: ...
     @property
     def pause(self) -> str: ...
+    @property
+    def ended(self) -> bool: ...
     def open_tasks(self) -> list[bytes]:
         """Ids of tasks that are not answered, not all if there are many."""
         ...
@@ -103,7 +106,7 @@ class Bar:
     """One bar; drawn from ``delay_s`` on, if there is still something to wait for then."""
 
     def __init__(self, work: Work, label: str, cluster: Cluster | None, delay_s: float) -> None:
-        self._work = weakref.ref(work)
+        self._work = work
         self._label = label
         self._why = Why(cluster)
         self._delay_s = delay_s
@@ -140,27 +143,21 @@ class Bar:
         return True
 
     def _draw_until_end(self, *, ascii_only: bool) -> None:
-        if (work := self._work()) is None:
-            return
+        work = self._work
         bar = _new_bar(self._label, work.total, self._began, ascii_only=ascii_only)
-        del work
         try:
             interval_s = INTERVAL_S if in_notebook() or _is_terminal() else LOG_INTERVAL_S
             drawn: tuple[object, ...] = ()
             drawn_at = -math.inf
-            while not self._ended.is_set() and (work := self._work()) is not None:
+            while not self._ended.is_set() and not work.ended:
                 now = time.monotonic()
                 total, done, failed, running = state = work.total, work.done, work.failed, work.running
                 why = self._why.look(state, work, now)
-                del work
                 if (state, why) != drawn or now - drawn_at >= 1.0:  # the seconds go on
                     drawn, drawn_at = (state, why), now
                     _draw(bar, total, done, failed, running, why)
-                if total is not None and done + failed >= total:
-                    break
                 self._ended.wait(interval_s)
-            if (work := self._work()) is not None:
-                _draw(bar, work.total, work.done, work.failed, 0, "")
+            _draw(bar, work.total, work.done, work.failed, 0, "")
         finally:
             bar.close()
 
@@ -241,6 +238,11 @@ class FutureWork:
     def done(self) -> int:
         self._look()
         return self.total - len(self._open) - self.failed
+
+    @property
+    def ended(self) -> bool:
+        self._look()
+        return not self._open
 
     @property
     def running(self) -> int:
