@@ -211,10 +211,12 @@ class Scripts:
         self._started.append(process)
         return process
 
-    def run(self, source: str, *arguments: str, code: int = 0, **environment: str) -> tuple[str, str]:
+    def run(
+        self, source: str, *arguments: str, code: int = 0, timeout_s: float = 40, **environment: str
+    ) -> tuple[str, str]:
         """Run to its end; what it printed, and its errors."""
         process = self.start(source, *arguments, **environment)
-        out, err = process.communicate(timeout=40)
+        out, err = process.communicate(timeout=timeout_s)
         assert process.returncode == code, f"exit code {process.returncode}: {out}{err}"
         return out, err
 

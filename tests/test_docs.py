@@ -22,7 +22,8 @@ RELIABILITY = ROOT / "docs" / "reliability.md"
 GUIDE = sorted((ROOT / "docs" / "guide").glob("*.md"))
 PAGES = [README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")), *GUIDE]
 # Pages whose programs need more than zmqsched does.
-WITH_PACKAGES = {"integrations.md"}
+PACKAGES = [pytest.mark.system, pytest.mark.timeout(180)]  # to import them in each worker takes a busy machine its time
+WITH_PACKAGES = {"integrations": PACKAGES}
 PACKAGE = ROOT / "zmqsched"
 SEPARATOR = "-- the next snippet --"
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -77,14 +78,14 @@ def test_programs_of_the_readme_run_as_pasted(scripts: Scripts, number: int):
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.system] if page.name in WITH_PACKAGES else [], id=page.stem)
+        pytest.param(page, marks=WITH_PACKAGES.get(page.stem, []), id=page.stem)
         for page in (ROOT / "docs" / "index.md", *GUIDE)
     ],
 )
 def test_the_snippets_of_each_page_are_one_program_that_prints_what_is_shown(scripts: Scripts, page: Path):
     snippets = programs(page)
     assert snippets, "a page of the guide without a snippet"
-    out, err = scripts.run(f"print({SEPARATOR!r})\n".join(source for source, _ in snippets))
+    out, err = scripts.run(f"print({SEPARATOR!r})\n".join(source for source, _ in snippets), timeout_s=150)
     assert err == ""
     for (source, expected), printed in zip(snippets, out.split(f"{SEPARATOR}\n"), strict=True):
         wanted = expected or ""  # "..." stands for anything
