@@ -18,7 +18,11 @@ PROMPT_BACK_S = 2.0
 
 def executed(name, seconds_to_stop=None):
     """The notebook's code cells, run. One that is tagged "interrupt" is interrupted once it has printed something; how long
-    the prompt then took is appended to ``seconds_to_stop``."""
+    the prompt then took is appended to ``seconds_to_stop``.
+
+    A front end shows what a kernel says in the cell that it says it for, whichever runs at the time. nbclient forgets what
+    comes late, so what is ``said`` in each cell is noted beside it.
+    """
     path = next(path for path in NOTEBOOKS if path.stem == name)
     notebook = nbformat.read(path, as_version=4)
     asyncio.run(run_all(notebook, path.parent, seconds_to_stop))
@@ -27,21 +31,49 @@ def executed(name, seconds_to_stop=None):
 
 async def run_all(notebook, directory, seconds_to_stop):
     where = {"metadata": {"path": directory}}
-    client = nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3", resources=where)
+    cells = {}  # by the message that had each of them run
+
+    def was_run(cell, cell_index, execute_reply):
+        cells[execute_reply["parent_header"]["msg_id"]] = cell
+
+    client = nbclient.NotebookClient(
+        notebook, timeout=60, kernel_name="python3", resources=where, on_cell_executed=was_run
+    )
+    said = []
     async with client.async_setup_kernel():
-        for index, cell in enumerate(notebook.cells):
-            if "interrupt" not in cell.metadata.get("tags", ()):
-                await client.async_execute_cell(cell, index)
-                continue
-            running = asyncio.create_task(client.async_execute_cell(cell, index))
-            while not cell.outputs:  # noqa: ASYNC110 - nbclient has no event for it
-                await asyncio.sleep(0.01)
-            await asyncio.sleep(0.5)  # what it prints comes before it waits
-            began = time.monotonic()
-            await ensure_async(client.km.interrupt_kernel())
-            with pytest.raises(nbclient.exceptions.CellExecutionError, match="KeyboardInterrupt"):
-                await running
-            seconds_to_stop.append(time.monotonic() - began)
+        listener = client.km.client()
+        listener.start_channels(shell=False, stdin=False, hb=False, control=False)
+        listening = asyncio.create_task(listen(listener, said))
+        await run_cells(client, notebook, seconds_to_stop)
+        listening.cancel()
+        listener.stop_channels()
+    for cell in cells.values():
+        cell.said = ""
+    for parent, text in said:
+        cells[parent].said += text
+
+
+async def listen(kernel, said):
+    while True:
+        message = await kernel.get_iopub_msg()
+        if message["msg_type"] == "stream":
+            said.append((message["parent_header"]["msg_id"], message["content"]["text"]))
+
+
+async def run_cells(client, notebook, seconds_to_stop):
+    for index, cell in enumerate(notebook.cells):
+        if "interrupt" not in cell.metadata.get("tags", ()):
+            await client.async_execute_cell(cell, index)
+            continue
+        running = asyncio.create_task(client.async_execute_cell(cell, index))
+        while not cell.outputs:  # noqa: ASYNC110 - nbclient has no event for it
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.5)  # what it prints comes before it waits
+        began = time.monotonic()
+        await ensure_async(client.km.interrupt_kernel())
+        with pytest.raises(nbclient.exceptions.CellExecutionError, match="KeyboardInterrupt"):
+            await running
+        seconds_to_stop.append(time.monotonic() - began)
 
 
 def printed(cell):
@@ -80,3 +112,20 @@ def test_interrupts(clusters):
     assert stopped.outputs[-1].ename == "KeyboardInterrupt"
     assert printed(left) == "20 cancelled\nresults: [0.01, 0.01, 0.01]\n"
     assert printed(after) == "the same workers: True\nat once: True\n"
+
+
+def test_output(clusters):
+    _, first, second, child, progress = executed("output")
+    assert lines(first) == ["first from the first cell", "then from the first cell"]
+    assert sorted(lines(second)) == [
+        "first from the second cell",
+        "from the second cell and from the first cell",
+        "then from the second cell",
+    ]
+    assert value(child)["text/plain"] == r"'a child process\n'"
+    assert value(progress)["text/plain"] == "(1.0, 'ready')"
+
+
+def lines(cell):
+    """What was said in the cell, without the tags of tasks."""
+    return [line.partition("] ")[2] if line.startswith("[") else line for line in cell.said.splitlines()]
