@@ -258,8 +258,8 @@ def _largest(fn: Any) -> tuple[str, Any, int]:
 
 
 def _depth_of_caller() -> int:
-    """How many frames of ours lie between ``warnings.warn`` and the user's code."""
+    """The ``stacklevel`` for ``warnings.warn`` at which the user's code is."""
     frame, depth = sys._getframe(1), 1
     while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("zmqsched."):
         frame, depth = frame.f_back, depth + 1
-    return depth - 1
+    return depth
