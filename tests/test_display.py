@@ -47,14 +47,19 @@ def cells_of_text(text):
 
 
 def in_ipython(shown):
-    """What IPython in a terminal shows."""
+    """What IPython in a terminal shows: by the first class that says how."""
     printed = []
 
     class Printer:
         text = printed.append
 
-    shown._repr_pretty_(Printer, False)
-    return "".join(printed)
+    for kind in type(shown).__mro__:
+        if "_repr_pretty_" in vars(kind):
+            kind._repr_pretty_(shown, Printer, False)
+            return "".join(printed)
+        if "__repr__" in vars(kind):
+            return repr(shown)
+    raise AssertionError("object has a repr")
 
 
 def a_node(name="n1", **other):

@@ -365,6 +365,8 @@ class Client(Shown, Tasks):
         """Neither shut down nor cut off from its cluster."""
         return not self._closed and self._broken is None
 
+    _repr_pretty_ = Shown._repr_pretty_  # beside __repr__, for IPython takes of each class what it finds there
+
     def __repr__(self) -> str:
         return as_line(self._own_sheet())
 

@@ -184,6 +184,8 @@ class LocalCluster(Shown):
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    _repr_pretty_ = Shown._repr_pretty_  # beside __repr__, for IPython takes of each class what it finds there
+
     def __repr__(self) -> str:
         return as_line(self._sheet())
 
