@@ -50,8 +50,10 @@ MAY = {
     "waiting": {"futures", "progress"},
     "lifetime": {"futures", "waiting", "client"},
     "options": CORE_MAY,
+    "arguments": EDGE_MAY | {"futures"},
     "client": EDGE_MAY
-    | {"worker", "futures", "callbacks", "printing", "waiting", "lifetime", "records", "display", "host", "options"},
+    | {"worker", "futures", "callbacks", "printing", "waiting", "lifetime", "records", "display", "host", "options"}
+    | {"arguments"},
     "waitgroup": EDGE_MAY | {"futures", "client", "worker", "waiting"},
 }
 ASSEMBLY = {"__init__", "__main__", "cluster", "stopping", "easy", "sim", "cli", "joblib"}
@@ -148,7 +150,7 @@ def test_each_module_has_a_layer():
 def test_only_the_edges_ever_unpickle():
     """The rule that the tables exist for, said once more without them."""
     direct = {layer(path) for path in modules() if "payload" in {target(name) for _, name in imports(path)}}
-    assert direct <= {"payload", "worker", "context", "client", "futures", *ASSEMBLY}
+    assert direct <= {"payload", "worker", "context", "client", "futures", "arguments", *ASSEMBLY}
 
 
 # The modules that read the wall clock, which may step; everything else measures by the monotonic one.

@@ -12,6 +12,7 @@ import functools
 import io
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -795,8 +796,6 @@ def test_48_what_holds_something_of_this_process(client, make):
         assert future.done(), "at once"
         with pytest.raises(errors.NotSerializable, match="closure variable `thing`"):
             future.result(timeout=0)
-    with pytest.raises(errors.NotSerializable, match="argument 1"):
-        client.submit(id, client.submit(abs, -1)).result(timeout=0)
 
 
 @pytest.mark.parametrize("chunksize", [1, 3])
@@ -979,8 +978,17 @@ def test_63_a_connection_file_of_another_user_or_a_damaged_address_is_one_line(t
     assert "\n" not in str(raised.value)
 
 
-def test_30_a_future_is_no_argument(client):
-    """There are no dependencies between tasks, so none on oneself, in a circle, or on what failed."""
+def test_30_48_a_future_is_an_argument_and_nothing_else(client):
     first = client.submit(abs, -1)
-    with pytest.raises(errors.NotSerializable, match="argument 1"):
-        client.submit(abs, first).result(timeout=0)
+    assert client.submit(abs, first).result(timeout=10) == 1
+    with pytest.raises(errors.NotSerializable, match="closure variable `first`"):
+        client.submit(lambda: first).result(timeout=0)
+    with pytest.raises(TypeError, match="can only be pickled among the arguments"):
+        pickle.dumps(first)
+
+
+def test_30_a_failed_dependency(client):
+    failed = client.submit(int, "no number")
+    with pytest.raises(errors.DependencyFailed) as raised:
+        client.submit(abs, failed).result(timeout=10)
+    assert isinstance(raised.value.__cause__, ValueError)

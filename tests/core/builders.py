@@ -18,6 +18,7 @@ from zmqsched.core.events import (
     AgentEvent,
     Arrived,
     Ask,
+    Asked,
     AskStack,
     BeatArrived,
     Began,
@@ -829,7 +830,7 @@ class Desk:
 
     def asks(self, *labels: str, function: str = "f", **asked: object) -> None:
         shape = Shape(digest(function), options(**asked))
-        tasks = [(task_id(label), shape, b"call of " + label.encode()) for label in labels]
+        tasks = [Asked(task_id(label), shape, b"call of " + label.encode()) for label in labels]
         self.step(Ask(tasks, {digest(function): blob(function)}))
         self.turn()
 

@@ -26,7 +26,7 @@ from .calls import Call, pack_call, pack_value, unpack_call, unpack_value
 from .exceptions import Origin, know_place, origin_of, pack_exception, unpack_exception
 from .functions import FunctionPickler, load_function, pack_kinds
 from .pickling import OUT_OF_BAND
-from .references import References, input_value, noting, packed_value, references
+from .references import References, as_it_is, input_value, noting, packed_value, references
 from .shipped import Shipped
 from .wrappers import Chunk, RetryOn, Wrapper, may_retry, short_form
 
@@ -40,6 +40,7 @@ __all__ = [
     "RetryOn",
     "Shipped",
     "Wrapper",
+    "as_it_is",
     "input_value",
     "know_place",
     "load_function",
