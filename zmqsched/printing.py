@@ -187,17 +187,14 @@ class _Bucket:
     def take(self, cost: float) -> None:
         self._left -= cost
 
-    @property
-    def full(self) -> bool:
-        return self._left >= self._burst
-
 
 class Screen:
     """What is to be shown, line by line, and when: it takes the time, and writes nothing."""
 
     def __init__(self) -> None:
         self._partial: dict[Source, tuple[bytes, float, Cell | None]] = {}
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[str, _Bucket] = {}  # of those that have shown something of late
+        self._look_through_at = 0.0
         self._all = _Bucket(ALL_RATE, ALL_BURST, 0.0)
         self._hidden: dict[str, tuple[int, Cell | None]] = {}
         self._note_at = math.inf
@@ -226,7 +223,6 @@ class Screen:
                 shown += self._show(source, [rest], cell, now)
         if now >= self._note_at or (all_of_it and self._hidden):
             shown += self._notes()
-            self._buckets = {tag: bucket for tag, bucket in self._buckets.items() if bucket.fill(now) < TASK_BURST}
         return shown
 
     def _show(self, source: Source, lines: list[bytes], cell: Cell | None, now: float) -> list[Shown]:
@@ -234,7 +230,8 @@ class Screen:
             return []
         bucket = self._buckets.get(source.tag)
         if bucket is None:
-            self._forget_the_quiet(now)
+            if now >= self._look_through_at:
+                self._forget_the_quiet(now)
             bucket = self._buckets[source.tag] = _Bucket(TASK_RATE, TASK_BURST, now)
         room = min(bucket.fill(now), self._all.fill(now))
         out = []
@@ -265,8 +262,8 @@ class Screen:
         ]
 
     def _forget_the_quiet(self, now: float) -> None:
-        if len(self._buckets) >= 1_000:
-            self._buckets = {tag: bucket for tag, bucket in self._buckets.items() if bucket.fill(now) < TASK_BURST}
+        self._look_through_at = now + TASK_BURST / TASK_RATE
+        self._buckets = {tag: bucket for tag, bucket in self._buckets.items() if bucket.fill(now) < TASK_BURST}
 
 
 def _patience(rest: bytes) -> float:
