@@ -645,6 +645,7 @@ class Client(Shown, Tasks):
                 case events.ToBroker(envelope):
                     self._send(envelope)
                 case events.Finished(finals):
+                    self._settle_screen()
                     for final in finals:
                         future = self._futures.pop(final.task, None)
                         if future is not None and future._answer(final):
@@ -660,6 +661,7 @@ class Client(Shown, Tasks):
                         if (future := self._futures.get(advance.task)) is not None:
                             future._progress = (advance.fraction, advance.text)
                 case events.Replied(message):
+                    self._settle_screen()  # a WaitGroup may be zero before the answers that made it so are here
                     reply = self._requests.pop(message.request, None)
                     if reply is not None:
                         reply.set_result(self._followed(message) if isinstance(message, JobTasks) else message)
@@ -688,6 +690,10 @@ class Client(Shown, Tasks):
             self._kept.update(listed.tasks)
             known = self._futures
             return [known.get(task) or known.setdefault(task, self._future(task)) for task in listed.tasks]
+
+    def _settle_screen(self) -> None:
+        if self._printer is not None:
+            self._printer.settle()
 
     def _heard(self, words: Words, shape: Shape | None, node: str) -> None:
         future = self._futures.get(words.task)
