@@ -456,8 +456,7 @@ def test_functions_of_a_script(scripts: Scripts):
             assert list(client.map(times, range(5), chunksize=2)) == [10, 20, 30, 40, 50]
         print("all right")
     """)
-    shown, last = out.splitlines()
-    assert (shown.partition("] ")[2], last) == ("from a worker", "all right")
+    assert sorted(out.splitlines()) == ["all right", "from a worker"]
     assert err == ""
 
 
@@ -572,7 +571,8 @@ def test_only_the_named_exceptions_are_retried(client, tmp_path, retry_on, raise
 def test_retries_of_named_exceptions_in_maps_and_views(client, tmp_path):
     view = client.options(retry_on=OSError).options(retries=1)
     assert sorted(view.map(flaky(tmp_path / "one"), [1, 1])) == [2, 3]
-    assert list(view.map(flaky(tmp_path / "two"), [1, 0], chunksize=2)) == [2, 3]
+    # Of a chunk only the item that has failed is tried again.
+    assert list(view.map(flaky(tmp_path / "two"), [1, 0], chunksize=2)) == [3, 2]
     with pytest.raises(OSError, match="attempt 1 fails"):
         view.options(retry_on=ValueError).submit(flaky(tmp_path / "three"), 1).result(timeout=10)
     group = zmqsched.WaitGroup(view)

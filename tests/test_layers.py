@@ -15,6 +15,7 @@ SHELL_MAY = CORE_MAY | {
     "listening", "shell", "host", "version",
 }  # fmt: skip
 EDGE_MAY = CORE_MAY | {"core", "payload", "sockets", "pipes"}
+MAPS = {"maps", "mapping"}
 
 # The modules of zmqsched that a module may import; a package stands for all that is in it. Not listed: assembly,
 # which may import anything.
@@ -50,10 +51,14 @@ MAY = {
     "waiting": {"futures", "progress"},
     "lifetime": {"futures", "waiting", "client"},
     "options": CORE_MAY,
-    "arguments": EDGE_MAY | {"futures"},
+    "sources": set(),
+    "shelf": {"payload"},
+    "tally": {"payload"},
+    "mapping": EDGE_MAY | {"futures", "waiting", "lifetime", "sources", "shelf", "tally", "client"},
+    "maps": EDGE_MAY | {"mapping", "sources", "client"},
     "client": EDGE_MAY
     | {"worker", "futures", "callbacks", "printing", "waiting", "lifetime", "records", "display", "host", "options"}
-    | {"arguments"},
+    | MAPS,
     "waitgroup": EDGE_MAY | {"futures", "client", "worker", "waiting"},
 }
 ASSEMBLY = {"__init__", "__main__", "cluster", "stopping", "easy", "sim", "cli", "joblib"}
@@ -150,7 +155,7 @@ def test_each_module_has_a_layer():
 def test_only_the_edges_ever_unpickle():
     """The rule that the tables exist for, said once more without them."""
     direct = {layer(path) for path in modules() if "payload" in {target(name) for _, name in imports(path)}}
-    assert direct <= {"payload", "worker", "context", "client", "futures", "arguments", *ASSEMBLY}
+    assert direct <= {"payload", "worker", "context", "client", "futures", "shelf", "tally", *MAPS, *ASSEMBLY}
 
 
 # The modules that read the wall clock, which may step; everything else measures by the monotonic one.

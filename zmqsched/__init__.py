@@ -16,25 +16,29 @@ if TYPE_CHECKING:
     from .client import Client
     from .cluster import LocalCluster
     from .context import get_task
-    from .easy import map  # noqa: A004 - zmqsched.map is the point
+    from .easy import map, starmap  # noqa: A004 - zmqsched.map is the point
     from .futures import Future
+    from .maps import Map
     from .version import __version__
     from .waitgroup import WaitGroup
     from .waiting import as_completed, wait
 
 __all__ = [
-    "Client", "Future", "LocalCluster", "WaitGroup", "__version__", "as_completed", "errors", "get_task", "map", "wait",
+    "Client", "Future", "LocalCluster", "Map", "WaitGroup", "__version__", "as_completed", "errors", "get_task", "map",
+    "starmap", "wait",
 ]  # fmt: skip
 
 _HOMES = {
     "Client": "client",
     "Future": "futures",
     "LocalCluster": "cluster",
+    "Map": "maps",
     "WaitGroup": "waitgroup",
     "__version__": "version",
     "as_completed": "waiting",
     "get_task": "context",
     "map": "easy",
+    "starmap": "easy",
     "wait": "waiting",
 }
 

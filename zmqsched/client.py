@@ -21,14 +21,13 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import zmq
 from msgspec.structs import replace
 
 from . import errors, lifetime, sockets
-from .arguments import fail, first_failed, inputs_of, values_of
 from .callbacks import Callbacks
 from .config import CONNECT_TIMEOUT_S, ConnectionFile, find_cluster, lasting_name
 from .core import events
@@ -39,8 +38,10 @@ from .display import ANSWER_TIMEOUT_S, Sheet, Shown, as_line
 from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, JobNotFound, ProtocolError, Refused, ZmqschedError
 from .futures import Future
 from .host import where
+from .maps import Map
+from .maps import start as start_map
 from .options import boolean, exception_types, integer, seconds, short_name, task_resources, task_tags, time_limit
-from .payload import Chunk, FunctionPickler, pack_call, pack_kinds, references, short_form
+from .payload import FunctionPickler, pack_call, pack_kinds, short_form
 from .printing import Log, Printer, Source, cell_reader, tag_of
 from .protocol import (
     ClientHello,
@@ -61,7 +62,10 @@ from .waiting import cancel_all
 from .worker import in_worker
 
 if TYPE_CHECKING:
+    from numpy.random import SeedSequence
+
     from .cluster import LocalCluster
+    from .mapping import Run
 
 T = TypeVar("T")
 
@@ -80,7 +84,6 @@ class Submission(NamedTuple):
     shape: Shape
     call: Payload
     function: Payload
-    inputs: tuple[Future[Any], ...] = ()
 
 
 class Tasks(concurrent.futures.Executor):
@@ -96,11 +99,6 @@ class Tasks(concurrent.futures.Executor):
         Waits while 64 MiB of tasks are on their way, because the broker is full, slow or away.
 
         Every keyword is ``fn``'s; a task's own settings are given by :meth:`options`.
-
-        Futures of this client among the arguments, also inside lists, tuples, dicts and other objects, become what their
-        tasks return: the call waits for them on the cluster, where their results stay. If one fails or is cancelled, the
-        call is not run and its future fails with :class:`~zmqsched.errors.DependencyFailed`, whose ``__cause__`` is that
-        error. At most 10,000 unfinished ones per call.
 
         Returns
         -------
@@ -126,28 +124,66 @@ class Tasks(concurrent.futures.Executor):
         fn: Callable[..., T],
         *iterables: Iterable[Any],
         timeout: float | None = None,
-        chunksize: int = 1,
-    ) -> Iterator[T]:
-        """As ``Executor.map``: submits at once, gives the results in order, lazily.
+        chunksize: int | Literal["auto"] = "auto",
+        buffersize: int | None = None,
+        ordered: bool = True,
+        on_error: Literal["raise", "return"] = "raise",
+        seed: int | SeedSequence | None = None,
+    ) -> Map[T]:
+        """``fn(*items)`` for the items of the iterables, as many as the shortest has, in parallel: an iterator of results.
+
+        As ``Executor.map``, and it does not grow with the number of items. Lists and other containers are taken as they are
+        at the call; any other iterable, a generator for instance, is read by a thread in the background while the map goes
+        on, whether or not its results are read; what it raises is raised behind the results of the items that it gave.
 
         Parameters
         ----------
         timeout
             Seconds from this call on until ``TimeoutError``.
         chunksize
-            Items per task; more pays when a call takes less than about a millisecond.
+            Items per task. "auto": as many as take 50 to 100 ms, fewer near the end; what a task has not begun then is
+            given to others. The results of a task come together, so with ``chunksize=1`` each comes as soon as it can.
+        buffersize
+            At most so many items are taken and not yet read as results (so many chunks, if ``chunksize`` is a number).
+        ordered
+            False: results as they come.
+        on_error
+            "raise": the first error in the order of the results is raised there, and ends the map. "return": exceptions
+            stand in the place of results, and a summary is logged at the end. One item's error never disturbs another item.
+            See :attr:`Map.failures`, :meth:`Map.summary`, :meth:`Map.retry_failed`.
+        seed
+            An int of at least 0, or a ``numpy.random.SeedSequence``: ``fn`` is called with ``rng=``, a
+            ``numpy.random.Generator`` of the item's own. Its numbers depend on the seed and the item's index alone.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Wrong arguments.
+        RuntimeError
+            After ``shutdown``.
         """
-        if not callable(fn):
-            raise TypeError(f"map needs a callable, not {type(fn).__name__}")
-        if chunksize < 1:
-            raise ValueError(f"chunksize must be at least 1, not {chunksize}")
-        until = None if timeout is None else time.monotonic() + timeout
-        calls = zip(*iterables, strict=False)
-        if chunksize == 1:
-            return _results([self.submit(fn, *args) for args in calls], until)
-        chunk: Callable[[list[tuple[Any, ...]]], list[T]] = Chunk(fn)
-        chunks = iter(lambda: list(itertools.islice(calls, chunksize)), [])
-        return _flat(_results([self.submit(chunk, part) for part in chunks], until))
+        return start_map(
+            self, fn, iterables, spread=False, timeout=timeout, chunksize=chunksize, buffersize=buffersize, ordered=ordered,
+            on_error=on_error, seed=seed,
+        )  # fmt: skip
+
+    def starmap(
+        self,
+        fn: Callable[..., T],
+        iterable: Iterable[Iterable[Any]],
+        *,
+        timeout: float | None = None,
+        chunksize: int | Literal["auto"] = "auto",
+        buffersize: int | None = None,
+        ordered: bool = True,
+        on_error: Literal["raise", "return"] = "raise",
+        seed: int | SeedSequence | None = None,
+    ) -> Map[T]:
+        """As :meth:`map`, for an iterable of tuples of arguments, as ``itertools.starmap``."""
+        return start_map(
+            self, fn, (iterable,), spread=True, timeout=timeout, chunksize=chunksize, buffersize=buffersize, ordered=ordered,
+            on_error=on_error, seed=seed,
+        )  # fmt: skip
 
     def options(
         self,
@@ -298,6 +334,8 @@ class Client(Shown, Tasks):
         self._prefix = secrets.token_bytes(8)
         self._numbers = itertools.count(1)
         self._futures: dict[bytes, Future[Any]] = {}
+        self._runs: set[Run] = set()  # maps that are not over
+        self._last_run: Run | None = None
         self._kept: set[bytes] = set()  # those that are a job's: they outlive this client
         self._requests: dict[int, concurrent.futures.Future[Any]] = {}
         self._inbox: deque[Submission | ClientEvent] = deque()
@@ -359,13 +397,19 @@ class Client(Shown, Tasks):
         self._take_no_more()
         futures = list(self._futures.values())
         if cancel_futures:
+            self._stop_maps(concurrent.futures.CancelledError())
             cancel_all(futures)
         if wait:
             self._close_when_done()
-        elif all(future.done() for future in futures):
+        elif all(future.done() for future in futures) and self._is_idle:
             self._close()
         else:
             threading.Thread(target=self._close_when_done, name="zmqsched shutdown", daemon=True).start()
+
+    @property
+    def last_map(self) -> Map[Any] | None:
+        """The last map of this client, also one that was interrupted: see :meth:`Map.results`. None before the first."""
+        return None if self._last_run is None else Map(self, self._last_run)
 
     @property
     def usable(self) -> bool:
@@ -411,36 +455,42 @@ class Client(Shown, Tasks):
     # --- submitting ----------------------------------------------------------------------------------------------------
 
     def _submit(
-        self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, retry_on: bytes
-    ) -> Future[T]:
-        self._check_usable()
+        self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, retry_on: bytes,
+        *, accepted: bool = False,
+    ) -> Future[T]:  # fmt: skip
+        """``accepted``: part of what was asked for before a shutdown."""
+        self._check_usable(accepted=accepted)
         task = self._prefix + next(self._numbers).to_bytes(8, "big")
         future: Future[T] = self._future(task)
         if self._cell is not None:
             future._cell = self._cell()
         try:
             call = pack_call(args, kwargs)
-            inputs = inputs_of(found, self) if (found := references()) is not None else ()
             digest, blob = self._functions.pack(fn, retry_on if options.retries else b"", call)
         except errors.TaskError as error:
             future.set_running_or_notify_cancel()
             future.set_exception(error)
             return future
-        if inputs and (argument := first_failed(inputs)) is not None:
-            fail(future, argument)
-            return future
         with self._lock:
-            self._check_usable()
+            self._check_usable(accepted=accepted)
             if self._waiting >= MAX_WAITING_BYTES and threading.current_thread() is not self._thread:
-                self._wait_for_room()
-            self._asked += call_bytes(call, inputs)
+                self._wait_for_room(accepted=accepted)
+            self._asked += call_bytes(call)
             self._futures[task] = future
             lifetime.needed.add(self)
             if options.job:
                 self._kept.add(task)
-            self._inbox.append(Submission(task, Shape(digest, options, short_form(fn)), call, blob, inputs))
+            self._inbox.append(Submission(task, Shape(digest, options, short_form(fn)), call, blob))
         self._nudge()
         return future
+
+    def _take_on(self, run: Run) -> None:
+        self._runs.add(run)
+        lifetime.needed.add(self)
+
+    def _stop_maps(self, why: BaseException) -> None:
+        for run in list(self._runs):
+            run.stop(why)
 
     def _future(self, task: bytes) -> Future[Any]:
         return Future(task, self)
@@ -455,19 +505,19 @@ class Client(Shown, Tasks):
         """Bytes of tasks that are not submitted yet, in the inbox or in the core."""
         return self._asked - self._core.taken + self._core.waiting
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_room(self, *, accepted: bool) -> None:
         self._blocked += 1  # before looking again: the I/O thread makes room before it looks for who waits
         try:
             while self._waiting >= MAX_WAITING_BYTES:
                 self._room.wait()
-                self._check_usable()
+                self._check_usable(accepted=accepted)
         finally:
             self._blocked -= 1
 
-    def _check_usable(self) -> None:
+    def _check_usable(self, *, accepted: bool = False) -> None:
         if self._broken is not None:
             raise type(self._broken)(str(self._broken))
-        if self._closed:
+        if self._closed and not (accepted and self._thread.is_alive()):
             raise RuntimeError(self._why_closed)
 
     def _withdraw(self, tasks: list[bytes], *, force: bool) -> None:
@@ -562,17 +612,19 @@ class Client(Shown, Tasks):
     def _close_when_done(self) -> None:
         try:
             with self._idle:
-                while self._futures and self._thread.is_alive():
+                while not self._is_idle and self._thread.is_alive():
                     self._idle.wait(1.0)
             if not self._callbacks.are_mine(threading.current_thread()):
                 self._callbacks.finish()
         except KeyboardInterrupt:
+            self._stop_maps(concurrent.futures.CancelledError())
             cancel_all([future for task, future in list(self._futures.items()) if task not in self._kept], force=True)
             raise
         self._close()
 
     def _close(self) -> None:
         self._take_no_more()
+        self._stop_maps(RuntimeError(self._why_closed))  # they wait for somebody to read
         if self._thread.is_alive() and threading.current_thread() is not self._thread:
             self._post(events.Leave(bool(self._kept), "client closed"))
             self._thread.join(CLOSE_TIMEOUT_S + (DELIVERY_TIMEOUT_S if self._kept else 0.0))
@@ -606,38 +658,21 @@ class Client(Shown, Tasks):
 
     def _take_inbox(self, now: float) -> None:
         self._awake = False  # before the inbox is read: who finds it raised has put its item in before that
-        tasks: list[events.Asked] = []
+        tasks: list[tuple[bytes, Shape, Payload]] = []
         functions: dict[bytes, Payload] = {}
-        values: dict[bytes, Payload] = {}
         for _ in range(len(self._inbox)):
             item = self._inbox.popleft()
             if isinstance(item, Submission):
-                if item.inputs and self._fails_at_once(item):
-                    continue
-                tasks.append(events.Asked(item.task, item.shape, item.call, tuple([each._task for each in item.inputs])))
-                functions[item.shape.function] = item.function
-                if item.inputs:
-                    values.update(values_of(item.inputs))
+                task, shape, call, blob = item
+                tasks.append((task, shape, call))
+                functions[shape.function] = blob
                 continue
             if tasks:
-                self._perform(self._core.handle(events.Ask(tasks, functions, values), now))
-                tasks, functions, values = [], {}, {}
+                self._perform(self._core.handle(events.Ask(tasks, functions), now))
+                tasks, functions = [], {}
             self._perform(self._core.handle(item, now))
         if tasks:
-            self._perform(self._core.handle(events.Ask(tasks, functions, values), now))
-
-    def _fails_at_once(self, item: Submission) -> bool:
-        """An argument has failed since the call was packed: nothing is submitted."""
-        argument = first_failed(item.inputs)
-        if argument is None:
-            return False
-        with self._lock:
-            self._asked -= call_bytes(item.call, item.inputs)
-        future = self._futures.pop(item.task, None)
-        if future is not None and fail(future, argument):
-            self._callbacks.put(future._call_back)
-        self._wake_if_idle()
-        return True
+            self._perform(self._core.handle(events.Ask(tasks, functions), now))
 
     def _perform(self, actions: list[ClientAction]) -> None:
         for action in actions:
@@ -645,7 +680,6 @@ class Client(Shown, Tasks):
                 case events.ToBroker(envelope):
                     self._send(envelope)
                 case events.Finished(finals):
-                    self._settle_screen()
                     for final in finals:
                         future = self._futures.pop(final.task, None)
                         if future is not None and future._answer(final):
@@ -661,7 +695,6 @@ class Client(Shown, Tasks):
                         if (future := self._futures.get(advance.task)) is not None:
                             future._progress = (advance.fraction, advance.text)
                 case events.Replied(message):
-                    self._settle_screen()  # a WaitGroup may be zero before the answers that made it so are here
                     reply = self._requests.pop(message.request, None)
                     if reply is not None:
                         reply.set_result(self._followed(message) if isinstance(message, JobTasks) else message)
@@ -691,10 +724,6 @@ class Client(Shown, Tasks):
             known = self._futures
             return [known.get(task) or known.setdefault(task, self._future(task)) for task in listed.tasks]
 
-    def _settle_screen(self) -> None:
-        if self._printer is not None:
-            self._printer.settle()
-
     def _heard(self, words: Words, shape: Shape | None, node: str) -> None:
         future = self._futures.get(words.task)
         if future is None:
@@ -713,11 +742,16 @@ class Client(Shown, Tasks):
             except (concurrent.futures.InvalidStateError, RuntimeError):
                 return  # cancelled this very moment
 
+    @property
+    def _is_idle(self) -> bool:
+        """Nothing is to be done any more, unless somebody reads the results of a map."""
+        return not self._futures and all(run.waits for run in list(self._runs))
+
     def _wake_if_idle(self) -> None:
-        if not self._futures:
+        if self._is_idle:
             with self._idle:
                 self._idle.notify_all()
-                if not self._futures and not self._owned:
+                if self._is_idle and not self._owned:
                     lifetime.needed.discard(self)
 
     def _break(self, error: ZmqschedError) -> None:
@@ -787,34 +821,6 @@ def _say_goodbye(core: Requests, dealer: zmq.Socket[bytes]) -> None:
 def _wake_and_close(wake: int) -> None:
     os.eventfd_write(wake, 1)
     os.close(wake)
-
-
-def _results(futures: list[Future[T]], until: float | None) -> Generator[T, None, None]:
-    """Results in order; whatever ends the iteration early cancels the rest."""
-
-    def generate() -> Generator[T, None, None]:
-        futures.reverse()
-        try:
-            while futures:
-                future = futures.pop()
-                try:
-                    yield future.result() if until is None else future.result(max(0.0, until - time.monotonic()))
-                finally:
-                    future.cancel()
-        except KeyboardInterrupt:
-            cancel_all(futures, force=True)
-            raise
-        finally:
-            cancel_all(futures)
-
-    return generate()
-
-
-def _flat(chunks: Generator[list[T], None, None]) -> Generator[T, None, None]:
-    """The items of the chunks. It can be closed, unlike an ``itertools.chain``."""
-    with contextlib.closing(chunks):
-        for chunk in chunks:
-            yield from chunk
 
 
 def _warn(text: str) -> None:

@@ -1,13 +1,16 @@
-"""``zmqsched.map``: a parallel map without making anything first."""
+"""``zmqsched.map`` and ``starmap``: a parallel map without making anything first."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .client import Client
+
+if TYPE_CHECKING:
+    from numpy.random import SeedSequence
 
 T = TypeVar("T")
 
@@ -17,14 +20,42 @@ _shared_pid = 0
 
 
 def map(  # noqa: A001 - the module's function is meant to read as zmqsched.map
-    fn: Callable[..., T], *iterables: Iterable[Any], timeout: float | None = None, chunksize: int = 1
+    fn: Callable[..., T],
+    *iterables: Iterable[Any],
+    timeout: float | None = None,
+    chunksize: int | Literal["auto"] = "auto",
+    ordered: bool = True,
+    on_error: Literal["raise", "return"] = "raise",
+    seed: int | SeedSequence | None = None,
 ) -> list[T]:
-    """The list of ``fn(*items)`` for the items of the iterables, in order, computed in parallel.
+    """The list of ``fn(*items)`` for the items of the iterables, computed in parallel; see :meth:`zmqsched.Client.map`.
 
     Uses this user's running cluster, found as :class:`~zmqsched.Client` finds it, or starts a local one, which serves later
-    calls too and ends with the program. ``timeout`` is in seconds; ``chunksize`` is how many items go as one task.
+    calls too and ends with the program.
     """
-    return list(_client().map(fn, *iterables, timeout=timeout, chunksize=chunksize))
+    return list(
+        _client().map(
+            fn, *iterables, timeout=timeout, chunksize=chunksize, ordered=ordered, on_error=on_error, seed=seed
+        )
+    )
+
+
+def starmap(
+    fn: Callable[..., T],
+    iterable: Iterable[Iterable[Any]],
+    *,
+    timeout: float | None = None,
+    chunksize: int | Literal["auto"] = "auto",
+    ordered: bool = True,
+    on_error: Literal["raise", "return"] = "raise",
+    seed: int | SeedSequence | None = None,
+) -> list[T]:
+    """As :func:`map`, for an iterable of tuples of arguments, as ``itertools.starmap``."""
+    return list(
+        _client().starmap(
+            fn, iterable, timeout=timeout, chunksize=chunksize, ordered=ordered, on_error=on_error, seed=seed
+        )
+    )
 
 
 def _client() -> Client:

@@ -6,7 +6,8 @@ Rules
   has a cluster of its own.
 * At the program's end, however it ends short of a signal that kills it, it is waited for what was submitted, as the
   standard's executors do; for the callbacks too. After a second the program says so; an interrupt (Ctrl-C) cancels what is
-  left, also what runs. What belongs to a job is not waited for. Nothing more can be submitted.
+  left, also what runs. What belongs to a job is not waited for. Nothing more can be submitted. Maps go on to their end;
+  one that is being read, and still draws items, ends.
 * In a forked child the parent's clients are of no use: their sockets and their threads are the parent's. Their unfinished
   futures fail there, so that nobody waits for what cannot come, without their callbacks, which the parent will call. Locks
   are made anew: a thread that is not there may have held them.
@@ -17,8 +18,10 @@ from __future__ import annotations
 import atexit
 import concurrent.futures
 import contextlib
+import math
 import os
 import sys
+import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +52,8 @@ def _at_exit() -> None:
     try:
         for client in clients:
             client._take_no_more("cannot schedule new futures after interpreter shutdown")
+            for run in list(client._runs):
+                run.leave()
         _wait_for(clients)
         for client in clients:
             client._callbacks.finish()
@@ -60,15 +65,22 @@ def _at_exit() -> None:
 
 
 def _wait_for(clients: list[Client]) -> None:
-    left = concurrent.futures.wait(_unfinished(clients), SAY_AFTER_S).not_done
-    if left:
-        with contextlib.suppress(Exception):  # its standard error is the user's to close or to replace
-            sys.stderr.write(
-                f"zmqsched: the program has ended but for {len(left)} unfinished tasks, which it waits for; "
-                "an interrupt (Ctrl-C) cancels them\n"
-            )
-    while left:
-        left = concurrent.futures.wait(left, SAY_AFTER_S).not_done
+    say_at = time.monotonic() + SAY_AFTER_S
+    while True:
+        left = _unfinished(clients)
+        concurrent.futures.wait(left, SAY_AFTER_S)
+        busy = [run for client in clients for run in list(client._runs) if not run.waits]
+        if not busy and not (left := _unfinished(clients)):
+            return
+        if time.monotonic() >= say_at:
+            say_at = math.inf
+            with contextlib.suppress(Exception):  # its standard error is the user's to close or to replace
+                sys.stderr.write(
+                    f"zmqsched: the program has ended but for {len(left)} unfinished tasks, which it waits for; "
+                    "an interrupt (Ctrl-C) cancels them\n"
+                )
+        if not left:
+            time.sleep(0.001)  # a map is about to send more
 
 
 def _unfinished(clients: list[Client]) -> list[Future[Any]]:

@@ -10,9 +10,9 @@ import concurrent.futures
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -402,11 +402,8 @@ def test_54_a_task_that_prints_a_lot(scripts):
             for number in range(100):
                 assert client.submit(abs, -number).result(20) == number
             assert printing.result(20) == "printed"
-            assert printing.log().endswith("\\x01\\x00" * 32_768)
     """)
-    assert 0 < len(out) < 3_000_000
-    assert "\0" not in out
-    assert "lines not shown" in err
+    assert (len(out), err) == (200 * 100_000 + 100_000, "")
 
 
 # --- callbacks -------------------------------------------------------------------------------------------------------
@@ -799,16 +796,22 @@ def test_48_what_holds_something_of_this_process(client, make):
         assert future.done(), "at once"
         with pytest.raises(errors.NotSerializable, match="closure variable `thing`"):
             future.result(timeout=0)
+    with pytest.raises(errors.NotSerializable, match="argument 1"):
+        client.submit(id, client.submit(abs, -1)).result(timeout=0)
 
 
-@pytest.mark.parametrize("chunksize", [1, 3])
+@pytest.mark.parametrize("chunksize", [1, 3, "auto"])
 def test_50_odd_iterables(client, chunksize):
     def breaks():
         yield from range(4)
         raise KeyError("item 4")
 
+    results = client.map(abs, breaks(), chunksize=chunksize)
+    assert list(itertools.islice(results, 4)) == [0, 1, 2, 3]
     with pytest.raises(KeyError, match="item 4"):
-        client.map(abs, breaks(), chunksize=chunksize)
+        next(results)
+    with contextlib.closing(client.map(abs, itertools.count(), chunksize=chunksize)) as results:
+        assert list(itertools.islice(results, 100)) == list(range(100))
     assert list(client.map(pow, [2, 3, 4], [2, 2], chunksize=chunksize)) == [4, 9], "as long as the shortest"
     assert list(client.map(abs, [], chunksize=chunksize)) == []
     for wrong in (0, -1):
@@ -981,17 +984,8 @@ def test_63_a_connection_file_of_another_user_or_a_damaged_address_is_one_line(t
     assert "\n" not in str(raised.value)
 
 
-def test_30_48_a_future_is_an_argument_and_nothing_else(client):
+def test_30_a_future_is_no_argument(client):
+    """There are no dependencies between tasks, so none on oneself, in a circle, or on what failed."""
     first = client.submit(abs, -1)
-    assert client.submit(abs, first).result(timeout=10) == 1
-    with pytest.raises(errors.NotSerializable, match="closure variable `first`"):
-        client.submit(lambda: first).result(timeout=0)
-    with pytest.raises(TypeError, match="can only be pickled among the arguments"):
-        pickle.dumps(first)
-
-
-def test_30_a_failed_dependency(client):
-    failed = client.submit(int, "no number")
-    with pytest.raises(errors.DependencyFailed) as raised:
-        client.submit(abs, failed).result(timeout=10)
-    assert isinstance(raised.value.__cause__, ValueError)
+    with pytest.raises(errors.NotSerializable, match="argument 1"):
+        client.submit(abs, first).result(timeout=0)

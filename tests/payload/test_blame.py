@@ -16,7 +16,7 @@ import pytest
 from samples import Explosive, Holder, add, module_of, run_as_main
 
 from zmqsched.errors import NotSerializable, ResultNotSerializable
-from zmqsched.payload import Chunk, FunctionPickler, pack_call, pack_value
+from zmqsched.payload import FunctionPickler, Wrapper, pack_call, pack_value
 from zmqsched.payload.blame import blame
 
 
@@ -60,7 +60,7 @@ def test_the_guilty_capture_is_named():
     assert "`fit` -> global `lock` (_thread.lock)" in complaint_about(notebook.fit)
     assert "`add` -> the partial's argument 1 (_thread.lock)" in complaint_about(functools.partial(add, lock))
     assert "its `self` -> .lock (_thread.lock)" in complaint_about(types.MethodType(lambda self: 1, Holder(lock=lock)))
-    assert "`fit` -> closure variable `lock`" in complaint_about(Chunk(fit))
+    assert "`fit` -> closure variable `lock`" in complaint_about(Wrapper(fit))
 
 
 def test_slots_are_looked_into():

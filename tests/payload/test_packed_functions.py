@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from samples import Holder, add, module_of, there_and_back, unpack_function
 
-from zmqsched.payload import Chunk, FunctionPickler, pack_call, unpack_call
+from zmqsched.payload import FunctionPickler, Wrapper, pack_call, unpack_call
 from zmqsched.payload.functions import _equal
 
 
@@ -39,7 +39,7 @@ def call_packed(blob, *args):
         (lambda x: x + 1, (1,), 2),
         (Holder(x=5).__dict__.get, ("x",), 5),
         (np.add, (1, 2), 3),
-        (Chunk(add), ([(1, 2), (3, 4)],), [3, 7]),
+        (Wrapper(add), (1, 2), 3),
     ],
 )
 def test_every_kind_of_callable_can_be_packed(fn, args, answer):
@@ -212,14 +212,14 @@ def test_a_chunk_is_as_cheap_as_its_function(monkeypatch):
     factor = 2
     fn = lambda x: x * factor  # noqa: E731
     pickler = FunctionPickler()
-    first = pickler.pack(Chunk(fn))
+    first = pickler.pack(Wrapper(fn))
     monkeypatch.setattr("zmqsched.payload.functions._pickled", lambda fn: pytest.fail("pickled again"))
-    assert pickler.pack(Chunk(fn)) == first
-    assert call_packed(first[1], [(1,), (2,)]) == [2, 4]
+    assert pickler.pack(Wrapper(fn)) == first
+    assert call_packed(first[1], 2) == 4
 
 
-def test_a_chunk_is_a_value_too():
-    assert there_and_back(Chunk(lambda x: x))([(1,)]) == [1]
+def test_a_wrapper_is_a_value_too():
+    assert there_and_back(Wrapper(lambda x: x))(1) == 1
 
 
 def test_packing_from_many_threads_agrees():

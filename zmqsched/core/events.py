@@ -6,8 +6,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from ..protocol import (
@@ -243,21 +241,11 @@ AgentAction = ToBroker | Start | Give | TakeBack | AskStack | TellStack | Interr
 # --- the client's brain ---------------------------------------------------------------------------------------------
 
 
-class Asked(NamedTuple):
-    """``inputs``: the tasks whose results are arguments of the call, none of them twice."""
-
-    task: bytes
-    shape: Shape
-    call: Payload
-    inputs: tuple[bytes, ...] = ()
-
-
 class Ask(NamedTuple):
-    """New tasks, and the functions they name. ``values``: the results of those inputs that are answered already."""
+    """New tasks, and the functions they name."""
 
-    tasks: list[Asked]
+    tasks: list[tuple[bytes, Shape, Payload]]
     functions: dict[bytes, Payload]
-    values: Mapping[bytes, Payload] = MappingProxyType({})
 
 
 class Withdraw(NamedTuple):

@@ -2,8 +2,8 @@
 
 ``calls`` packs arguments and results, ``functions`` callables (``captures``: whether one is still what it was) with the
 user's own ``modules``, which ``shipped`` imports in the worker (``local``: which files are the user's own),
-``exceptions`` what tasks raise, with ``tracebacks``; ``references`` notes what on the cluster a call refers to; ``blame``
-finds what cannot be pickled; ``pickling`` is below all of them.
+``exceptions`` what tasks raise, with ``tracebacks``; ``chunks`` several items of a map; ``references`` notes what on the
+cluster a call refers to; ``blame`` finds what cannot be pickled; ``pickling`` is below all of them.
 
 Rules
 -----
@@ -23,29 +23,51 @@ Rules
 from __future__ import annotations
 
 from .calls import Call, pack_call, pack_value, unpack_call, unpack_value
-from .exceptions import Origin, know_place, origin_of, pack_exception, unpack_exception
+from .chunks import (
+    Chunk,
+    Enclosed,
+    How,
+    Outcome,
+    Seed,
+    as_entry,
+    entries_of,
+    generator,
+    is_packed,
+    opened,
+    value_of,
+)
+from .exceptions import Origin, know_place, origin_of, pack_exception, unpack_exception, words_of
 from .functions import FunctionPickler, load_function, pack_kinds
-from .pickling import OUT_OF_BAND
-from .references import References, as_it_is, input_value, noting, packed_value, references
+from .pickling import OUT_OF_BAND, enclosed
+from .references import References, input_value, noting, packed_value, references
 from .shipped import Shipped
-from .wrappers import Chunk, RetryOn, Wrapper, may_retry, short_form
+from .wrappers import RetryOn, Wrapper, may_retry, short_form
 
 __all__ = [
     "OUT_OF_BAND",
     "Call",
     "Chunk",
+    "Enclosed",
     "FunctionPickler",
+    "How",
     "Origin",
+    "Outcome",
     "References",
     "RetryOn",
+    "Seed",
     "Shipped",
     "Wrapper",
-    "as_it_is",
+    "as_entry",
+    "enclosed",
+    "entries_of",
+    "generator",
     "input_value",
+    "is_packed",
     "know_place",
     "load_function",
     "may_retry",
     "noting",
+    "opened",
     "origin_of",
     "pack_call",
     "pack_exception",
@@ -57,4 +79,6 @@ __all__ = [
     "unpack_call",
     "unpack_exception",
     "unpack_value",
+    "value_of",
+    "words_of",
 ]

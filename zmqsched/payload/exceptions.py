@@ -105,6 +105,11 @@ def origin_of(payload: Payload) -> Origin:
     return Origin(*unpack(payload)[0])
 
 
+def words_of(payload: Payload) -> str:
+    """Type and message of a packed exception, without rebuilding it. Raises as :func:`origin_of`."""
+    return _Account(*unpack(payload)[2]).words
+
+
 class _Budget:
     """Exceptions may refer to each other in circles."""
 

@@ -26,7 +26,7 @@ _MAX_LINES = 10
 _MAX_COLUMNS = 500
 
 # Frames of ours that lie between the worker's loop and the user's function.
-_MACHINERY = frozenset({f"{__package__}.wrappers", "zmqsched.worker"})
+_MACHINERY = frozenset({f"{__package__}.wrappers", f"{__package__}.chunks", "zmqsched.worker"})
 
 
 class Frame(NamedTuple):

@@ -30,16 +30,6 @@ class Wrapper:
         return type(self), (self.fn,)
 
 
-class Chunk(Wrapper):
-    """Calls a function for each of a list of argument tuples, as one task."""
-
-    __slots__ = ()
-
-    def __call__(self, calls: list[tuple[Any, ...]]) -> list[Any]:
-        fn = self.fn
-        return [fn(*args) for args in calls]
-
-
 class RetryOn:
     """A function whose task is retried after these exceptions only. The broker cannot know types: the worker looks."""
 
