@@ -233,6 +233,38 @@ def test_a_module_that_was_imported_again_here(client, files):
     assert client.submit(mine.Thing().tell).result(timeout=10) == "newer"
 
 
+def test_a_task_may_send_on_what_has_come_with_it(client, files):
+    """A task that is a client itself has no files of these modules, perhaps."""
+    file = files.write("m_relay.py", "import m_relayed\ndef names(modules):\n    return m_relayed.names(modules)\n")
+    files.write("m_relayed.py", "def names(modules):\n    return {s.name: s.text for s in modules()}\n")
+    mine = files.load("m_relay")
+
+    def relays(gone):
+        import os
+
+        from zmqsched.payload.modules import Modules
+        from zmqsched.payload.shipped import Shipped
+
+        os.rename(gone, f"{gone}.away")
+        try:
+            return mine.names(lambda: Shipped(Modules().bundle(frozenset({"m_relay"})).blob)._sources)
+        finally:
+            os.rename(f"{gone}.away", gone)
+
+    sources = client.submit(relays, str(file)).result(timeout=10)
+    assert sources.keys() == {"m_relay", "m_relayed"}
+    assert sources["m_relay"] == file.read_bytes()
+
+
+def test_a_module_that_is_loaded_when_it_is_used_is_not_loaded_by_looking(files):
+    class Lazy(ModuleType):
+        def __getattr__(self, name):
+            raise AssertionError(f"loaded for {name}")
+
+    sys.modules["m_lazy_module"] = Lazy("m_lazy_module")
+    assert Modules().named_in(pack_call((textwrap.dedent,), {})) == frozenset()
+
+
 def test_inspect_and_tracebacks_in_the_worker_find_the_text(client, files):
     files.write("m_inspect.py", "def source():\n    import inspect, m_inspect\n    return inspect.getsource(m_inspect)\n")
     mine = files.load("m_inspect")

@@ -282,6 +282,21 @@ def test_55_an_exception_without_text(client):
     assert "CannotBeShown" in told(error)
 
 
+def test_55_a_class_that_exists_only_in_the_worker(client):
+    def raises():
+        import sys
+        import types
+
+        module = sys.modules["only_in_the_worker"] = types.ModuleType("only_in_the_worker")
+        exec("class Gone(Exception):\n    pass", vars(module))
+        raise module.Gone("as told")  # the user's line
+
+    with pytest.raises(errors.RemoteError, match=r"^only_in_the_worker\.Gone: as told") as raised:
+        client.submit(raises).result(timeout=10)
+    assert "raise module.Gone(\"as told\")  # the user's line" in told(raised.value)
+    assert "No module named 'only_in_the_worker'" in told(raised.value)
+
+
 def test_55_an_exception_of_ten_megabytes(client):
     def raises():
         raise ValueError("x" * 10_000_000)

@@ -131,6 +131,15 @@ def test_a_hostile_object_cannot_break_the_search():
     assert "argument 1" in complaint_about_call({Hostile: 1, "x": [Hostile(), threading.Lock()]})
 
 
+def test_what_makes_ever_new_parts_of_itself():
+    class Endless:
+        def __reduce__(self):
+            return Endless, (Endless(),)
+
+    assert "argument 2 (test_blame." in (told := complaint_about_call(1, Endless()))
+    assert "nested too deeply, or refers to itself" in told
+
+
 def test_the_search_is_bounded(monkeypatch):
     class Endless:
         def __reduce__(self):

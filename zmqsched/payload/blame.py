@@ -115,19 +115,26 @@ def _path(root: Any, seen: deque[Any], until: float) -> tuple[list[str], Any]:
     reached = _reached(root, culprit, until, set(map(id, seen)))
     if id(culprit) not in reached:
         reached = _reached(root, culprit, until, None)
-    found = culprit if id(culprit) in reached else root
-    if found is not culprit:  # it was made for the occasion: what holds it is the last object that was seen before
-        holders = (thing for thing in reversed(seen) if id(thing) in reached and not issubclass(type(thing), _NO_HOLDERS))
-        found = next(holders, root)
-    chain = [(found, "")]
-    while chain[-1][0] is not root:
-        thing, parent_id, step = reached[id(chain[-1][0])]
-        chain[-1] = (thing, step)
-        chain.append((reached[parent_id][0], ""))
-    chain.reverse()
+    if id(culprit) in reached:
+        chain = _chain(culprit, reached)
+    else:  # it was made for the occasion: what holds it is the last object that was seen before, classes apart
+        holders = (_chain(thing, reached) for thing in reversed(seen) if id(thing) in reached)
+        fit = (chain for chain in holders if not any(issubclass(type(thing), _NO_HOLDERS) for _, thing in chain[1:]))
+        chain = next(fit, [("", root)])
     # From the top down to the first that is a whole.
-    end = next((at for at, (thing, _) in enumerate(chain) if _is_whole(thing)), len(chain) - 1)
-    return [step for _, step in chain[1 : end + 1]], chain[end][0]
+    end = next((at for at, (_, thing) in enumerate(chain) if _is_whole(thing)), len(chain) - 1)
+    return [step for step, _ in chain[1 : end + 1]], chain[end][1]
+
+
+def _chain(thing: Any, reached: dict[int, tuple[Any, int, str]]) -> list[Named]:
+    """From the root, whose step is empty, down to this."""
+    _, above, step = reached[id(thing)]
+    chain = [(step, thing)]
+    while above:
+        thing, above, step = reached[above]
+        chain.append((step, thing))
+    chain.reverse()
+    return chain
 
 
 def _reached(root: Any, wanted: Any, until: float, through: set[int] | None) -> dict[int, tuple[Any, int, str]]:

@@ -249,8 +249,8 @@ class Modules:
             return self._not_imported(name)
         if not self._is_own(name, module):
             return None
-        loader = getattr(module, "__loader__", None)
-        path = getattr(module, "__path__", None)
+        loader = _names_in(module).get("__loader__")
+        path = _names_in(module).get("__path__")
         places = None if path is None else tuple(str(place) for place in path)
         return _Entry(name, _file_of(module), places, loader.source.text if isinstance(loader, Loader) else None)
 
@@ -279,8 +279,9 @@ class Modules:
         if not self._may_be_own(name):
             return False
         try:
-            places = [str(place) for place in getattr(module, "__path__", None) or ()]
-            return getattr(module, "__spec__", None) is not None and _is_own_file(_file_of(module), places)
+            names = _names_in(module)
+            places = [str(place) for place in names.get("__path__") or ()]
+            return names.get("__spec__") is not None and _is_own_file(_file_of(module), places)
         except Exception:  # noqa: BLE001 - what somebody has put there in place of a module
             return False
 
@@ -300,8 +301,17 @@ def _is_own_file(file: str, places: Iterable[str]) -> bool:
 
 
 def _file_of(module: ModuleType | Any) -> str:
-    file = getattr(module, "__file__", None)
+    file = _names_in(module).get("__file__")
     return file if isinstance(file, str) else ""
+
+
+def _names_in(module: Any) -> dict[str, Any]:
+    """What it has, past a ``__getattr__`` of its own: one that is loaded when it is used must not be loaded by looking."""
+    try:
+        names = object.__getattribute__(module, "__dict__")
+    except AttributeError:
+        return {}
+    return names if isinstance(names, dict) else {}
 
 
 def _imports(tree: ast.AST, package: str) -> Iterator[str]:
