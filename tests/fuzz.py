@@ -487,7 +487,9 @@ class AroundRequests(World):
         rolled = self.random.random()
         if rolled < 0.1:
             task, shape = self.random.choice(IDS), Shape(self.random.choice(IDS))
-            return None if task in self.core._open else events.Ask([(task, shape, b"call")], {shape.function: b"code"})
+            inputs = tuple(one for one in self.core._open if self.random.random() < 0.5)
+            asked = events.Asked(task, shape, b"call", inputs)
+            return None if task in self.core._open else events.Ask([asked], {shape.function: b"code"})
         if rolled < 0.15:
             return events.Withdraw([self.random.choice(IDS)])
         if rolled < 0.2:

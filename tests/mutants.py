@@ -111,9 +111,17 @@ MUTANTS = {
     ),
     "a cancelled task is queued again and runs": _one(
         "book",
-        "        if task.cancelled:\n            self._finish(task",
-        "        if False:\n            self._finish(task",
+        "        if task.cancelled:\n            self.finish(task",
+        "        if False:\n            self.finish(task",
     ),
+    # tasks that wait for others
+    "a task is placed before its inputs are here": _one(
+        "book", "if task.state is WAITING and not task.lacks and", "if task.state is WAITING and"
+    ),
+    "what waits for an input that failed waits for ever": _one(
+        "dependencies", "self._fail(self.inputs.waiting_for(task.id), task, final)", "pass"
+    ),
+    "a client does not say how an input had ended": _one("requests", "self._give_inputs(tasks)", "pass"),
     # death and blame
     "all that lay in a dead worker's pipe is blamed": _one(
         "agent",

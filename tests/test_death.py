@@ -279,7 +279,7 @@ def test_what_is_told_is_readable(nursery, spawn):
 def test_nothing_said_is_nothing_read(nursery, spawn):
     wires = spawn(1)
     ask(wires.pipe, os.getpid)
-    assert (wires.streams.read(), wires.streams.last_words()) == (False, "")
+    assert (wires.streams.read(), wires.streams.last_words()) == (0, "")
 
 
 def test_the_certificate_has_only_what_that_task_has_said(nursery, spawn):

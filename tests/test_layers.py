@@ -51,6 +51,7 @@ MAY = {
     "waiting": {"futures", "progress"},
     "lifetime": {"futures", "waiting", "client"},
     "options": CORE_MAY,
+    "arguments": EDGE_MAY | {"futures"},
     "sources": set(),
     "shelf": {"payload"},
     "tally": {"payload"},
@@ -58,6 +59,7 @@ MAY = {
     "maps": EDGE_MAY | {"mapping", "sources", "client"},
     "client": EDGE_MAY
     | {"worker", "futures", "callbacks", "printing", "waiting", "lifetime", "records", "display", "host", "options"}
+    | {"arguments"}
     | MAPS,
     "waitgroup": EDGE_MAY | {"futures", "client", "worker", "waiting"},
 }
@@ -155,7 +157,7 @@ def test_each_module_has_a_layer():
 def test_only_the_edges_ever_unpickle():
     """The rule that the tables exist for, said once more without them."""
     direct = {layer(path) for path in modules() if "payload" in {target(name) for _, name in imports(path)}}
-    assert direct <= {"payload", "worker", "context", "client", "futures", "shelf", "tally", *MAPS, *ASSEMBLY}
+    assert direct <= {"payload", "worker", "context", "client", "futures", "arguments", "shelf", "tally", *MAPS, *ASSEMBLY}
 
 
 # The modules that read the wall clock, which may step; everything else measures by the monotonic one.

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from core.builders import label_of, task_id
 
-from zmqsched.core.events import Ask, Withdraw
+from zmqsched.core.events import Ask, Asked, Withdraw
 from zmqsched.core.policy import POLICIES
 from zmqsched.core.settings import Settings
 from zmqsched.protocol import (
@@ -127,7 +127,7 @@ class StoryClient(SimClient):
         plan = self.plans[task] = Plan(len(self.plans), seconds, ends)
         asked_for = self.options[task] = Options(**asked)  # type: ignore[arg-type]
         digest, code = next(iter(FUNCTIONS.items()))
-        self.post(Ask([(task, Shape(digest, asked_for), msgspec.msgpack.encode(plan))], {digest: code}))
+        self.post(Ask([Asked(task, Shape(digest, asked_for), msgspec.msgpack.encode(plan))], {digest: code}))
 
 
 class Story:

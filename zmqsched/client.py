@@ -28,6 +28,7 @@ import zmq
 from msgspec.structs import replace
 
 from . import errors, lifetime, sockets
+from .arguments import fail, first_failed, inputs_of, values_of
 from .callbacks import Callbacks
 from .config import CONNECT_TIMEOUT_S, ConnectionFile, find_cluster, lasting_name
 from .core import events
@@ -41,7 +42,7 @@ from .host import where
 from .maps import Map
 from .maps import start as start_map
 from .options import boolean, exception_types, integer, seconds, short_name, task_resources, task_tags, time_limit
-from .payload import FunctionPickler, pack_call, pack_kinds, short_form
+from .payload import FunctionPickler, pack_call, pack_kinds, references, short_form
 from .printing import Log, Printer, Source, cell_reader, tag_of
 from .protocol import (
     ClientHello,
@@ -84,6 +85,7 @@ class Submission(NamedTuple):
     shape: Shape
     call: Payload
     function: Payload
+    inputs: tuple[Future[Any], ...] = ()
 
 
 class Tasks(concurrent.futures.Executor):
@@ -99,6 +101,11 @@ class Tasks(concurrent.futures.Executor):
         Waits while 64 MiB of tasks are on their way, because the broker is full, slow or away.
 
         Every keyword is ``fn``'s; a task's own settings are given by :meth:`options`.
+
+        Futures of this client among the arguments, also inside lists, tuples, dicts and other objects, become what their
+        tasks return: the call waits for them on the cluster, where their results stay. If one fails or is cancelled, the
+        call is not run and its future fails with :class:`~zmqsched.errors.DependencyFailed`, whose ``__cause__`` is that
+        error. At most 10,000 unfinished ones per call.
 
         Returns
         -------
@@ -466,21 +473,25 @@ class Client(Shown, Tasks):
             future._cell = self._cell()
         try:
             call = pack_call(args, kwargs)
+            inputs = inputs_of(found, self) if (found := references()) is not None else ()
             digest, blob = self._functions.pack(fn, retry_on if options.retries else b"", call)
         except errors.TaskError as error:
             future.set_running_or_notify_cancel()
             future.set_exception(error)
             return future
+        if inputs and (argument := first_failed(inputs)) is not None:
+            fail(future, argument)
+            return future
         with self._lock:
             self._check_usable(accepted=accepted)
             if self._waiting >= MAX_WAITING_BYTES and threading.current_thread() is not self._thread:
                 self._wait_for_room(accepted=accepted)
-            self._asked += call_bytes(call)
+            self._asked += call_bytes(call, inputs)
             self._futures[task] = future
             lifetime.needed.add(self)
             if options.job:
                 self._kept.add(task)
-            self._inbox.append(Submission(task, Shape(digest, options, short_form(fn)), call, blob))
+            self._inbox.append(Submission(task, Shape(digest, options, short_form(fn)), call, blob, inputs))
         self._nudge()
         return future
 
@@ -658,21 +669,38 @@ class Client(Shown, Tasks):
 
     def _take_inbox(self, now: float) -> None:
         self._awake = False  # before the inbox is read: who finds it raised has put its item in before that
-        tasks: list[tuple[bytes, Shape, Payload]] = []
+        tasks: list[events.Asked] = []
         functions: dict[bytes, Payload] = {}
+        values: dict[bytes, Payload] = {}
         for _ in range(len(self._inbox)):
             item = self._inbox.popleft()
             if isinstance(item, Submission):
-                task, shape, call, blob = item
-                tasks.append((task, shape, call))
-                functions[shape.function] = blob
+                if item.inputs and self._fails_at_once(item):
+                    continue
+                tasks.append(events.Asked(item.task, item.shape, item.call, tuple([each._task for each in item.inputs])))
+                functions[item.shape.function] = item.function
+                if item.inputs:
+                    values.update(values_of(item.inputs))
                 continue
             if tasks:
-                self._perform(self._core.handle(events.Ask(tasks, functions), now))
-                tasks, functions = [], {}
+                self._perform(self._core.handle(events.Ask(tasks, functions, values), now))
+                tasks, functions, values = [], {}, {}
             self._perform(self._core.handle(item, now))
         if tasks:
-            self._perform(self._core.handle(events.Ask(tasks, functions), now))
+            self._perform(self._core.handle(events.Ask(tasks, functions, values), now))
+
+    def _fails_at_once(self, item: Submission) -> bool:
+        """An argument has failed since the call was packed: nothing is submitted."""
+        argument = first_failed(item.inputs)
+        if argument is None:
+            return False
+        with self._lock:
+            self._asked -= call_bytes(item.call, item.inputs)
+        future = self._futures.pop(item.task, None)
+        if future is not None and fail(future, argument):
+            self._callbacks.put(future._call_back)
+        self._wake_if_idle()
+        return True
 
     def _perform(self, actions: list[ClientAction]) -> None:
         for action in actions:
@@ -680,6 +708,7 @@ class Client(Shown, Tasks):
                 case events.ToBroker(envelope):
                     self._send(envelope)
                 case events.Finished(finals):
+                    self._settle_screen()
                     for final in finals:
                         future = self._futures.pop(final.task, None)
                         if future is not None and future._answer(final):
@@ -695,6 +724,7 @@ class Client(Shown, Tasks):
                         if (future := self._futures.get(advance.task)) is not None:
                             future._progress = (advance.fraction, advance.text)
                 case events.Replied(message):
+                    self._settle_screen()  # a WaitGroup may be zero before the answers that made it so are here
                     reply = self._requests.pop(message.request, None)
                     if reply is not None:
                         reply.set_result(self._followed(message) if isinstance(message, JobTasks) else message)
@@ -723,6 +753,10 @@ class Client(Shown, Tasks):
             self._kept.update(listed.tasks)
             known = self._futures
             return [known.get(task) or known.setdefault(task, self._future(task)) for task in listed.tasks]
+
+    def _settle_screen(self) -> None:
+        if self._printer is not None:
+            self._printer.settle()
 
     def _heard(self, words: Words, shape: Shape | None, node: str) -> None:
         future = self._futures.get(words.task)

@@ -12,6 +12,7 @@
     │   ├── TaskTimeout (TimeoutError)      the task ran longer than its time limit
     │   ├── WorkerDied                      the task was running each time a worker died
     │   ├── Unschedulable                   no node can ever hold what the task asks for
+    │   ├── DependencyFailed                a future among the task's arguments failed; that error is the cause
     │   └── NotAccepted                     the broker could not take the task, and why
     ├── ClusterError                    the cluster cannot be found, reached or joined
     │   ├── ClusterNotFound (LookupError)
@@ -73,6 +74,10 @@ class WorkerDied(TaskError):
 
 class Unschedulable(TaskError):
     """No node of the cluster can ever hold what the task asks for."""
+
+
+class DependencyFailed(TaskError):
+    """The task was not run, for a future among its arguments failed: how that ended is the ``__cause__``."""
 
 
 class NotAccepted(TaskError):

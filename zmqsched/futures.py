@@ -12,6 +12,7 @@ Rules
   too, for there is nobody else whom it could reach.
 * An interrupt (KeyboardInterrupt in the main thread) of an unpickling leaves the future as it was before; one of a wait for
   the task cancels the task, also if it runs.
+* As an argument of a call it stands for what its task returns (``arguments.py``); then the packed form is kept.
 * What of the standard looks into a future finds there what it knows: ``_state``, ``_waiters``, ``_condition``.
   ``concurrent.futures.wait`` asks for exceptions while it holds the locks of all its futures: then the verdict answers.
 """
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import pickle
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -29,7 +31,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from . import errors
 from .callbacks import Callbacks
 from .display import Sheet, Shown, cell
-from .payload import unpack_exception, unpack_value
+from .payload import as_it_is, input_value, noting, packed_value, unpack_exception, unpack_value
 from .protocol import Final, Payload, payload_bytes
 
 if TYPE_CHECKING:
@@ -62,6 +64,8 @@ class Future(Shown, concurrent.futures.Future[T]):
 
     _final: Final | None = None  # the answer that is not unpickled yet
     _unpacking: tuple[int] | None = None  # the thread that does it now, in an object of its own
+    _is_argument = False
+    _kept: Payload | None = None  # what the task returned, packed, of one that is an argument
 
     # Of most futures there is nothing to keep.
     _log: Log | None = None
@@ -140,6 +144,30 @@ class Future(Shown, concurrent.futures.Future[T]):
         except asyncio.CancelledError:
             self.cancel(force=True)  # asyncio has cancelled it by now, but not what may run
             raise
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In the arguments of a call, however deep: what the task returns. Nowhere else.
+
+        Raises
+        ------
+        TypeError
+            It is pickled otherwise.
+        """
+        found = noting()
+        if found is None:
+            raise TypeError(
+                "a Future can only be pickled among the arguments of submit or map, and its task's result takes its place; "
+                "pass it as an argument, or what future.result() returns"
+            )
+        self._is_argument = True  # before looking: whatever comes later is kept
+        if not self.done() or not self._returned():
+            found.inputs[self._task] = self
+            return input_value, (self._task,)
+        value = self._packed() or self._kept
+        if value is None:
+            return as_it_is, (self.result(0),)
+        parts = [value] if isinstance(value, bytes) else value
+        return packed_value, tuple(pickle.PickleBuffer(part) for part in parts)
 
     def __repr__(self) -> str:
         (_, state), *facts = self._facts()
@@ -232,6 +260,19 @@ class Future(Shown, concurrent.futures.Future[T]):
         if self._state in _OPEN:
             self._exception, self._state = error, FINISHED
 
+    def _returned(self) -> bool:
+        """Of one that is done: its task has returned; whether that can be unpickled here or not."""
+        final = self._final
+        if final is not None:
+            return final.verdict == "ok"
+        return not self.cancelled() and (self._kept is not None or self._exception is None)
+
+    def _value(self) -> Payload:
+        """What the task returned, packed, of one that was an argument before it was done."""
+        value = self._packed() or self._kept
+        assert value is not None, "what an argument's task returned is not kept"
+        return value
+
     def _packed(self) -> Payload | None:
         """What the task returned, pickled; None unless it has returned, and nobody has asked for the result yet."""
         final = self._final
@@ -268,6 +309,8 @@ class Future(Shown, concurrent.futures.Future[T]):
             result, error = _unpacked(final)
             with self._condition:
                 if self._final is final:
+                    if self._is_argument and final.verdict == "ok":
+                        self._kept = final.value
                     self._result, self._exception, self._final = result, error, None
         except KeyboardInterrupt:
             self.cancel(force=True)
@@ -307,5 +350,19 @@ def _unpacked(final: Final) -> tuple[Any, BaseException | None]:
         if threading.current_thread() is threading.main_thread():
             raise
         return None, errors.ResultDecodeError("unpickling the task's result raised KeyboardInterrupt")
+    if final.verdict == "DependencyFailed":
+        return None, _dependency_failed(final)
     kind: type[Exception] = getattr(errors, final.verdict)
     return None, kind(final.text)
+
+
+def _dependency_failed(final: Final) -> BaseException:
+    error = errors.DependencyFailed(final.text)
+    if final.cause == "cancelled":
+        error.__cause__ = concurrent.futures.CancelledError(final.why)
+    elif final.cause != "error":
+        kind: type[Exception] = getattr(errors, final.cause, errors.TaskError)
+        error.__cause__ = kind(final.why)
+    elif final.value:
+        error.__cause__ = unpack_exception(final.value)
+    return error

@@ -2,8 +2,8 @@
 
 Rules
 -----
-* Streams that were just read are left alone for ``REST_S``: whoever prints byte by byte would otherwise wake the node for
-  each. A flood fills its pipe meanwhile and is read in one piece. When a task is answered nobody rests.
+* Streams that gave less than ``MUCH`` are left alone for ``REST_S``: whoever prints byte by byte would otherwise wake the
+  node for each. A flood is read as fast as it comes, and when a task is answered nobody rests.
 * What tasks write to standard error is passed on, and with ``echo`` also written to the node's own, as far as it is passed
   on: a flood must not fill a log file either. What is nobody's is written there in any case.
 * Of how far a task has come only the latest is passed on: when the worker says that there is something, and once more when
@@ -19,6 +19,8 @@ from .protocol import Advance, Done, Words
 from .streams import EVERY_S, Streams
 
 REST_S = 0.001
+MUCH = 16 * 1024
+_MOST_READS = 8  # of one worker's streams, before others have their turn
 _LOOK_AGAIN_S = 1.2 * EVERY_S
 
 
@@ -61,10 +63,13 @@ class Listener:
     def read(self, ready: set[int], now: float) -> None:
         for descriptor in ready & self._workers.keys():
             worker = self._workers[descriptor]
-            if self._streams[worker].read():
-                self._full.add(worker)
-                self._ignore(descriptor)
-                self._resting[descriptor] = now + REST_S
+            self._full.add(worker)
+            for _ in range(_MOST_READS):
+                size = self._streams[worker].read()
+                if size < MUCH:
+                    self._ignore(descriptor)
+                    self._resting[descriptor] = now + REST_S
+                    break
         if self._resting:
             for descriptor in [each for each, until in self._resting.items() if until <= now]:
                 del self._resting[descriptor]

@@ -4,8 +4,8 @@ Rules
 -----
 * A message is a list of frames, and travels as one datagram in one of three forms, told apart by its first byte.
   ``SINGLE``: the one frame follows. ``SEVERAL``: count and sizes (``=I``, ``=Q`` each), then the frames. ``MEMFD``, for
-  more than ``DATAGRAM_MAX`` bytes: count and sizes follow, the frames lie in a memfd, whose descriptor the datagram
-  carries. A memfd has no name, so whoever is killed leaves nothing on disk.
+  more than ``DATAGRAM_MAX`` bytes: the same lies in a memfd, whose descriptor the datagram carries. A memfd has no name, so
+  whoever is killed leaves nothing on disk.
 * The receiver is the only owner of what it receives, and bulk frames are writable: so are arrays built on them.
 * The kernel gives each datagram to exactly one reader and never cuts or merges them. A node may therefore read from a
   copy of the worker's end, to take back what the worker has not yet read.
@@ -24,8 +24,6 @@ import socket
 import struct
 from typing import TYPE_CHECKING
 
-from .protocol import MAX_FRAMES
-
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
@@ -41,7 +39,6 @@ ALIGN = 64
 # Room for many short runs ahead of the worker; the kernel caps it at net.core.wmem_max.
 SEND_BUFFER = 1 << 20
 
-_MAX_SIZES = 4 + 8 * MAX_FRAMES
 _ANCILLARY = socket.CMSG_SPACE(4)
 _NO_WAIT = socket.MSG_DONTWAIT
 _FLAGS = socket.MSG_CMSG_CLOEXEC
@@ -57,7 +54,7 @@ class Pipe:
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
-        self._buffer = memoryview(bytearray(1 + _MAX_SIZES + DATAGRAM_MAX))
+        self._buffer = memoryview(bytearray(1 + DATAGRAM_MAX))
         self._into = [self._buffer]
 
     def send(self, frames: list[Buffer], wait: bool = True) -> bool:
@@ -104,13 +101,12 @@ class Pipe:
         form = self._buffer[0]
         if form == 0:
             return [bytes(self._buffer[1:size])]
-        count: int = struct.unpack_from("=I", self._buffer, 1)[0]
-        sizes: tuple[int, ...] = struct.unpack_from(f"={count}Q", self._buffer, 5)
         if form == 1:
-            return _copied(self._buffer[5 + 8 * count : size], sizes)
+            sizes, at = _sizes(self._buffer[1:size])
+            return _copied(self._buffer[1 + at : size], sizes)
         if not ancillary:
             raise OSError(errno.EMFILE, "a message's descriptor could not be received: too many open files")
-        return _mapped(struct.unpack_from("i", ancillary[0][2])[0], sizes)
+        return _mapped(struct.unpack_from("i", ancillary[0][2])[0])
 
     def fileno(self) -> int:
         return self._end.fileno()
@@ -122,13 +118,13 @@ class Pipe:
         views = [memoryview(frame).cast("B") for frame in frames]
         sizes = [view.nbytes for view in views]
         head = struct.pack(f"=I{len(sizes)}Q", len(sizes), *sizes)
-        if sum(sizes) <= DATAGRAM_MAX:
+        if len(head) + sum(sizes) <= DATAGRAM_MAX:
             self._end.send(b"".join((SEVERAL, head, *views)), flags)
             return
-        fd = _memfd(views)
+        fd = _memfd([memoryview(head), *views])
         try:
             rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))
-            self._end.sendmsg([MEMFD, head], [rights], flags)
+            self._end.sendmsg([MEMFD], [rights], flags)
         finally:
             os.close(fd)
 
@@ -170,13 +166,20 @@ def _copied(data: memoryview, sizes: tuple[int, ...]) -> list[Buffer]:
     return frames
 
 
-def _mapped(fd: int, sizes: tuple[int, ...]) -> list[Buffer]:
+def _sizes(head: memoryview) -> tuple[tuple[int, ...], int]:
+    """The sizes of the frames, and where the head ends."""
+    count: int = struct.unpack_from("=I", head)[0]
+    return struct.unpack_from(f"={count}Q", head, 4), 4 + 8 * count
+
+
+def _mapped(fd: int) -> list[Buffer]:
     try:
         whole = memoryview(mmap.mmap(fd, 0, _MAP, mmap.PROT_READ | mmap.PROT_WRITE))
     finally:
         os.close(fd)
     frames: list[Buffer] = []
-    at = 0
+    sizes, end = _sizes(whole)
+    at = _aligned(end)
     for size in sizes:
         frames.append(whole[at : at + size])
         at += _aligned(size)

@@ -4,6 +4,8 @@ Rules
 -----
 * The I/O thread only notes what has come. A thread of its own, started when first something has, writes to ``sys.stdout``
   and ``sys.stderr`` as they are then: one that blocks or raises holds up nobody but itself.
+* What a task has printed is shown before its result is known, if the screen takes it within ``SETTLE_S``; one that does not
+  is not waited for again until it has caught up.
 * On screen each line begins with its task and worker, ``[fit-7 n1/2]``. A line that is not complete is shown when it has
   waited ``PARTIAL_S``; one that rewrites itself (progress bars do) now and then. Of control characters only colours remain.
 * A task may show ``TASK_RATE`` lines a second and all together ``ALL_RATE``, at first more. What goes beyond is counted.
@@ -39,6 +41,7 @@ MAX_WAITING = 4 * 1024 * 1024  # bytes for a screen that is slow, or has stopped
 MAX_LINE = 16 * 1024
 MAX_NOTES = 5  # tasks of which it is said one by one that lines are not shown
 CLOSE_S = 1.0
+SETTLE_S = 0.1
 _LINE = 1_000  # bytes that count as one line
 _SGR_OR_CONTROL = re.compile(r"(\x1b\[[0-9;]*m)|\x1b\[[0-9;?]*[ -/]*[@-~]|[\x00-\x08\x0b-\x1f\x7f]")
 
@@ -187,17 +190,14 @@ class _Bucket:
     def take(self, cost: float) -> None:
         self._left -= cost
 
-    @property
-    def full(self) -> bool:
-        return self._left >= self._burst
-
 
 class Screen:
     """What is to be shown, line by line, and when: it takes the time, and writes nothing."""
 
     def __init__(self) -> None:
         self._partial: dict[Source, tuple[bytes, float, Cell | None]] = {}
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[str, _Bucket] = {}  # of those that have shown something of late
+        self._look_through_at = 0.0
         self._all = _Bucket(ALL_RATE, ALL_BURST, 0.0)
         self._hidden: dict[str, tuple[int, Cell | None]] = {}
         self._note_at = math.inf
@@ -226,7 +226,6 @@ class Screen:
                 shown += self._show(source, [rest], cell, now)
         if now >= self._note_at or (all_of_it and self._hidden):
             shown += self._notes()
-            self._buckets = {tag: bucket for tag, bucket in self._buckets.items() if bucket.fill(now) < TASK_BURST}
         return shown
 
     def _show(self, source: Source, lines: list[bytes], cell: Cell | None, now: float) -> list[Shown]:
@@ -234,7 +233,8 @@ class Screen:
             return []
         bucket = self._buckets.get(source.tag)
         if bucket is None:
-            self._forget_the_quiet(now)
+            if now >= self._look_through_at:
+                self._forget_the_quiet(now)
             bucket = self._buckets[source.tag] = _Bucket(TASK_RATE, TASK_BURST, now)
         room = min(bucket.fill(now), self._all.fill(now))
         out = []
@@ -265,8 +265,8 @@ class Screen:
         ]
 
     def _forget_the_quiet(self, now: float) -> None:
-        if len(self._buckets) >= 1_000:
-            self._buckets = {tag: bucket for tag, bucket in self._buckets.items() if bucket.fill(now) < TASK_BURST}
+        self._look_through_at = now + TASK_BURST / TASK_RATE
+        self._buckets = {tag: bucket for tag, bucket in self._buckets.items() if bucket.fill(now) < TASK_BURST}
 
 
 def _patience(rest: bytes) -> float:
@@ -293,6 +293,8 @@ class Printer:
         self._items: list[tuple[Source, News, Cell | None]] = []
         self._waiting = 0
         self._dropped: dict[Source, tuple[int, Cell | None]] = {}  # lines for which there was no room
+        self._busy = False  # not all that has come is written
+        self._slow = False  # nor will be soon
         self._closed = False
         self._thread: threading.Thread | None = None
 
@@ -305,16 +307,23 @@ class Printer:
                 return
             self._items.append((source, news, cell))
             self._waiting += len(news.text)
-            self._changed.notify()
+            self._busy = True
+            self._changed.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="zmqsched output", daemon=True)
                 self._thread.start()
+
+    def settle(self) -> None:
+        """Wait until all lines are written, but ``SETTLE_S`` at most, and not again before the screen has caught up."""
+        if self._busy and not self._slow:
+            with self._changed:
+                self._slow = not self._changed.wait_for(lambda: not self._busy, SETTLE_S)
 
     def close(self) -> None:
         """Nothing more comes."""
         with self._changed:
             self._closed = True
-            self._changed.notify()
+            self._changed.notify_all()
 
     def join(self) -> None:
         """Wait until all is shown, or ``CLOSE_S`` seconds."""
@@ -326,8 +335,8 @@ class Printer:
         while not closed:
             due = self._screen.due()
             with self._changed:
-                if not self._items and not self._closed:
-                    self._changed.wait(None if due == math.inf else max(0.0, due - monotonic()))
+                timeout = None if due == math.inf else max(0.0, due - monotonic())
+                self._changed.wait_for(lambda: self._items or self._closed, timeout)
                 items, self._items = self._items, []
                 dropped, self._dropped = self._dropped, {}
                 closed = self._closed
@@ -336,6 +345,9 @@ class Printer:
                 _write(shown)
             with self._changed:
                 self._waiting -= sum(len(news.text) for _, news, _ in items)
+                if not self._items:
+                    self._busy = self._slow = False
+                    self._changed.notify_all()
 
     def _lines(self, items: list[tuple[Source, News, Cell | None]], *, all_of_it: bool) -> list[Shown]:
         now = monotonic()

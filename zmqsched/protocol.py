@@ -107,25 +107,38 @@ class Shape(_Wire):
 
 
 class Function(_Wire):
+    """What tasks need besides their calls, and may share. Inputs travel to nodes so too, by names that the broker gives."""
+
     digest: Digest
     blob: _Inline
 
 
 class TaskSpec(_Wire):
-    """A task as its client made it; ``shape`` is an index into the message's shapes."""
+    """A task as its client made it; ``shape`` is an index into the message's shapes. ``inputs``: the tasks whose results are
+    arguments of its call."""
 
     task: TaskId
     shape: Annotated[int, Meta(ge=0, lt=MAX_ITEMS)]
     call: _Inline
+    inputs: Annotated[tuple[TaskId, ...], Meta(max_length=MAX_ITEMS)] = ()
 
 
 class Order(_Wire):
-    """One attempt at a task, as the broker sends it to a node."""
+    """One attempt at a task, as the broker sends it to a node. ``inputs``: the tasks whose results are arguments, and by
+    what name each result travels."""
 
     task: TaskId
     attempt: Count
     shape: Annotated[int, Meta(ge=0, lt=MAX_ITEMS)]
     call: _Inline
+    inputs: Annotated[tuple[tuple[TaskId, Digest], ...], Meta(max_length=MAX_ITEMS)] = ()
+
+
+class Input(_Wire):
+    """What a task has returned, for one that has it as an argument."""
+
+    task: TaskId
+    value: _Inline
 
 
 class Outcome(_Wire):
@@ -164,17 +177,23 @@ class Death(_Wire):
 
 
 Verdict = Literal[
-    "ok", "error", "cancelled", "WorkerDied", "Unschedulable", "NotAccepted", "ClusterLost", "TaskTimeout"
+    "ok", "error", "cancelled", "WorkerDied", "Unschedulable", "NotAccepted", "ClusterLost", "TaskTimeout",
+    "DependencyFailed",
 ]  # fmt: skip
 
 
 class Final(_Wire):
-    """A task's one final answer. ``value`` belongs to "ok" and "error"; the others explain themselves in ``text``."""
+    """A task's one final answer. ``value`` belongs to "ok" and "error"; the others explain themselves in ``text``.
+
+    "DependencyFailed" has an input's end as its cause: ``cause`` is that verdict, ``why`` its text, ``value`` its exception.
+    """
 
     task: TaskId
     verdict: Verdict
     value: _Inline = b""
     text: Text = ""
+    cause: Verdict = "ok"
+    why: Text = ""
 
 
 class Attempt(_Wire):
@@ -446,6 +465,18 @@ class StillOpen(_Wire, tag=39):
     tasks: Annotated[list[TaskId], Meta(max_length=MAX_ITEMS)]
 
 
+class NeedInputs(_Wire, tag=50):
+    """Tasks that wait for the results of these, which the broker does not have: the client has been answered."""
+
+    tasks: Annotated[list[TaskId], Meta(max_length=MAX_ITEMS)]
+
+
+class Inputs(_Wire, tag=51):
+    """How these tasks had ended, for those that wait for their results."""
+
+    finals: Annotated[list[Final], Meta(max_length=MAX_ITEMS)]
+
+
 class Hold(_Wire, tag=38):
     """The broker holds as much as it may: keep new tasks back; or (``on=False``) go on. A session begins without."""
 
@@ -456,9 +487,12 @@ class Hold(_Wire, tag=38):
 
 
 class Dispatch(_Wire, tag=40):
+    """``follow``: names of inputs that come behind this message; the others the node has had."""
+
     shapes: Annotated[list[Shape], Meta(max_length=MAX_ITEMS)]
     orders: Annotated[list[Order], Meta(max_length=MAX_ITEMS)]
     functions: Annotated[list[Function], Meta(max_length=MAX_ITEMS)] = []
+    follow: Annotated[list[Digest], Meta(max_length=MAX_ITEMS)] = []
 
 
 class Revoke(_Wire, tag=41):
@@ -537,6 +571,7 @@ class Run(_Wire, tag=60):
     env: tuple[tuple[str, str], ...] = ()
     until: float = math.inf
     name: Name = ""
+    inputs: Annotated[list[Input], Meta(max_length=MAX_ITEMS)] = []
 
 
 class Declined(_Wire, tag=63):
@@ -588,7 +623,7 @@ class Fact(_Wire, tag=71):
     counts: Annotated[list[tuple[Name, Count]], Meta(max_length=64)] = []
 
 
-# --- what only a journal holds (journal.py), besides Submit, Functions, Finals and GroupAdd --------------------------------
+# --- what only a journal holds (journal.py), besides Submit, Functions, Finals, Inputs and GroupAdd ------------------------
 
 
 class Charged(_Wire, tag=80):
@@ -620,10 +655,11 @@ Message: TypeAlias = (
     ClientHello | NodeHello | Welcome | No | SayHello | Ping | Pong | Ack | Goodbye
     | Submit | Functions | NeedFunctions | Cancel | Finals | Running | GroupAdd | GroupWait | GroupForget | GroupDone
     | Query | Report | Notice | Shutdown | Drain | Follow | JobTasks | StillOpen | Unknown | Hold
+    | NeedInputs | Inputs
     | Dispatch | Revoke | Stop | Results | Progress | Workers | Draining | Adopt | Output
     | Beat | Fact
 )  # fmt: skip
-RecordMessage: TypeAlias = Submit | Functions | Finals | GroupAdd | Charged | Forgotten | Left | Present
+RecordMessage: TypeAlias = Submit | Functions | Finals | Inputs | GroupAdd | Charged | Forgotten | Left | Present
 PipeMessage: TypeAlias = Run | Done | Declined | GroupAdd | Interrupted | Advanced
 
 
@@ -656,7 +692,8 @@ _CARRIES: dict[type, tuple[tuple[str, str], ...]] = {
     Dispatch: (("functions", "blob"), ("orders", "call")),
     Results: (("outcomes", "value"),),
     Finals: (("finals", "value"),),
-    Run: (("", "function"), ("", "call")),
+    Inputs: (("finals", "value"),),
+    Run: (("", "function"), ("", "call"), ("inputs", "value")),
     Done: (("", "value"),),
 }
 

@@ -9,7 +9,7 @@ Rules
 * When a task ends and some of what was written is still unread, or is being read at this moment, the worker writes a *mark*
   into both pipes before it answers: what comes before it is that task's. A task that prints nothing pays one system call
   for this, and one that does, hardly more. The mark contains a number that nobody can guess.
-* The node reads what is there and keeps of each stream the last ``KEPT`` bytes that it has not passed on. Of running tasks
+* The node reads what is there and keeps of each task the last ``KEPT`` bytes that it has not passed on. Of running tasks
   it passes on ``RATE`` bytes a second and worker; of one that has ended, all that is kept. So a flood is read as fast as it
   comes, costs little memory, and nobody waits for it.
 * C code that prints to a terminal line by line does so here too; without this a pipe gets 4 KiB at once.
@@ -28,6 +28,7 @@ import select
 import struct
 import sys
 import zlib
+from collections import deque
 from time import monotonic
 from typing import Literal, NamedTuple
 
@@ -65,38 +66,55 @@ class Key(NamedTuple):
 NOBODY = Key(bytes(16), 0)
 
 
+Number = Literal[1, 2]
+
+
 class _Stream:
     """One of the two pipes, at the node."""
 
-    def __init__(self, number: Literal[1, 2], read: int) -> None:
-        self.number: Literal[1, 2] = number
+    def __init__(self, number: Number, read: int) -> None:
+        self.number: Number = number
         self.file = io.FileIO(read, "r")
         self.open = True
         self.undecided = bytearray()  # read, and not known whose
         self.ended = NOBODY  # the last attempt whose end is known
         self.marked: set[Key] = set()  # those whose mark was read, and that are not known to be answered
-        self.key = NOBODY  # whose the following are
-        self.at = 0  # bytes of this attempt's that were passed on or dropped, and line ends among them
-        self.lines = 0
-        self.kept = bytearray()
 
-    def add(self, key: Key, data: bytearray) -> None:
-        if key != self.key:
-            self.key, self.at, self.lines = key, 0, 0
-        self.kept += data
-        if (excess := len(self.kept) - KEPT) > 0:
-            self._leave(excess)
 
-    def take(self, worker: int) -> Words:
-        text = bytes(self.kept)
-        words = Words(self.key.task, self.key.attempt, worker, self.number, self.at, self.lines, text)
-        self._leave(len(text))
-        return words
+class _Said:
+    """What an attempt has written and was not passed on, in the order in which it was read."""
 
-    def _leave(self, size: int) -> None:
-        self.at += size
-        self.lines += self.kept.count(b"\n", 0, size)
-        del self.kept[:size]
+    def __init__(self) -> None:
+        self.size = 0
+        self._pieces: deque[tuple[Number, bytearray]] = deque()
+        self._at = {1: 0, 2: 0}  # of each stream, bytes that were passed on or dropped, and line ends among them
+        self._lines = {1: 0, 2: 0}
+
+    def add(self, number: Number, data: bytearray) -> None:
+        if self._pieces and self._pieces[-1][0] == number:
+            self._pieces[-1][1].extend(data)
+        else:
+            self._pieces.append((number, data))
+        self.size += len(data)
+        while self.size > KEPT:
+            number, piece = self._pieces.popleft()
+            excess = min(self.size - KEPT, len(piece))
+            self._leave(number, piece[:excess])
+            if excess < len(piece):
+                self._pieces.appendleft((number, piece[excess:]))
+
+    def take(self, key: Key, worker: int) -> list[Words]:
+        taken = []
+        for number, piece in self._pieces:
+            taken.append(Words(*key, worker, number, self._at[number], self._lines[number], bytes(piece)))
+            self._leave(number, piece)
+        self._pieces.clear()
+        return taken
+
+    def _leave(self, number: Number, data: bytearray) -> None:
+        self._at[number] += len(data)
+        self._lines[number] += data.count(b"\n")
+        self.size -= len(data)
 
 
 class Streams:
@@ -112,13 +130,14 @@ class Streams:
         self._unread = select.epoll()
         self._streams: list[_Stream] = []
         self._theirs: list[io.FileIO] = []
-        numbers: tuple[Literal[1, 2], ...] = (1, 2)
+        numbers: tuple[Number, ...] = (1, 2)
         for number in numbers:
             read, write = os.pipe2(os.O_CLOEXEC)
             os.set_blocking(read, False)
             self._unread.register(read, select.EPOLLIN)
             self._streams.append(_Stream(number, read))
             self._theirs.append(io.FileIO(write, "w"))
+        self._said: dict[Key, _Said] = {}  # by those that have written something and were not answered
         self._answered: Done | None = None  # the last
         self._finished: list[Words] = []  # of attempts that have ended
         self._unclaimed = bytearray()
@@ -141,8 +160,8 @@ class Streams:
         """Readable when something can be read, or one of the pipes has ended."""
         return self._unread.fileno()
 
-    def read(self) -> bool:
-        """Take in what is there, at most some 100 KiB of each stream; never waits. False: nothing was."""
+    def read(self) -> int:
+        """Take in what is there, at most some 100 KiB of each stream; never waits. Returns about how much it was."""
         self._page[_READING] = 1
         before = self._runs()
         sizes = [self._read(stream) for stream in self._streams]
@@ -154,20 +173,20 @@ class Streams:
         self._page[_READING] = 0
         for stream, size in zip(self._streams, sizes, strict=True):
             self._sort(stream, after, cut=size == _CHUNK)
-        return any(sizes)
+        return max(sizes)
 
     def read_rest(self) -> None:
         """The worker is dead. The pipes' end may never come: somebody else may have them open still."""
         for _ in range(_MAX_READS):
             if not self.read():
                 break
-        for stream in self._streams:
-            self._finish(stream)
+        for key in list(self._said):
+            self._finish(key)
 
     def answered(self, done: Done) -> bool:
         """Of this attempt nothing more comes, but what lies in the pipes before its mark. True: something is to be taken."""
         self._answered = done
-        if not done.wrote and not self._streams[0].kept and not self._streams[1].kept:
+        if not done.wrote and not self._said:
             return False
         self._end(Key(done.task, done.attempt), wrote=done.wrote)
         return True
@@ -177,9 +196,9 @@ class Streams:
         words, self._finished = self._finished, []
         self._allowance = min(RATE, self._allowance + RATE * (now - self._taken_at))
         self._taken_at = now
-        for stream in self._streams:
-            if stream.kept and self._allowance > 0:
-                words.append(stream.take(self._worker))
+        if self._allowance > 0:
+            for key, said in self._said.items():
+                words += said.take(key, self._worker)
         self._allowance = max(-RATE, self._allowance - sum([len(each.text) for each in words]))
         return words
 
@@ -192,7 +211,7 @@ class Streams:
         """When :meth:`take` has something; 0.0 is at once."""
         if self._finished or self._unclaimed:
             return 0.0
-        if not any(stream.kept for stream in self._streams):
+        if not any(said.size for said in self._said.values()):
             return math.inf
         return max(0.0, self._taken_at + max(EVERY_S, -self._allowance / RATE))
 
@@ -239,7 +258,6 @@ class Streams:
         while (at := data.find(self._mark, start)) >= 0 and at + _MARK_SIZE <= len(data):
             key = Key(*_RUNS.unpack_from(data, at + len(self._mark)))
             self._claim(stream, key, data[start:at])
-            self._finish(stream)
             stream.marked.add(key)
             stream.ended = key
             start = at + _MARK_SIZE
@@ -261,7 +279,9 @@ class Streams:
         return NOBODY if answered or stream.ended == runs else runs
 
     def _claim(self, stream: _Stream, owner: Key, data: bytearray) -> None:
-        if stream.number == 2 and data:
+        if not data:
+            return
+        if stream.number == 2:
             if owner != self._tail_of:
                 self._tail_of = owner
                 self._tail.clear()
@@ -269,10 +289,8 @@ class Streams:
             del self._tail[: -MAX_STDERR - 1]
         if owner == NOBODY:
             self._unclaimed += data[-KEPT:]
-            return
-        if stream.key != owner:
-            self._finish(stream)
-        stream.add(owner, data)
+        else:
+            self._said.setdefault(owner, _Said()).add(stream.number, data)
 
     def _end(self, key: Key, *, wrote: bool) -> None:
         for _ in range(_MAX_READS if wrote else 0):
@@ -280,12 +298,11 @@ class Streams:
                 break
         for stream in self._streams:
             stream.marked.discard(key)
-            if stream.key == key:
-                self._finish(stream)
+        self._finish(key)
 
-    def _finish(self, stream: _Stream) -> None:
-        if stream.kept:
-            self._finished.append(stream.take(self._worker))
+    def _finish(self, key: Key) -> None:
+        if (said := self._said.pop(key, None)) is not None:
+            self._finished += said.take(key, self._worker)
 
 
 class Voice:

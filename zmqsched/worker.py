@@ -229,7 +229,7 @@ def _attempt(run: Run, functions: _Functions, interrupts: _Interrupts, now: Now)
         interrupts.wanted = True
         try:
             fn = now.function = functions.get(run.digest)
-            args, kwargs = _arguments(run.call)
+            args, kwargs = _arguments(run)
             started = perf_counter()
             result = fn(*args, **kwargs)
         finally:
@@ -251,9 +251,9 @@ def _attempt(run: Run, functions: _Functions, interrupts: _Interrupts, now: Now)
     return Done(run.task, run.attempt, ok, value, seconds, retry, wrote)
 
 
-def _arguments(call: Payload) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _arguments(run: Run) -> tuple[tuple[Any, ...], dict[str, Any]]:
     try:
-        return unpack_call(call)
+        return unpack_call(run.call, {each.task: each.value for each in run.inputs} if run.inputs else None)
     except BaseException as error:
         error.add_note("(raised in the worker while it loaded the task's arguments, before the call)")
         raise

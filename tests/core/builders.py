@@ -18,6 +18,7 @@ from zmqsched.core.events import (
     AgentEvent,
     Arrived,
     Ask,
+    Asked,
     AskStack,
     BeatArrived,
     Began,
@@ -28,11 +29,13 @@ from zmqsched.core.events import (
     Exited,
     Finished,
     Give,
+    Heard,
     Interrupt,
     Kill,
     Leave,
     Log,
     NowRunning,
+    Printed,
     Publish,
     Quit,
     Reached,
@@ -63,6 +66,7 @@ from zmqsched.core.scheduler import Scheduler
 from zmqsched.core.settings import Settings
 from zmqsched.protocol import (
     Adopt,
+    Advance,
     Attempt,
     Beat,
     Cancel,
@@ -89,6 +93,7 @@ from zmqsched.protocol import (
     Options,
     Order,
     Outcome,
+    Output,
     Progress,
     Query,
     Record,
@@ -104,6 +109,7 @@ from zmqsched.protocol import (
     Submit,
     TaskSpec,
     Welcome,
+    Words,
     Workers,
     WorkerState,
     decode,
@@ -303,6 +309,17 @@ class Client(Peer):
         return next(final for final in self.finals if final.task == task_id(label))
 
     @property
+    def printed(self) -> dict[str, bytes]:
+        """By task, what came in order and at its place."""
+        found: dict[str, bytes] = {}
+        for message in self.all(Output):
+            for words in message.words:
+                label = label_of(words.task)
+                assert words.at >= len(found.get(label, b"")), "out of order"
+                found[label] = found.get(label, b"") + words.text
+        return found
+
+    @property
     def told_running(self) -> list[str]:
         return [label_of(task) for message in self.all(Running) for task in message.tasks]
 
@@ -368,6 +385,14 @@ class Node(Peer):
         attempt = self._attempt(label)
         del self.orders[label]
         self.says(Progress(self.credit, stopped=[Stopped(attempt.task, attempt.attempt, verdict, text)]))
+
+    def prints(self, label: str, text: bytes, *, at: int = 0, lines: int = 0, task: str = "") -> None:
+        """On standard output; ``task``: what it says that the words are of."""
+        words = Words(task_id(task or label), self.orders[label].attempt, 1, 1, at, lines, text)
+        self.says(Output([words], node="whatever it says"))
+
+    def advances(self, label: str, fraction: float, text: str = "") -> None:
+        self.says(Output([], [Advance(task_id(label), self.orders[label].attempt, fraction, text)]))
 
     def asks_for(self, credit: int) -> None:
         self.credit = credit
@@ -681,6 +706,11 @@ class Workplace:
         """The interrupt has come to the worker."""
         self.says(worker, Interrupted())
 
+    def prints(self, label: str, text: bytes) -> None:
+        """The loop turns later."""
+        run = self.runs[label]
+        self.step(Printed([Words(run.task, run.attempt, self.worker_of(label), 1, 0, 0, text)], []))
+
     def says(self, worker: int, message: Done | GroupAdd | Interrupted) -> None:
         self.step(Said(worker, message))
         self.turn()
@@ -829,7 +859,7 @@ class Desk:
 
     def asks(self, *labels: str, function: str = "f", **asked: object) -> None:
         shape = Shape(digest(function), options(**asked))
-        tasks = [(task_id(label), shape, b"call of " + label.encode()) for label in labels]
+        tasks = [Asked(task_id(label), shape, b"call of " + label.encode()) for label in labels]
         self.step(Ask(tasks, {digest(function): blob(function)}))
         self.turn()
 
@@ -903,7 +933,7 @@ class Desk:
             if isinstance(action, ToBroker):
                 self._hear(over_the_wire(action.envelope))
             else:
-                assert isinstance(action, Began | Finished | NowRunning | Replied | Warned | Broken | Quit)
+                assert isinstance(action, Began | Finished | NowRunning | Heard | Replied | Warned | Broken | Quit)
                 self.actions.append(action)
 
     def turn(self) -> None:

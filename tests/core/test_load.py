@@ -6,7 +6,7 @@ import gc
 
 import pytest
 
-from zmqsched.core.events import Ask, Finished
+from zmqsched.core.events import Ask, Asked, Finished
 from zmqsched.core.load import RECORD_BYTES
 from zmqsched.core.requests import WINDOW_BYTES
 from zmqsched.core.tasks import Task
@@ -153,7 +153,7 @@ def test_when_all_is_done_the_broker_holds_nothing():
 
 
 def ask(desk: Desk, label: str, call: Payload) -> None:
-    desk.step(Ask([(task_id(label), Shape(digest("f"), options()), call)], {digest("f"): blob("f")}))
+    desk.step(Ask([Asked(task_id(label), Shape(digest("f"), options()), call)], {digest("f"): blob("f")}))
     desk.turn()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from zmqsched.core.events import Ask, Exited
+from zmqsched.core.events import Ask, Asked, Exited
 from zmqsched.protocol import (
     BATCH_ITEMS,
     MAX_PARTS,
@@ -52,8 +52,8 @@ def test_closures_that_differ_are_submitted_in_readable_pieces(code: Payload):
     """Each task has a function of its own, and they count, not only the calls."""
     desk = Desk()
     number = MANY // 10 if isinstance(code, list) else MANY
-    tasks = [(numbered(n), Shape(numbered(n)), b"call") for n in range(number)]
-    desk.step(Ask(tasks, {shape.function: code for _, shape, _ in tasks}))
+    tasks = [Asked(numbered(n), Shape(numbered(n)), b"call") for n in range(number)]
+    desk.step(Ask(tasks, {shape.function: code for _, shape, *_ in tasks}))
     desk.turn()
     submits = desk.all(Submit)
     assert sum(len(message.tasks) for message in submits) == number
@@ -64,7 +64,7 @@ def test_closures_that_differ_are_submitted_in_readable_pieces(code: Payload):
 
 def test_wordy_options_are_submitted_in_readable_pieces():
     desk = Desk()
-    tasks = [(numbered(n), Shape(numbered(0), wordy(n)), b"call") for n in range(MANY)]
+    tasks = [Asked(numbered(n), Shape(numbered(0), wordy(n)), b"call") for n in range(MANY)]
     desk.step(Ask(tasks, {numbered(0): b"code"}))
     desk.turn()
     assert sum(len(message.tasks) for message in desk.all(Submit)) == MANY
@@ -225,6 +225,6 @@ def test_an_answer_to_what_was_not_submitted_yet():
     desk = Desk(joins=False)
     desk.asks("a")
     desk.broker_welcomes()
-    desk.step(Ask([(task_id("b"), Shape(numbered(0)), b"")], {numbered(0): b""}))
+    desk.step(Ask([Asked(task_id("b"), Shape(numbered(0)), b"")], {numbered(0): b""}))
     desk.broker_answers("b")
     assert desk.answered == ["b"]

@@ -49,6 +49,7 @@ from ..protocol import (
     Functions,
     Goodbye,
     GroupAdd,
+    Input,
     Interrupted,
     Message,
     NeedFunctions,
@@ -121,9 +122,13 @@ RESTART_BACKOFF_S = 0.1  # doubled with each worker in a row that dies before it
 
 class Held:
     """A task at this node. ``worker`` is 0 while it waits here; ``orphan``: the session that ordered it is over;
-    ``revoked``: it is not wanted any more; ``limit_s``: how long it may run."""
+    ``revoked``: it is not wanted any more; ``limit_s``: how long it may run. ``inputs``: whose results are its arguments,
+    and their names among the functions; of these and its own function it ``lacks`` so many."""
 
-    __slots__ = ("attempt", "call", "limit_s", "options", "orphan", "reported", "revoked", "shape", "task", "worker")
+    __slots__ = (
+        "attempt", "call", "inputs", "lacks", "limit_s", "options", "orphan", "reported", "revoked", "shape", "task",
+        "worker",
+    )  # fmt: skip
 
     def __init__(self, order: Order, shape: Shape) -> None:
         self.task = order.task
@@ -131,11 +136,18 @@ class Held:
         self.shape = shape
         self.options: Options = shape.options
         self.call: Payload = order.call
+        self.inputs = order.inputs
+        self.lacks = 0
         self.worker = 0
         self.reported = False
         self.orphan = False
         self.revoked = False
         self.limit_s = self.options.timeout or math.inf
+
+    @property
+    def needs(self) -> list[bytes]:
+        function = self.shape.function
+        return list(dict.fromkeys([function, *[name for _, name in self.inputs]])) if self.inputs else [function]
 
 
 class Worker:
@@ -173,7 +185,7 @@ class Agent:
         self._worker_numbers = 0
         self._held: dict[bytes, Held] = {}
         self._queue: PriorityQueue[Held] = PriorityQueue()
-        self._lacking: dict[bytes, list[Held]] = {}  # tasks whose function is on its way, by digest
+        self._lacking: dict[bytes, list[Held]] = {}  # tasks whose function or input is on its way, by its name
         self._functions = FunctionStore()
         self._task_s: float | None = None  # how long a task takes, smoothed
         self._credit = hello.credit  # as the broker was told
@@ -262,6 +274,8 @@ class Agent:
         queued = {held.task for held in self._queue}
         lacking = {held.task for tasks in self._lacking.values() for held in tasks}
         given = {task for worker in self._workers.values() for task in worker.runs}
+        for tasks in self._lacking.values():
+            assert all(held.lacks == sum(held in some for some in self._lacking.values()) for held in tasks), "lacks are off"
         assert len(queued) + len(lacking) + len(given) == len(queued | lacking | given), "a task is in two places"
         assert queued | lacking | given == self._held.keys(), "a task is held and nowhere, or the reverse"
         for name, used in self._used.items():
@@ -293,10 +307,11 @@ class Agent:
 
     def _message(self, message: Message, now: float) -> None:
         match message:
-            case Dispatch(shapes, orders, functions):
+            case Dispatch(shapes, orders, functions, follow):
                 self._learn(functions)
+                coming = set(follow)
                 for order in orders:
-                    self._ordered(order, shapes[order.shape])
+                    self._ordered(order, shapes[order.shape], coming)
             case Functions(functions):
                 self._learn(functions)
             case Revoke(attempts, force):
@@ -342,7 +357,7 @@ class Agent:
     def _session_over(self, why: str) -> None:
         """This node's tasks are placed elsewhere. What runs goes on and is offered when done."""
         self._out.append(Log("warning", f"{why}; joining anew"))
-        for held in [*self._queue, *[held for tasks in self._lacking.values() for held in tasks]]:
+        for held in [held for held in self._held.values() if not held.worker]:
             self._drop(held)
         for worker in self._workers.values():
             for held in worker.runs.values():
@@ -364,7 +379,7 @@ class Agent:
                 held.reported = True
                 self._orphans -= 1
 
-    def _ordered(self, order: Order, shape: Shape) -> None:
+    def _ordered(self, order: Order, shape: Shape, coming: set[bytes]) -> None:
         held = self._held.get(order.task)
         if held is not None:  # it is here still, from an attempt that was given up: that one answers for both
             held.attempt = order.attempt
@@ -375,19 +390,27 @@ class Agent:
             held.reported = False
             return
         held = self._held[order.task] = Held(order, shape)
-        self._functions.hold(shape.function)
-        if shape.function in self._functions:
+        needs = held.needs
+        for name in needs:
+            self._functions.hold(name)
+        lacking = [name for name in needs if name not in self._functions]
+        if not lacking:
             self._queue.push(held.task, held, held.options.priority)
-        else:
-            if shape.function not in self._lacking:
-                self._uplink.send(NeedFunctions([shape.function]))
-            self._lacking.setdefault(shape.function, []).append(held)
+            return
+        held.lacks = len(lacking)
+        if wanted := [name for name in lacking if name not in self._lacking and name not in coming]:
+            for batch in batches(wanted, len):
+                self._uplink.send(NeedFunctions(batch))
+        for name in lacking:
+            self._lacking.setdefault(name, []).append(held)
 
     def _learn(self, functions: list[Function]) -> None:
         for function in functions:
             self._functions.add(function.digest, function.blob)
             for held in self._lacking.pop(function.digest, []):
-                self._queue.push(held.task, held, held.options.priority)
+                held.lacks -= 1
+                if not held.lacks:
+                    self._queue.push(held.task, held, held.options.priority)
 
     def _revoke(self, attempt: Attempt, *, force: bool) -> None:
         held = self._held.get(attempt.task)
@@ -606,10 +629,14 @@ class Agent:
             return (
                 demand == worker.uses
                 and _is_plain(demand)
-                and payload_bytes(held.call) <= MAX_BATCHED_BYTES
+                and self._size(held) <= MAX_BATCHED_BYTES
                 and not worker.taking_back
             )
         return all(self._used.get(name, 0.0) + amount <= self._total.get(name, 0.0) + 1e-9 for name, amount in demand)
+
+    def _size(self, held: Held) -> int:
+        size = payload_bytes(held.call)
+        return size + sum([payload_bytes(self._functions[name]) for _, name in held.inputs]) if held.inputs else size
 
     def _start(self, held: Held, worker: Worker, now: float) -> None:
         demand = held.options.resources
@@ -630,8 +657,10 @@ class Agent:
         worker.functions.add(digest)
         env = (("CUDA_VISIBLE_DEVICES", ",".join(worker.gpus)),) if worker.gpus else ()
         until = self._uplink.lease_ends
+        inputs = [Input(task, self._functions[each]) for task, each in held.inputs]
         name = held.options.name
-        self._out.append(Give(worker.id, Run(held.task, held.attempt, digest, function, held.call, fresh, env, until, name)))
+        run = Run(held.task, held.attempt, digest, function, held.call, fresh, env, until, name, inputs)
+        self._out.append(Give(worker.id, run))
 
     def _pin(self, demand: tuple[tuple[str, float], ...]) -> tuple[str, ...]:
         """The least loaded GPUs for this task: whole ones, or a share of one."""
@@ -757,19 +786,20 @@ class Agent:
 
     def _drop(self, held: Held) -> None:
         """It waits here, unstarted; no longer."""
-        lacking = self._lacking.get(held.shape.function, [])
-        if held in lacking:
-            lacking.remove(held)
-            if not lacking:
-                del self._lacking[held.shape.function]
-        else:
+        if not held.lacks:
             self._queue.remove(held.task, held.options.priority)
+        for name in held.needs if held.lacks else ():
+            if held in (lacking := self._lacking.get(name, [])):
+                lacking.remove(held)
+                if not lacking:
+                    del self._lacking[name]
         self._forget(held)
 
     def _forget(self, held: Held) -> None:
         del self._held[held.task]
         self._orphans -= held.orphan
-        self._functions.release(held.shape.function)
+        for name in held.needs:
+            self._functions.release(name)
 
 
 def _outcome_bytes(outcome: Outcome) -> int:

@@ -2,8 +2,8 @@
 
 Rules
 -----
-* Only here a task is accepted, changes its state (but for ASSIGNED, which ``placement.py`` gives) and is answered. Each
-  ends in ``finish``, once.
+* Only here a task is accepted (``dependencies.py``: when it has to wait for others), changes its state (but for ASSIGNED,
+  which ``placement.py`` gives) and is answered. Each ends in ``finish``, once.
 * An outcome that names the current attempt of its task decides it. One that does not is a *zombie*: from a node that was
   given up and its task placed anew. A zombie's value is as good as any and is accepted if the task is still open (first
   result wins); a zombie's error is not, for the newer attempt may succeed. Both are counted.
@@ -46,6 +46,7 @@ from ..protocol import (
     batches,
 )  # fmt: skip
 from .certificate import certificate, entry
+from .dependencies import Dependencies
 from .functions import CAP_BYTES, FunctionStore
 from .groups import Answer, Groups, Waiter
 from .ledger import Counted, Ledger, final_bytes
@@ -81,6 +82,7 @@ class Book:
         self.functions = FunctionStore(self.functions_cap)
         self.load = Load(settings.max_queued_bytes)
         self.groups = Groups()
+        self.dependencies = Dependencies(self, random.randbytes(8))
         self.tasks: dict[bytes, Task] = {}
         self._most_tasks = 0  # since the table of tasks was last made anew
         self.waiting: dict[bytes, dict[bytes, Task]] = {}  # by the digest of the function they wait for
@@ -96,8 +98,9 @@ class Book:
         """Raise AssertionError if any two facts disagree."""
         self.placement.sanity_check()
         self.groups.sanity_check()
-        assert self.load.tasks == sum(call_bytes(task.call) for task in self.tasks.values()), "bytes of tasks are off"
+        assert self.load.tasks == sum(map(_bytes, self.tasks.values())), "bytes of tasks are off"
         assert self.load.answers == self.kept_for_clients(), "bytes of answers are off"
+        self.dependencies.sanity_check()
         self._check_states()
         self._check_owners()
         kinds = Counter(task.kind.shape for task in self.tasks.values())
@@ -116,8 +119,8 @@ class Book:
             assert task.state is not FINISHED, f"{task} is finished and kept"
             assert held == bool(task.node), f"{task}: state and node disagree"
             assert not held or self.nodes[task.node].tasks.get(task.id) is task, f"{task} is not at its node"
-            waits = task.id in self.waiting.get(task.kind.shape.function, {})
-            assert (waits or task.id in self.limbo) == (task.state is WAITING), f"{task}: waits for a function or not"
+            waits = task.lacks > 0 or task.id in self.waiting.get(task.kind.shape.function, {})
+            assert (waits or task.id in self.limbo) == (task.state is WAITING), f"{task}: waits for something or not"
             assert (task.id in self.delayed) == (task.state is DELAYED), f"{task}: waits for its retry or not"
             assert task.state not in (QUEUED, DELAYED) or not task.cancelled, f"{task} is cancelled and queued"
         delayed = sum(task.state is DELAYED for task in self.tasks.values())
@@ -145,6 +148,7 @@ class Book:
         counts["kinds"] = sum(1 for number in self.placement.open_kinds().values() if number)
         counts["at nodes"] = sum(node.assigned for node in self.nodes.values())
         counts["bytes of tasks"] = self.load.tasks
+        counts["inputs"] = len(self.dependencies.inputs)
         return +counts
 
     def unacknowledged(self) -> int:
@@ -163,8 +167,11 @@ class Book:
         tasks = self.tasks
         new = []
         refused = []
+        dependent = []
         for spec in message.tasks:
             owner = owners[spec.shape]
+            if spec.inputs:
+                dependent.append(spec.task)
             if spec.task in tasks or owner.has_answered(spec.task):
                 self._submitted_again(spec.task, owner, session)
                 continue
@@ -172,13 +179,16 @@ class Book:
                 refused.append(spec.task)
                 continue
             new.append(spec)
-            task = self.accept(spec, kinds[spec.shape], owner, waits=message.shapes[spec.shape].function in missing)
+            waits = message.shapes[spec.shape].function in missing
+            task = self.accept(spec, kinds[spec.shape], owner, session.follows[0], waits=waits)
             if spec.task in self.offers:
                 self._adopt(task)
         self.counts["accepted"] += self._seq - before
         self.accepted_all(kinds)
         if missing and not trouble:
             self.sessions.send(session, NeedFunctions(sorted(missing)))
+        if dependent:
+            self.dependencies.ask(session, [tasks[task_id] for task_id in dependent if task_id in tasks])
         if refused:
             self._refuse(session, refused, trouble)
         if new:
@@ -197,10 +207,12 @@ class Book:
             self._let_follow(session, owner)
         owner.submitters.add(session.token)
 
-    def accept(self, spec: TaskSpec, kind: Kind, owner: Owner, *, waits: bool) -> Task:
+    def accept(self, spec: TaskSpec, kind: Kind, owner: Owner, client: Owner, *, waits: bool) -> Task:
+        """``client``: who submits it, be the owner a job. ``waits``: its function is not here."""
         self._seq += 1
-        task = self.tasks[spec.task] = Task(spec.task, owner, kind, spec.call, self._seq)
-        self.load.tasks += call_bytes(spec.call)
+        inputs = tuple(dict.fromkeys(spec.inputs)) if spec.inputs else ()
+        task = self.tasks[spec.task] = Task(spec.task, owner, kind, spec.call, self._seq, inputs)
+        self.load.tasks += _bytes(task)
         owner.open += 1
         if not kind.open:
             self.functions.hold(kind.shape.function)
@@ -209,10 +221,16 @@ class Book:
             self.answer(self.groups.add(kind.options.group, 1))
         if waits:
             self.waiting.setdefault(kind.shape.function, {})[task.id] = task
-        else:
+        if inputs:
+            self.dependencies.begin(task, client)
+        self.queue_if_ready(task)
+        return task
+
+    def queue_if_ready(self, task: Task) -> None:
+        """A task that waits, or has just been accepted: perhaps all that it needs is here."""
+        if task.state is WAITING and not task.lacks and task.id not in self.waiting.get(task.kind.shape.function, ()):
             task.move(QUEUED)
             self.placement.enqueue(task)
-        return task
 
     def accepted_all(self, kinds: list[Kind]) -> None:
         """All tasks of a message are accepted, as far as they are new."""
@@ -232,9 +250,10 @@ class Book:
             if owner.job:
                 self._join_job(session, owner)
             self._submitted_again(task_id, owner, session)
-        waiting = [self.tasks[task].kind.shape.function for task in tasks if task in self.tasks]
-        if missing := {function for function in waiting if function in self.waiting}:
+        known = [self.tasks[task] for task in tasks if task in self.tasks]
+        if missing := {task.kind.shape.function for task in known if task.kind.shape.function in self.waiting}:
             self.sessions.send(session, NeedFunctions(sorted(missing)))
+        self.dependencies.ask(session, known)
         self.sessions.send(session, Unknown(unknown))
 
     def _owner_of(self, task_id: bytes, client: Owner) -> Owner | None:
@@ -258,7 +277,8 @@ class Book:
             task.owner = owner
             owner.open += 1
             task.cancelled = False
-            self.record(owner.id, Submit([task.kind.shape], [TaskSpec(task_id, 0, task.call)]))
+            self.record(owner.id, Submit([task.kind.shape], [TaskSpec(task_id, 0, task.call, task.inputs)]))
+            self.dependencies.record(task)
             self.charge(task)
 
     def _refuse(self, session: Session, tasks: list[bytes], trouble: str) -> None:
@@ -274,8 +294,7 @@ class Book:
                 self.functions.add(function.digest, function.blob)
                 self.record(b"", Functions([function]))
             for task in self.waiting.pop(function.digest, {}).values():
-                task.move(QUEUED)
-                self.placement.enqueue(task)
+                self.queue_if_ready(task)
 
     def cancel(self, session: Session, task_id: bytes, *, force: bool) -> None:
         for task in self.asked_about(session, [task_id]):
@@ -308,6 +327,7 @@ class Book:
         self._let_follow(session, owner)
         session.finals.extend(owner.answers.values())
         self.sessions.touch(session)
+        self.dependencies.ask_again(session)
 
     def _let_follow(self, session: Session, owner: Owner) -> None:
         owner.sessions.append(session)
@@ -329,7 +349,8 @@ class Book:
             self.ledger.leave(owner.id)
         mine = [task for task in self.tasks.values() if task.owner is owner]
         for task in mine:
-            self._drop(task, "its client is gone", force=force)
+            if task.state is not FINISHED:  # as one is by now whose input was dropped before
+                self._drop(task, "its client is gone", force=force)
         return len(mine)
 
     def add_to_groups(self, incarnation: bytes, message: GroupAdd) -> None:
@@ -388,7 +409,7 @@ class Book:
             if outcome.ok:
                 if not current and task.node:  # a newer attempt elsewhere is no longer wanted
                     self._call_back(task, force=False)
-                self._finish(task, Final(task.id, "ok", outcome.value))
+                self.finish(task, Final(task.id, "ok", outcome.value))
                 node.done += 1
             elif outcome.retry and task.failures < task.kind.options.retries and not task.cancelled:
                 task.failures += 1
@@ -398,7 +419,7 @@ class Book:
                 self.charge(task)
                 self._retry(task)
             else:
-                self._finish(task, Final(task.id, "error", outcome.value))
+                self.finish(task, Final(task.id, "error", outcome.value))
                 node.done += 1
 
     def _retry(self, task: Task) -> None:
@@ -449,7 +470,7 @@ class Book:
             return
         self.counts["stopped"] += 1
         if task.cancelled or stopped.verdict == "TaskTimeout":
-            self._finish(task, Final(task.id, "cancelled" if task.cancelled else stopped.verdict, text=stopped.text))
+            self.finish(task, Final(task.id, "cancelled" if task.cancelled else stopped.verdict, text=stopped.text))
             return
         # It was cancelled for its client's absence, and the client is back.
         if task.node:
@@ -490,7 +511,7 @@ class Book:
         """Cancel what has not started. An attempt at a node is called back: the node hands it back, or its answer comes;
         with ``force`` the node ends it if it runs."""
         if task.state in (WAITING, QUEUED, DELAYED):
-            self._finish(task, Final(task.id, "cancelled", text=why))
+            self.finish(task, Final(task.id, "cancelled", text=why))
         elif force or not task.cancelled:
             task.cancelled = True
             self._call_back(task, force=force)
@@ -511,14 +532,20 @@ class Book:
         task.move(QUEUED)
         self.placement.enqueue(task, first=True)
         if task.cancelled:
-            self._finish(task, Final(task.id, "cancelled", text="cancelled before it started"))
+            self.finish(task, Final(task.id, "cancelled", text="cancelled before it started"))
 
     def _fail(self, task: Task, why: str) -> None:
         label = task.kind.shape.label
         name = task.kind.options.name or label or f"task {task.id.hex()[-8:]}"
-        self._finish(task, Final(task.id, "WorkerDied", text=certificate(f"{name} failed: {why}", label, task.deaths)))
+        self.finish(task, Final(task.id, "WorkerDied", text=certificate(f"{name} failed: {why}", label, task.deaths)))
 
-    def _finish(self, task: Task, final: Final) -> None:
+    def finish(self, task: Task, final: Final) -> None:
+        """The one answer to the task; and what follows from it for those that have it as an argument."""
+        self.end(task, final)
+        if task.id in self.dependencies.inputs:
+            self.dependencies.ended(task, final)
+
+    def end(self, task: Task, final: Final) -> None:
         self.close(task)
         self.counts[final.verdict] += 1
         if self.owners.knows(task.owner):
@@ -540,7 +567,9 @@ class Book:
             self.delayed.set(task.id, None)
         task.move(FINISHED)
         del self.tasks[task.id]
-        self.load.tasks -= call_bytes(task.call)
+        if task.inputs:
+            self.dependencies.end(task)
+        self.load.tasks -= _bytes(task)
         kind.open -= 1
         if not kind.open:
             self.functions.release(kind.shape.function)
@@ -552,9 +581,8 @@ class Book:
     def _stop_waiting(self, task: Task) -> None:
         if self.limbo.pop(task.id, None) is not None:
             return
-        waiting = self.waiting[task.kind.shape.function]
-        del waiting[task.id]
-        if not waiting:
+        waiting = self.waiting.get(task.kind.shape.function, {})
+        if waiting.pop(task.id, None) is not None and not waiting:
             del self.waiting[task.kind.shape.function]
 
     def _tell_running(self, task: Task) -> None:
@@ -652,8 +680,8 @@ class Book:
         text = "the task's function has not arrived: the client that submitted it is gone"
         for digest, since in self._waiting_since.items():
             if self.now - since > self._settings.client_lease_s:
-                for task in list(self.waiting[digest].values()):
-                    self._finish(task, Final(task.id, "NotAccepted", text=text))
+                for task in [task for task in self.waiting[digest].values() if task.state is WAITING]:
+                    self.finish(task, Final(task.id, "NotAccepted", text=text))
 
     def expire_offers(self) -> None:
         """What runs for a client that did not come back in its time is ended."""
@@ -682,7 +710,7 @@ class Book:
             elif self.now - lane.unservable_since >= self._settings.unservable_after_s:
                 text = why_hopeless(lane, self.nodes.values())
                 for task in list(lane.tasks):
-                    self._finish(task, Final(task.id, "Unschedulable", text=text))
+                    self.finish(task, Final(task.id, "Unschedulable", text=text))
 
     def shrink(self) -> bool:
         """A dict keeps the room it once needed; give it back when most of it is unused. Returns whether it was."""
@@ -694,6 +722,10 @@ class Book:
 
     def task_counts(self) -> list[tuple[str, int]]:
         running = sum(len(node.tasks) for node in self.nodes.values())
-        waiting = sum(len(tasks) for tasks in self.waiting.values())
         queued = self.placement.queued()
+        waiting = len(self.tasks) - running - queued - len(self.delayed)
         return [("waiting", waiting), ("queued", queued), ("delayed", len(self.delayed)), ("assigned", running)]
+
+
+def _bytes(task: Task) -> int:
+    return call_bytes(task.call, task.inputs)

@@ -3,7 +3,8 @@
 Rules
 -----
 * A turn's tasks for a node go as one message, or as few as the limits of a message allow; a function goes with the first
-  task of it that this node gets.
+  task of it that this node gets. Inputs that the node has not had yet go behind, in messages of their own, for they may be
+  many and large.
 * With a journal, a task that may be started only once goes when it is on disk that it may have been: ``placed`` hears of
   that. If it is not to be started any more by then, because it was cancelled or its node is not well, it was not.
 """
@@ -12,8 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..protocol import Attempt, Dispatch, Function, Order, Shape, batches, wire_bytes
+from ..protocol import Attempt, Dispatch, Function, Functions, Order, Payload, Shape, batches, wire_bytes
 from .book import Book
+from .functions import function_bytes
 from .ledger import Ledger, Placed
 from .nodes import ALIVE, Node
 from .tasks import Task, task_bytes
@@ -78,7 +80,20 @@ class Dispatching:
     def _send_orders(self, node: Node, tasks: list[Task]) -> None:
         sessions = self._book.sessions
         for batch in batches(tasks, self._sizes_at(node)):
-            sessions.send(sessions.of(node), self._message(node, batch))
+            inputs = self._new_inputs(node, batch)
+            sessions.send(sessions.of(node), self._message(node, batch, [each.digest for each in inputs]))
+            for some in batches(inputs, function_bytes):
+                sessions.send(sessions.of(node), Functions(some))
+
+    def _new_inputs(self, node: Node, tasks: list[Task]) -> list[Function]:
+        inputs = self._book.dependencies.inputs
+        new: dict[bytes, Payload] = {}
+        for entry in [inputs[each] for task in tasks for each in task.inputs]:
+            if entry.name not in node.functions:
+                assert entry.value is not None, "a task is placed before its inputs are here"
+                new[entry.name] = entry.value
+        node.functions |= new.keys()
+        return [Function(name, value) for name, value in new.items()]
 
     def _sizes_at(self, node: Node) -> Callable[[Task], int]:
         """What each task takes in a dispatch to this node: with its function, the first time that is named there."""
@@ -95,12 +110,19 @@ class Dispatching:
 
         return size
 
-    def _message(self, node: Node, tasks: list[Task]) -> Dispatch:
+    def _message(self, node: Node, tasks: list[Task], follow: list[bytes]) -> Dispatch:
         index: dict[Shape, int] = {}
         orders = [
-            Order(task.id, task.attempt, index.setdefault(task.kind.shape, len(index)), task.call) for task in tasks
+            Order(task.id, task.attempt, index.setdefault(task.kind.shape, len(index)), task.call, self._inputs_of(task))
+            for task in tasks
         ]
         new = {shape.function for shape in index} - node.functions
         node.functions |= new
         functions = self._book.functions
-        return Dispatch(list(index), orders, [Function(digest, functions[digest]) for digest in sorted(new)])
+        return Dispatch(list(index), orders, [Function(digest, functions[digest]) for digest in sorted(new)], follow)
+
+    def _inputs_of(self, task: Task) -> tuple[tuple[bytes, bytes], ...]:
+        if not task.inputs:
+            return ()
+        inputs = self._book.dependencies.inputs
+        return tuple([(each, inputs[each].name) for each in task.inputs])

@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from ..protocol import (
@@ -241,11 +243,21 @@ AgentAction = ToBroker | Start | Give | TakeBack | AskStack | TellStack | Interr
 # --- the client's brain ---------------------------------------------------------------------------------------------
 
 
-class Ask(NamedTuple):
-    """New tasks, and the functions they name."""
+class Asked(NamedTuple):
+    """``inputs``: the tasks whose results are arguments of the call, none of them twice."""
 
-    tasks: list[tuple[bytes, Shape, Payload]]
+    task: bytes
+    shape: Shape
+    call: Payload
+    inputs: tuple[bytes, ...] = ()
+
+
+class Ask(NamedTuple):
+    """New tasks, and the functions they name. ``values``: the results of those inputs that are answered already."""
+
+    tasks: list[Asked]
     functions: dict[bytes, Payload]
+    values: Mapping[bytes, Payload] = MappingProxyType({})
 
 
 class Withdraw(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 
-from ..protocol import Payload, payload_bytes
+from ..protocol import Function, Payload, payload_bytes, wire_bytes
 
 CAP_BYTES = 256 * 1024 * 1024
 
@@ -58,3 +58,7 @@ class FunctionStore:
             self.bytes -= payload_bytes(self._blobs.pop(digest))
             if self.bytes <= self._cap:
                 return
+
+
+def function_bytes(function: Function) -> int:
+    return wire_bytes(function.blob) + 20

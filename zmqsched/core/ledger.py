@@ -158,4 +158,4 @@ class Ledger:
 
 
 def final_bytes(final: Final) -> int:
-    return wire_bytes(final.value) + len(final.text) + 40
+    return wire_bytes(final.value) + len(final.text) + len(final.why) + 40

@@ -2,9 +2,9 @@
 
 Rules
 -----
-* What counts: the call of each unfinished task, the functions kept, and the answers that their client has not acknowledged;
-  not those kept for a job, which may wait for a day. A task and an answer count for ``RECORD_BYTES`` besides, so that very
-  many small ones have a limit too.
+* What counts: the call of each unfinished task, the results that unfinished tasks have as arguments (each once), the
+  functions kept, and the answers that their client has not acknowledged; not those kept for a job, which may wait for a
+  day. A task and an answer count for ``RECORD_BYTES`` besides, so that very many small ones have a limit too.
 * Over the cap clients are told to hold back, below ``EASE`` of it to go on. Nothing is dropped: what they had sent before
   they heard is taken. Beyond the cap that is at most what a client has on its way (``requests.WINDOW_BYTES`` and one
   message), times the clients.
@@ -15,21 +15,24 @@ Rules
 
 from __future__ import annotations
 
+from collections.abc import Sized
+
 from ..protocol import Final, Payload, payload_bytes
 
 RECORD_BYTES = 512  # about what the records of a task take in memory, apart from its payload
+INPUT_BYTES = 256  # and what each of its inputs adds
 EASE = 0.8
 FUNCTIONS_SHARE = 4  # what is kept of functions that nobody needs: one part in so many
 
 
-def call_bytes(call: Payload) -> int:
-    """What a task counts for."""
-    return payload_bytes(call) + RECORD_BYTES
+def call_bytes(call: Payload, inputs: Sized = ()) -> int:
+    """What a task counts for, besides the results that it has as arguments."""
+    return payload_bytes(call) + RECORD_BYTES + INPUT_BYTES * len(inputs)
 
 
 def answer_bytes(final: Final) -> int:
     """What an answer counts for."""
-    return payload_bytes(final.value) + len(final.text) + RECORD_BYTES
+    return payload_bytes(final.value) + len(final.text) + len(final.why) + RECORD_BYTES
 
 
 class Load:
@@ -43,9 +46,9 @@ class Load:
         self.answers = 0
         self.full = False
 
-    def turns(self, functions_bytes: int) -> bool:
-        """Look again: whether ``full`` has changed."""
-        held = self.tasks + self.answers + functions_bytes
+    def turns(self, others_bytes: int) -> bool:
+        """Look again: whether ``full`` has changed. ``others_bytes``: functions and inputs."""
+        held = self.tasks + self.answers + others_bytes
         before = self.full
         self.full = held > self.cap * (EASE if before else 1.0)
         return self.full != before

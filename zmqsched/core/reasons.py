@@ -26,6 +26,7 @@ MAX_NAMED = 5  # nodes named in a reason
 MAX_REASON = 300  # characters
 
 NO_FUNCTION = "their function has not arrived yet"
+NO_INPUT = "have results of other tasks as arguments, which are not there yet"
 IN_LIMBO = "may have been running when the broker died, and must not run twice: their nodes are awaited"
 SETTLING = "the broker was started anew and waits for its nodes"
 UNREAD = "the broker's memory is full of results that nobody has read"
@@ -49,7 +50,9 @@ class Reasons:
         for lane in book.placement.lanes():
             if lane.tasks:
                 reasons[self._of_lane(lane)] += len(lane.tasks)
-        reasons[NO_FUNCTION] += sum(map(len, book.waiting.values()))
+        without_function = sum(map(len, book.waiting.values()))
+        reasons[NO_FUNCTION] += without_function
+        reasons[NO_INPUT] += dict(book.task_counts())["waiting"] - without_function - len(book.limbo)
         reasons[IN_LIMBO] += len(book.limbo)
         if book.delayed:
             reasons[self._of_delayed()] += len(book.delayed)
@@ -66,7 +69,9 @@ class Reasons:
         if task.state is QUEUED:
             return self._of_lane(task.kind.lane)
         if task.state is WAITING:
-            return IN_LIMBO if task.id in self._book.limbo else NO_FUNCTION
+            if task.id in self._book.limbo:
+                return IN_LIMBO
+            return NO_FUNCTION if task.id in self._book.waiting.get(task.kind.shape.function, ()) else NO_INPUT
         if task.state is DELAYED:
             return self._of_delayed()
         node = self._book.nodes[task.node]

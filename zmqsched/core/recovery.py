@@ -22,6 +22,7 @@ from ..protocol import (
     Function,
     Functions,
     GroupAdd,
+    Inputs,
     Left,
     Present,
     Record,
@@ -46,6 +47,7 @@ def snapshot(book: Book, present: Present) -> list[Record]:
     tasks = [task for task in book.tasks.values() if book.owners.knows(task.owner)]
     for batch in batches(tasks, task_bytes):
         records += _submissions(batch)
+    records += book.dependencies.snapshot()
     charges = [(task, book.charged(task)) for task in tasks]
     records += [Record(b"", charge) for task, charge in charges if charge.attempt or task.failures or task.deaths]
     by_hand = Counter(book.groups.counts())
@@ -75,6 +77,7 @@ def replay(book: Book, records: Iterable[Record]) -> set[bytes]:
             book.placement.withdraw(task)
             task.state = WAITING
             book.limbo[task_id] = task
+    book.dependencies.restored()
     book.functions.limit(book.functions_cap)
     book.load.answers = book.kept_for_clients()
     book.ledger = ledger
@@ -93,6 +96,11 @@ def _replay(book: Book, owner_id: bytes, body: RecordMessage, once: set[bytes]) 
             for final in finals:
                 _forget(book, final.task)
                 owner.answers[final.task] = final
+                if final.verdict == "ok":
+                    book.dependencies.arrive(final.task, final.value)
+        case Inputs(finals):
+            for final in finals:
+                book.dependencies.arrive(final.task, final.value)
         case Forgotten(tasks):
             for task_id in tasks:
                 _forget(book, task_id)
@@ -120,7 +128,7 @@ def _resubmit(book: Book, owner_id: bytes, message: Submit) -> None:
         job = kind.options.job
         owner = book.owners.job(job, book.now) if job else sender
         if spec.task not in book.tasks and not owner.has_answered(spec.task):
-            book.accept(spec, kind, owner, waits=kind.shape.function not in book.functions)
+            book.accept(spec, kind, owner, sender, waits=kind.shape.function not in book.functions)
     book.accepted_all(kinds)
 
 
@@ -141,5 +149,5 @@ def _submissions(tasks: list[Task]) -> list[Record]:
     by_owner: dict[bytes, tuple[dict[Shape, int], list[TaskSpec]]] = {}
     for task in tasks:
         index, specs = by_owner.setdefault(task.owner.id, ({}, []))
-        specs.append(TaskSpec(task.id, index.setdefault(task.kind.shape, len(index)), task.call))
+        specs.append(TaskSpec(task.id, index.setdefault(task.kind.shape, len(index)), task.call, task.inputs))
     return [Record(owner, Submit(list(index), specs)) for owner, (index, specs) in by_owner.items()]

@@ -7,6 +7,10 @@ An answer is handed out once: later ones of the same task find nothing here and 
 A broker that remembers this client is only told the ids of what was submitted before, and says what it lacks: an answer
 and a second submission of the same task can cross in no way.
 
+Results of tasks are kept as long as others that have them as arguments are open (``inputs.py``): the broker asks for those
+that it has forgotten meanwhile. When an input fails, those who have it as an argument are answered here, whatever the broker
+knows of them.
+
 Tasks are *fresh* until they are handed to the link: while there is no session, while the broker says ``Hold``, and while
 ``WINDOW_BYTES`` of them are on their way. ``waiting`` says how much that is, for the owner to stop asking. What must not
 overtake the tasks asked for before it (all about WaitGroups) waits behind them.
@@ -16,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
 from typing import TypeAlias, TypeGuard
 
@@ -38,9 +42,11 @@ from ..protocol import (
     GroupForget,
     GroupWait,
     Hold,
+    Inputs,
     JobTasks,
     Message,
     NeedFunctions,
+    NeedInputs,
     No,
     Notice,
     Output,
@@ -59,8 +65,10 @@ from ..protocol import (
     shape_bytes,
     wire_bytes,
 )  # fmt: skip
+from . import inputs
 from .events import (
     Ask,
+    Asked,
     Began,
     Broken,
     ClientAction,
@@ -80,7 +88,8 @@ from .events import (
     Warned,
     Withdraw,
 )  # fmt: skip
-from .functions import FunctionStore
+from .functions import FunctionStore, function_bytes
+from .ledger import final_bytes
 from .load import call_bytes
 from .offences import Strikes
 from .uplink import Uplink
@@ -95,9 +104,11 @@ WINDOW_BYTES = 32 * 1024 * 1024  # what a client sends before it hears that it a
 class Requests:
     def __init__(self, hello: ClientHello, lost_after_s: float = CLUSTER_LOST_AFTER_S) -> None:
         self._uplink = Uplink(hello, BEAT_INTERVAL_S, CLIENT_LEASE_S)
-        self._open: dict[bytes, tuple[bytes, Shape, Payload]] = {}
+        self._open: dict[bytes, Asked] = {}
+        self._inputs: inputs.Inputs[Asked] = inputs.Inputs()
+        self._lacked: set[bytes] = set()  # inputs that the broker asks for and we have no answer to either
         self._withdrawn: dict[bytes, bool] = {}  # not answered, and not wanted any more; True: by force
-        self._fresh: dict[bytes, tuple[bytes, Shape, Payload]] = {}  # asked for, not yet submitted
+        self._fresh: dict[bytes, Asked] = {}  # asked for, not yet submitted
         self._doubts = 0  # questions what the broker still has, unanswered
         self._behind: list[_Ordered] = []  # to go out after the fresh ones
         self._on_the_way: deque[int] = deque()  # bytes of each submission that is not acknowledged
@@ -124,8 +135,8 @@ class Requests:
 
     def handle(self, event: ClientEvent, now: float) -> list[ClientAction]:
         match event:
-            case Ask(tasks, functions):
-                self._ask(tasks, functions)
+            case Ask(tasks, functions, values):
+                self._ask(tasks, functions, values)
             case Reached(envelope):
                 if not self._ended:
                     self._reached(envelope, now)
@@ -160,10 +171,13 @@ class Requests:
 
     def sanity_check(self) -> None:
         assert self._fresh.keys() <= self._open.keys(), "a task to submit is not open"
-        assert self.waiting == sum(call_bytes(call) for _, _, call in self._fresh.values()), "bytes that wait are off"
+        assert self.waiting == sum(map(_bytes, self._fresh.values())), "bytes that wait are off"
         assert self._window + sum(self._on_the_way) == WINDOW_BYTES, "bytes on the way are off"
         assert self._fresh or self._doubts or not self._behind, "what waits behind tasks waits behind none"
         assert all(map(self._awaits, self._withdrawn)), "a task that was answered is withdrawn"
+        assert all(map(self._awaits, self._inputs.lacking())), "a task waits for what nobody will answer"
+        assert all(map(self._awaits, self._lacked)), "an answer that was given is kept for the broker"
+        self._inputs.sanity_check({task: entry.inputs for task, entry in self._open.items() if entry.inputs})
         if self._uplink.link is not None:
             self._uplink.link.sanity_check()
 
@@ -176,13 +190,17 @@ class Requests:
         """The broker takes no more for now."""
         return self._held
 
-    def _ask(self, tasks: list[tuple[bytes, Shape, Payload]], functions: dict[bytes, Payload]) -> None:
+    def _ask(self, tasks: list[Asked], functions: Mapping[bytes, Payload], values: Mapping[bytes, Payload]) -> None:
         for entry in tasks:
-            self._open[entry[0]] = self._fresh[entry[0]] = entry
-            size = call_bytes(entry[2])
+            self._open[entry.task] = self._fresh[entry.task] = entry
+            if entry.inputs:
+                self._inputs.need(entry.task, entry, entry.inputs)
+            size = _bytes(entry)
             self.waiting += size
             self.taken += size
-        for digest, times in Counter([shape.function for _, shape, _ in tasks]).items():
+        for task, value in values.items():
+            self._inputs.arrive(task, value)
+        for digest, times in Counter([entry.shape.function for entry in tasks]).items():
             self._functions.hold(digest, times)
         for digest, blob in functions.items():
             self._functions.add(digest, blob)
@@ -228,9 +246,11 @@ class Requests:
                 self._wait_again([self._open[task] for task in tasks if task in self._open])
             case JobTasks():
                 self._job_listed(message)
+            case NeedInputs(tasks):
+                self._give_inputs(tasks)
             case NeedFunctions(digests):
                 known = [Function(digest, self._functions[digest]) for digest in digests if digest in self._functions]
-                for batch in batches(known, _function_bytes):
+                for batch in batches(known, function_bytes):
                     self._uplink.send(Functions(batch))
             case Output():
                 self._heard(message)
@@ -260,6 +280,7 @@ class Requests:
     def _welcomed(self, welcome: Welcome) -> None:
         self._out.append(Began(welcome))
         self._sent.clear()
+        self._lacked.clear()
         again = [body for body in [*self._uplink.undelivered, *self._behind] if self._is_worth_saying_again(body)]
         withdrawn = self._withdrawals()
         self._uplink.undelivered.clear()
@@ -283,11 +304,26 @@ class Requests:
         for body in withdrawn:
             self._send_behind(body)
 
-    def _wait_again(self, entries: Iterable[tuple[bytes, Shape, Payload]]) -> None:
+    def _wait_again(self, entries: Iterable[Asked]) -> None:
         """To be submitted, with the next tick: this broker does not have them."""
-        again = {entry[0]: entry for entry in entries if entry[0] not in self._fresh}
+        again = {entry.task: entry for entry in entries if entry.task not in self._fresh}
+        self._lacked -= again.keys()
         self._fresh = {**again, **self._fresh}
-        self.waiting += sum(call_bytes(call) for _, _, call in again.values())
+        self.waiting += sum(map(_bytes, again.values()))
+
+    def _give_inputs(self, tasks: list[bytes]) -> None:
+        """What the broker lacks we have been answered; or shall be, with an answer that is on its way; or shall submit. Of
+        anything else we know nothing any more: who waits for it is answered already."""
+        finals = []
+        for task in tasks:
+            if task in self._inputs and (value := self._inputs[task].value) is not None:
+                finals.append(Final(task, "ok", value))
+            elif not self._awaits(task):
+                finals.append(Final(task, "cancelled", text="its client does not know it any more"))
+            elif task not in self._fresh:
+                self._lacked.add(task)
+        for batch in batches(finals, final_bytes):
+            self._uplink.send(Inputs(batch))
 
     def _withdrawals(self) -> list[Cancel]:
         """For a broker that may not have heard of them, nor of the tasks; so those are not submitted again."""
@@ -319,30 +355,51 @@ class Requests:
 
     def _give_up_what_may_have_run(self) -> None:
         """The broker, or its memory of us, is another. What was submitted to the old one may have run."""
-        once = [task for task, shape, _ in self._open.values() if not shape.options.requeue and task not in self._fresh]
+        open_ = [entry for entry in self._open.values() if not entry.shape.options.requeue]
+        once = [entry.task for entry in open_ if entry.task not in self._fresh]
         why = "the broker that had the task is gone, or gave this client up; requeue=False forbids another try"
         self._finals([Final(task, "WorkerDied", text=why) for task in once])
 
     def _finals(self, finals: list[Final]) -> None:
         news = []
         released: Counter[bytes] = Counter()
-        for final in finals:
-            self._withdrawn.pop(final.task, None)
+        answers = deque(finals)
+        while answers:
+            final = answers.popleft()
+            withdrawn = self._withdrawn.pop(final.task, None) is not None
             entry = self._open.pop(final.task, None)
             if entry is not None:
                 if self._fresh.pop(final.task, None) is not None:
-                    self.waiting -= call_bytes(entry[2])
-                released[entry[1].function] += 1
+                    self.waiting -= _bytes(entry)
+                if entry.inputs:
+                    self._inputs.release(entry.task, entry.inputs)
+                released[entry.shape.function] += 1
                 news.append(final)
             elif self._awaits(final.task):
                 news.append(final)
                 for tasks in self._jobs.values():
                     tasks.discard(final.task)
+            else:
+                continue
+            if final.task in self._inputs or final.task in self._lacked:
+                if withdrawn and final.verdict == "ok":
+                    final = Final(final.task, "cancelled", text="it had started when it was cancelled")
+                answers.extend(self._pass_on(final, None if entry is None else entry.shape))
         for digest, times in released.items():
             self._functions.release(digest, times)
         if news:
             self._out.append(Finished(news))
         self._send_what_waits()
+
+    def _pass_on(self, final: Final, shape: Shape | None) -> list[Final]:
+        """A task is answered that others have as an argument: their answers, if it failed."""
+        if final.task in self._lacked:
+            self._lacked.remove(final.task)
+            self._uplink.send(Inputs([final]))
+        if final.verdict == "ok":
+            self._inputs.arrive(final.task, final.value)
+            return []
+        return [inputs.failed(user.task, final, shape) for user in self._inputs.waiting_for(final.task)]
 
     def _heard(self, output: Output) -> None:
         words = [(each, self._shape(each.task)) for each in output.words if self._awaits(each.task)]
@@ -351,7 +408,7 @@ class Requests:
             self._out.append(Heard(words, advances, output.node))
 
     def _shape(self, task: bytes) -> Shape | None:
-        return self._open[task][1] if task in self._open else None
+        return self._open[task].shape if task in self._open else None
 
     def _awaits(self, task: bytes) -> bool:
         """It is ours, or of a job that we follow, and unanswered."""
@@ -385,8 +442,8 @@ class Requests:
         while self._fresh and self._may_submit:
             batch = next(batches(list(islice(self._fresh.values(), BATCH_ITEMS)), self._sizes()))
             for entry in batch:
-                del self._fresh[entry[0]]
-            size = sum(call_bytes(call) for _, _, call in batch)
+                del self._fresh[entry.task]
+            size = sum(map(_bytes, batch))
             self.waiting -= size
             self._window -= size
             self._on_the_way.append(size)
@@ -406,13 +463,13 @@ class Requests:
         else:
             self._uplink.send(message)
 
-    def _sizes(self) -> Callable[[tuple[bytes, Shape, Payload]], int]:
+    def _sizes(self) -> Callable[[Asked], int]:
         """What each task takes in a message: with its function, the first time that is named."""
         named: set[bytes] = set()
 
-        def size(entry: tuple[bytes, Shape, Payload]) -> int:
-            _, shape, call = entry
-            taken = wire_bytes(call) + shape_bytes(shape)
+        def size(entry: Asked) -> int:
+            _, shape, call, needs = entry
+            taken = wire_bytes(call) + shape_bytes(shape) + 20 * len(needs)
             if shape.function not in self._sent and shape.function not in named:
                 named.add(shape.function)
                 taken += wire_bytes(self._functions[shape.function])
@@ -420,9 +477,9 @@ class Requests:
 
         return size
 
-    def _submission(self, tasks: list[tuple[bytes, Shape, Payload]]) -> Submit:
+    def _submission(self, tasks: list[Asked]) -> Submit:
         index: dict[Shape, int] = {}
-        specs = [TaskSpec(task, index.setdefault(shape, len(index)), call) for task, shape, call in tasks]
+        specs = [TaskSpec(task, index.setdefault(shape, len(index)), call, needs) for task, shape, call, needs in tasks]
         new = {shape.function for shape in index} - self._sent
         self._sent |= new
         return Submit(list(index), specs, [Function(digest, self._functions[digest]) for digest in sorted(new)])
@@ -450,5 +507,5 @@ class Requests:
         self._out.append(Broken("refused" if code == "refused" else "lost", reason))
 
 
-def _function_bytes(function: Function) -> int:
-    return wire_bytes(function.blob) + 20
+def _bytes(entry: Asked) -> int:
+    return call_bytes(entry.call, entry.inputs)

@@ -44,6 +44,7 @@ from ..protocol import (
     GroupForget,
     GroupWait,
     Hold,
+    Inputs,
     Left,
     Message,
     NeedFunctions,
@@ -67,7 +68,6 @@ from ..protocol import (
     Workers,
     batches,
     clipped,
-    wire_bytes,
 )  # fmt: skip
 from . import outputs
 from .book import Book
@@ -89,6 +89,7 @@ from .events import (
     Undelivered,
     Written,
 )  # fmt: skip
+from .functions import function_bytes
 from .groups import Waiter
 from .ledger import Answered, Consequence, Counted, Ledger, Placed
 from .nodes import ALIVE, DRAINING, GONE, LOST, SUSPECT, Node
@@ -210,6 +211,8 @@ class Scheduler:
                 self.book.submit(session, message)
             case Functions(functions):
                 self.book.learn(functions)
+            case Inputs(finals):
+                self.book.dependencies.told(session, finals)
             case Cancel(tasks, force):
                 for task_id in tasks:
                     self.book.cancel(session, task_id, force=force)
@@ -242,9 +245,10 @@ class Scheduler:
                 node.workers = workers
                 self._is_back(node, now)
             case NeedFunctions(digests):
-                functions = self.book.functions
+                functions, inputs = self.book.functions, self.book.dependencies.inputs
                 known = [Function(d, functions[d]) for d in digests if d in functions]
-                for batch in batches(known, _function_bytes):
+                known += [Function(name, value) for name in digests if (value := inputs.named(name)) is not None]
+                for batch in batches(known, function_bytes):
                     self._sessions.send(self._sessions.of(node), Functions(batch))
             case Output():
                 outputs.pass_on(message, node.id, self.book)
@@ -298,6 +302,7 @@ class Scheduler:
             if now >= self._settled_at + self.settings.await_lost_s:
                 self.book.expire_limbo()
             self.book.expire_waiting()
+            self.book.dependencies.expire(self.settings.client_lease_s)
             self.book.expire_offers()
             self.book.fail_hopeless(self._may_be_back(now))
             self.book.placement.reserve(now)
@@ -500,7 +505,7 @@ class Scheduler:
                 self._out.append(Send(session.peer, envelope))
 
     def _push_back(self) -> None:
-        if self.book.load.turns(self.book.functions.bytes):
+        if self.book.load.turns(self.book.functions.bytes + self.book.dependencies.inputs.bytes):
             self.counts["clients held back"] += self.book.load.full
             for session in self._sessions:
                 if not session.node:
@@ -585,10 +590,6 @@ class Scheduler:
             query.request, self.settings.name, self.settings.epoch, self.settings.policy,
             [_node_report(node, now) for node in nodes], self.book.task_counts(), counts, clients, waiting,
         )  # fmt: skip
-
-
-def _function_bytes(function: Function) -> int:
-    return wire_bytes(function.blob) + 20
 
 
 def _node_report(node: Node, now: float) -> NodeReport:

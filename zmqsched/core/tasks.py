@@ -11,9 +11,10 @@ States
 
     and from each of them to FINISHED
 
-* WAITING: its function has not arrived; or it may have run when the broker died, and must not run twice: what its node says
-  decides. QUEUED: in its lane. ASSIGNED: one attempt lies at one node. RUNNING: that node said that a worker has it.
-  DELAYED: it failed and is retried after a while. FINISHED: answered; the record is forgotten.
+* WAITING: its function has not arrived, or the result of a task that it has as an argument; or it may have run when the
+  broker died, and must not run twice: what its node says decides. QUEUED: in its lane. ASSIGNED: one attempt lies at one
+  node. RUNNING: that node said that a worker has it. DELAYED: it failed and is retried after a while. FINISHED: answered;
+  the record is forgotten.
 * Each step to ASSIGNED is a new attempt, numbered from 1; numbers only grow. An answer names its attempt, so a late one
   is recognised rather than reasoned about.
 * A **lane** holds the queued tasks that ask for the same resources and tags: they fit on the same nodes, so one look at
@@ -62,17 +63,22 @@ class IllegalMove(AssertionError):
 class Task:
     """One unfinished task. ``node`` is the node that holds the current attempt, by id; ``failures`` counts the user's
     errors that were retried, ``deaths`` says how each worker died that was running this task, ``died_at`` when the first
-    did."""
+    did. ``inputs``: the tasks whose results are arguments of the call, by id, of which ``lacks`` are not here yet."""
 
     __slots__ = (
-        "attempt", "call", "cancelled", "deaths", "died_at", "failures", "id", "kind", "node", "owner", "seq", "state",
+        "attempt", "call", "cancelled", "deaths", "died_at", "failures", "id", "inputs", "kind", "lacks", "node", "owner",
+        "seq", "state",
     )  # fmt: skip
 
-    def __init__(self, task_id: bytes, owner: Owner, kind: Kind, call: Payload, seq: int) -> None:
+    def __init__(
+        self, task_id: bytes, owner: Owner, kind: Kind, call: Payload, seq: int, inputs: tuple[bytes, ...] = ()
+    ) -> None:
         self.id = task_id
         self.owner = owner
         self.kind = kind
         self.call = call
+        self.inputs = inputs
+        self.lacks = 0
         self.seq = seq
         self.state = WAITING
         self.attempt = 0
@@ -135,4 +141,4 @@ class Kind:
 
 def task_bytes(task: Task) -> int:
     """What the task takes in a message, without its function."""
-    return wire_bytes(task.call) + task.kind.bytes
+    return wire_bytes(task.call) + task.kind.bytes + 60 * len(task.inputs)

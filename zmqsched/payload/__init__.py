@@ -39,7 +39,7 @@ from .chunks import (
 from .exceptions import Origin, know_place, origin_of, pack_exception, unpack_exception, words_of
 from .functions import FunctionPickler, load_function, pack_kinds
 from .pickling import OUT_OF_BAND, enclosed
-from .references import References, input_value, noting, packed_value, references
+from .references import References, as_it_is, input_value, noting, packed_value, references
 from .shipped import Shipped
 from .wrappers import RetryOn, Wrapper, may_retry, short_form
 
@@ -58,6 +58,7 @@ __all__ = [
     "Shipped",
     "Wrapper",
     "as_entry",
+    "as_it_is",
     "enclosed",
     "entries_of",
     "generator",

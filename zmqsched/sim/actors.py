@@ -16,6 +16,7 @@ from ..core.events import (
     AgentAction,
     Arrived,
     Ask,
+    Asked,
     BeatArrived,
     Born,
     Broken,
@@ -96,7 +97,8 @@ class Plan(msgspec.Struct, array_like=True, frozen=True):
     """A task's call: runs ``seconds``, then returns ``number``, raises, raises the first time only, or kills its worker.
 
     ``once``: it must not run twice. ``retried``: its exception is one of those that a retry may help against. ``limit_s``:
-    its time limit, or 0. ``stubborn``: it ignores interrupts.
+    its time limit, or 0. ``stubborn``: it ignores interrupts. ``inputs``: the numbers of the tasks of the same client whose
+    results it has as arguments.
     """
 
     number: int
@@ -106,6 +108,7 @@ class Plan(msgspec.Struct, array_like=True, frozen=True):
     retried: bool = True
     limit_s: float = 0.0
     stubborn: bool = False
+    inputs: tuple[int, ...] = ()
 
 
 class SimBroker(Process):
@@ -273,6 +276,9 @@ class SimWorker:
         run = self.running = self.pipe.popleft()
         plan = msgspec.msgpack.decode(_joined(run.call), type=Plan)
         world.executions[run.task] += 1
+        given = {_number(each.task): msgspec.msgpack.decode(_joined(each.value)) for each in run.inputs}
+        if given != {number: number for number in plan.inputs}:
+            raise SimulationFailed(f"task {run.task.hex()} needs the results of {plan.inputs} and has {given}")
         if plan.once and world.executions[run.task] > 1:
             raise SimulationFailed(f"task {run.task.hex()} must not run twice and does")
         self._began = world.now
@@ -491,16 +497,32 @@ class SimClient(Peer):
         self._wake()
 
     def ask(self, plans: list[tuple[Plan, Options]]) -> None:
-        entries: list[tuple[bytes, Shape, Payload]] = []
+        entries: list[Asked] = []
         functions: dict[bytes, Payload] = {}
         for plan, options in plans:
-            task = self.name[:8].ljust(8, b".") + plan.number.to_bytes(8, "big")
+            task = self._task(plan.number)
             digest = self.world.random.choice(list(FUNCTIONS))
             functions[digest] = FUNCTIONS[digest]
             self.plans[task] = plan
             self.options[task] = options
-            entries.append((task, Shape(digest, options), msgspec.msgpack.encode(plan)))
+            inputs = tuple(map(self._task, plan.inputs))
+            entries.append(Asked(task, Shape(digest, options), msgspec.msgpack.encode(plan), inputs))
         self.post(Ask(entries, functions))
+
+    def _task(self, number: int) -> bytes:
+        return self.name[:8].ljust(8, b".") + number.to_bytes(8, "big")
+
+    def _handed_over(self, ask: Ask) -> Ask:
+        """As the client's shell does it: with the results that are there; what has an input that failed ends at once."""
+        tasks: list[Asked] = []
+        values: dict[bytes, Payload] = {}
+        for entry in ask.tasks:
+            if self._input_failed(self.plans[entry.task]):
+                self._answered(entry.task, "DependencyFailed", b"", "at once")
+                continue
+            tasks.append(entry)
+            values.update((each, msgspec.msgpack.encode(_number(each))) for each in entry.inputs if each in self.answers)
+        return Ask(tasks, ask.functions, values)
 
     def cancel_some(self) -> None:
         still = [task for task in self.plans if task not in self.answers]
@@ -532,6 +554,8 @@ class SimClient(Peer):
         self.post(Tell(GroupWait(1, GROUP)))
 
     def step(self, event: object, now: float) -> None:
+        if isinstance(event, Ask):
+            event = self._handed_over(event)
         for action in self.core.handle(event, now):  # type: ignore[arg-type]
             match action:
                 case ToBroker(envelope):
@@ -588,6 +612,8 @@ class SimClient(Peer):
                 return task in self.cancelled
             case "TaskTimeout":
                 return task in self.world.overran
+            case "DependencyFailed":
+                return self._input_failed(plan) or (bool(plan.inputs) and self._may_not_know(task, plan))
             case "Unschedulable":
                 return "gpu" in dict(self.options[task].resources)  # its only node may have been away for too long
             case "NotAccepted" if self.options[task].job and not text.startswith("the broker"):
@@ -601,6 +627,18 @@ class SimClient(Peer):
         """Only between two sessions what is printed may be lost."""
         peers = [process for process in self.world.processes.values() if isinstance(process, SimNode | SimClient)]
         return not self.broker.crashes and all(peer.core._uplink.hello.life == 1 for peer in peers)
+
+    def _may_not_know(self, task: bytes, plan: Plan) -> bool:
+        """How an input of this task has ended. Who follows a job hears nothing of others; a job's answers may come late;
+        and the inputs of a job's task are gone with a client that was given up, be it back by now."""
+        if task[:8] != self._task(0)[:8]:
+            return True
+        gone = bool(self.options[task].job) and self.core._uplink.hello.life > 1
+        return gone or any(self.options[each].job and each not in self.answers for each in map(self._task, plan.inputs))
+
+    def _input_failed(self, plan: Plan) -> bool:
+        inputs = map(self._task, plan.inputs)
+        return any(each in self.cancelled or self.answers.get(each, "ok") != "ok" for each in inputs)
 
     def _group_is_zero(self, error: str) -> None:
         if error:
@@ -618,6 +656,10 @@ class SimClient(Peer):
 
     def check(self) -> None:
         self.core.sanity_check()
+
+
+def _number(task: bytes) -> int:
+    return int.from_bytes(task[8:], "big")
 
 
 def _joined(payload: Payload) -> bytes:

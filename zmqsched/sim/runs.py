@@ -70,6 +70,7 @@ class Cluster:
         self._burst, self._seconds = random.choice(
             ((15, (0.001, 0.005, 0.01)), (10, (0.0001, 0.02, 0.3)), (3, (0.1, 1.0, 2.0)))
         )
+        self._dependent = random.choice((0.0, 0.2, 0.6))  # how many have others' results as arguments
         self.clients = [self._client() for _ in range(random.randint(1, 2))]
         self._asked_by = list(self.clients)
         world.faults = {fault: random.random() ** 2 * 0.5 for fault in FAULTS if random.random() < 0.5}
@@ -113,8 +114,15 @@ class Cluster:
                 seconds = options.timeout + LOOK_S + random.uniform(-SIGNAL_S, SIGNAL_S)
             once = not options.requeue and not options.retries
             retried, stubborn = random.random() < 0.75, random.random() < 0.3
-            plans.append((Plan(number, seconds, ends, once, retried, options.timeout, stubborn), options))
+            inputs = self._inputs(number) if random.random() < self._dependent else ()
+            plans.append((Plan(number, seconds, ends, once, retried, options.timeout, stubborn, inputs), options))
         return plans
+
+    def _inputs(self, number: int) -> tuple[int, ...]:
+        """Of the tasks asked for before, of late mostly."""
+        random = self.world.random
+        first = max(0, number - random.choice((3, 10, 1_000)))
+        return tuple(random.sample(range(first, number), min(number - first, random.choice((1, 1, 2, 4)))))
 
     # --- what breaks -------------------------------------------------------------------------------------------------
 
