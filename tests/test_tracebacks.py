@@ -124,3 +124,12 @@ def test_pytest_shows_the_failing_line(tmp_path, client):
     )  # fmt: skip
     assert ">       return 10 / x  # here" in done.stdout, done.stdout
     assert "1 failed" in done.stdout
+
+
+@pytest.mark.parametrize("chunksize", [1, 3, "auto"])
+def test_an_item_of_a_map_shows_the_same(client, chunksize):
+    with pytest.raises(KeyError) as caught:
+        list(client.map(flaw, [{"missing": 1}, {}], chunksize=chunksize))
+    assert traceback.extract_tb(caught.value.__traceback__)[-1].line == 'return values["missing"]'
+    assert "zmqsched/payload" not in "".join(traceback.format_tb(caught.value.__traceback__))
+    assert re.fullmatch(r"\(ran on .*, worker \d+, task flaw-\d+, attempt 1\)", caught.value.__notes__[0])

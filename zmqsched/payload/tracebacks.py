@@ -25,8 +25,9 @@ MAX_FRAMES = 200
 _MAX_LINES = 10
 _MAX_COLUMNS = 500
 
-# Frames of ours that lie between the worker's loop and the user's function.
-_MACHINERY = frozenset({f"{__package__}.wrappers", f"{__package__}.chunks", "zmqsched.worker"})
+# Frames of ours between the worker's loop and the user's code, and of imports, which nobody wants to read elsewhere either.
+_MACHINERY = ("zmqsched.worker", f"{__package__}.")
+_IMPORTS = (f"{__package__}.shipped", "importlib._bootstrap")
 
 
 class Frame(NamedTuple):
@@ -50,11 +51,11 @@ Stack: TypeAlias = tuple[tuple[Any, ...], ...]
 
 def taken_apart(trace: types.TracebackType | None) -> Stack:
     """The frames of a traceback, outermost first, without those of ours that called the user's function."""
-    while trace is not None and trace.tb_frame.f_globals.get("__name__") in _MACHINERY:
-        trace = trace.tb_next
-    entries = []
+    entries: list[types.TracebackType] = []
     while trace is not None:
-        entries.append(trace)
+        module = str(trace.tb_frame.f_globals.get("__name__"))
+        if not module.startswith(_IMPORTS if entries else (*_MACHINERY, *_IMPORTS)):
+            entries.append(trace)
         trace = trace.tb_next
     if len(entries) > MAX_FRAMES:
         entries[MAX_FRAMES // 4 : MAX_FRAMES // 4 - MAX_FRAMES] = []
