@@ -161,6 +161,10 @@ class Gate:
     def wait_until_begun(self, number: int = 1) -> None:
         eventually(lambda: self.begun() >= number)
 
+    def wait(self) -> None:
+        """Until it is opened."""
+        eventually((self._directory / "open").exists)
+
     def open(self) -> None:
         (self._directory / "open").touch()
 

@@ -262,6 +262,16 @@ def test_a_future_shows_how_far_its_task_is(client, gate):
     gate.open()
 
 
+def test_a_map_shows_how_far_it_is_and_what_has_failed(client):
+    results = client.map(divmod, [1, 1, 1], [1, 0, 1], on_error="return")
+    list(results)
+    cells = Cells(results._repr_html_()).cells
+    assert cells == cells_of_text(in_ipython(results))
+    assert cells[:4] == ["zmqsched.Map", "items", "2 of 3 done, 1 failed, 0 running", "failed"]
+    assert cells[4].startswith("1 x ZeroDivisionError")
+    assert repr(results) == "<zmqsched.Map, items: 2 of 3 done, 1 failed, 0 running>"
+
+
 @pytest.mark.parametrize("what", ["nodes", "workers", "status"])
 def test_what_a_client_returns_looks_the_same_in_both(client, what):
     shown = getattr(client, what)()

@@ -55,8 +55,8 @@ MAY = {
     "sources": set(),
     "shelf": {"payload"},
     "tally": {"payload"},
-    "mapping": EDGE_MAY | {"futures", "waiting", "lifetime", "sources", "shelf", "tally", "client"},
-    "maps": EDGE_MAY | {"mapping", "sources", "client"},
+    "mapping": EDGE_MAY | {"futures", "waiting", "lifetime", "sources", "shelf", "tally", "progress", "client"},
+    "maps": EDGE_MAY | {"mapping", "sources", "display", "options", "progress", "client"},
     "client": EDGE_MAY
     | {"worker", "futures", "callbacks", "printing", "waiting", "lifetime", "records", "display", "host", "options"}
     | {"arguments"}

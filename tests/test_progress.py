@@ -20,7 +20,7 @@ from conftest import eventually
 import zmqsched
 from zmqsched import progress
 from zmqsched.errors import ClusterLost
-from zmqsched.progress import STILL_S, Bar, FutureWork, Why, is_interactive, show
+from zmqsched.progress import STILL_S, Bar, Counts, FutureWork, Why, is_interactive, show
 from zmqsched.protocol import Query, Report
 
 
@@ -30,6 +30,9 @@ class Work:
     def __init__(self, total=None, done=0, failed=0, running=0, waiting=0, pause=""):
         self.total, self.done, self.failed, self.running, self.waiting = total, done, failed, running, waiting
         self.pause = pause
+
+    def counts(self):
+        return Counts(self.total, self.done, self.failed, self.running)
 
     @property
     def ended(self):
@@ -65,7 +68,7 @@ GPU = (12, "need gpu, no node has one")
 
 
 def still(why, work, now):
-    return why.look((work.total, work.done), work, now)
+    return why.look(work.counts(), work, now)
 
 
 def test_it_says_why_when_nothing_has_moved_for_three_seconds():
@@ -409,13 +412,13 @@ def futures(number):
 def test_futures_of_any_executor_are_counted():
     some = futures(6)
     work = FutureWork(some)
-    assert (work.total, work.done, work.failed, work.running, work.waiting) == (6, 0, 0, 0, 6)
+    assert (work.counts(), work.waiting) == (Counts(6, 0, 0, 0), 6)
     some[0].set_running_or_notify_cancel()
     some[1].set_result(1)
     some[2].set_exception(ValueError())
     some[3].cancel()
     work._look_again_at = 0.0
-    assert (work.done, work.failed, work.running, work.waiting) == (1, 2, 1, 2)
+    assert (work.counts(), work.waiting, work.ended) == (Counts(6, 1, 2, 1), 2, False)
     assert work.open_tasks() == []
 
 
@@ -423,7 +426,8 @@ def test_ours_are_counted_without_being_unpickled(client):
     some = [client.submit(abs, -1), client.submit(divmod, 1, 0), client.submit(abs, -3)]
     concurrent.futures.wait(some)
     work = FutureWork(some)
-    assert (work.done, work.failed) == (2, 1)
+    assert work.counts() == Counts(3, 2, 1, 0)
+    assert work.ended
     assert some[0]._final is not None
     assert [some[0].result(), some[2].result()] == [1, 3]
 
@@ -433,10 +437,10 @@ def test_many_are_not_looked_at_all_the_time(monkeypatch):
     work = FutureWork(some)
     clock = iter([100.0, 100.02, 100.1, 101.0, 101.0])
     monkeypatch.setattr(progress, "time", types.SimpleNamespace(monotonic=lambda: next(clock)))
-    assert work.done == 0
+    assert work.counts().done == 0
     some[0].set_result(1)
-    assert work.done == 0  # it has taken 20 ms, so for 0.4 s nothing new is known
-    assert work.done == 1
+    assert work.counts().done == 0  # it has taken 20 ms, so for 0.4 s nothing new is known
+    assert work.counts().done == 1
 
 
 def test_wait_shows_a_bar_and_takes_it_away(client, monkeypatch):
@@ -446,7 +450,7 @@ def test_wait_shows_a_bar_and_takes_it_away(client, monkeypatch):
     assert len(done) == 5
     assert "futures: 100%" in drawn(screen)[-1]
     assert "5/5" in drawn(screen)[-1]
-    assert not [thread for thread in threading.enumerate() if thread.name == "zmqsched progress"]
+    assert bars() == []
     before = screen.getvalue()
     zmqsched.wait(some)
     assert screen.getvalue() == before
@@ -455,6 +459,114 @@ def test_wait_shows_a_bar_and_takes_it_away(client, monkeypatch):
 def test_wait_refuses_other_words(client):
     with pytest.raises(TypeError, match="progress"):
         zmqsched.wait([client.submit(abs, 1)], progress=1)
+
+
+# --- of maps -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_map_is_counted_to_its_end(client, monkeypatch):
+    screen = a_screen(monkeypatch)
+    assert list(client.map(abs, range(-50, 0), progress=True)) == list(range(50, 0, -1))
+    (row,) = rows(screen.getvalue())
+    assert re.match(r"abs: 100%\|#+\| 50/50 \[", row)
+    assert bars() == []
+
+
+def bars():
+    """Threads that draw."""
+    return [thread for thread in threading.enumerate() if thread.name == "zmqsched progress"]
+
+
+def test_a_generator_is_counted_until_its_length_is_known(client, gate, monkeypatch):
+    screen = a_screen(monkeypatch)
+
+    def numbers():
+        yield from range(100)
+        gate.wait()
+        yield 100
+
+    results = client.map(abs, numbers(), progress=True)
+    eventually(lambda: "abs: 100it [" in screen.getvalue())
+    gate.open()
+    assert len(list(results)) == 101
+    assert "101/101" in rows(screen.getvalue())[-1]
+
+
+def test_a_map_tells_what_has_failed(client, monkeypatch):
+    screen = a_screen(monkeypatch)
+    list(client.map(divmod, [1, 1, 1], [1, 0, 1], on_error="return", progress=True))
+    assert re.search(r"3/3 \[.*, 1 failed\]", rows(screen.getvalue())[-1])
+
+
+def ways_to_end():
+    def raised(results):
+        with pytest.raises(ZeroDivisionError):
+            list(results)
+
+    def late(results):
+        with pytest.raises(TimeoutError):
+            list(results)
+
+    return [lambda results: results.close(), lambda results: (next(results), results.close()), raised, late]
+
+
+@pytest.mark.parametrize("end", ways_to_end(), ids=["closed", "closed while read", "an error", "too late"])
+def test_however_a_map_ends_its_bar_does(client, gate, end, request, monkeypatch):
+    screen = a_screen(monkeypatch)
+    what = request.node.callspec.id
+    last = gate.task if what != "an error" else (lambda: 1 / 0)
+    timeout = 0.3 if what == "too late" else None
+    results = client.map(lambda fn: fn(), [int, last], chunksize=1, timeout=timeout, progress=True)
+    end(results)
+    assert bars() == []
+    before = screen.getvalue()
+    assert before.endswith("\n")
+    gate.open()
+    results.close()
+    assert screen.getvalue() == before
+
+
+def test_a_map_that_is_dropped_takes_its_bar_along(client, gate, monkeypatch):
+    screen = a_screen(monkeypatch)
+    results = client.map(lambda fn: fn(), [int, gate.task], chunksize=1, progress=True)
+    next(results)
+    del results
+    eventually(lambda: bars() == [])
+    assert screen.getvalue().endswith("\n")
+
+
+def test_a_map_says_what_it_waits_for(client, monkeypatch):
+    screen = a_screen(monkeypatch)
+    monkeypatch.setattr(progress, "STILL_S", 0.2)
+    results = client.options(resources={"gpu": 1}).map(abs, range(12), progress=True)
+    eventually(lambda: "abs: 0/12 [00:0" in screen.getvalue())
+    eventually(lambda: "] 12 waiting: need gpu, no node has one" in screen.getvalue())
+    results.close()
+
+
+def test_a_map_that_waits_for_its_reader_says_so(client, monkeypatch):
+    screen = a_screen(monkeypatch)
+    monkeypatch.setattr(progress, "STILL_S", 0.2)
+    results = client.map(abs, iter(range(10)), buffersize=2, progress=True)
+    eventually(lambda: "the results are to be read first" in screen.getvalue())
+    results.close()
+
+
+def test_a_map_in_a_script_has_none(client, monkeypatch):
+    screen = a_screen(monkeypatch)
+    assert zmqsched.Client.map.__kwdefaults__["progress"] is None
+    assert list(client.map(abs, [1])) == [1]
+    assert screen.getvalue() == ""
+    with pytest.raises(TypeError, match="progress"):
+        client.map(abs, [1], progress="yes")
+
+
+def test_a_retry_of_a_map_has_one_too(client, monkeypatch):
+    screen = a_screen(monkeypatch)
+    results = client.map(divmod, [1, 1], [0, 1], on_error="return", progress=True)
+    list(results)
+    list(results.retry_failed())
+    assert len(rows(screen.getvalue())) == 2
 
 
 # --- terminals ---------------------------------------------------------------------------------------------------------

@@ -136,6 +136,7 @@ class Tasks(concurrent.futures.Executor):
         ordered: bool = True,
         on_error: Literal["raise", "return"] = "raise",
         seed: int | SeedSequence | None = None,
+        progress: bool | None = None,
     ) -> Map[T]:
         """``fn(*items)`` for the items of the iterables, as many as the shortest has, in parallel: an iterator of results.
 
@@ -161,6 +162,9 @@ class Tasks(concurrent.futures.Executor):
         seed
             An int of at least 0, or a ``numpy.random.SeedSequence``: ``fn`` is called with ``rng=``, a
             ``numpy.random.Generator`` of the item's own. Its numbers depend on the seed and the item's index alone.
+        progress
+            Whether to show a bar: what is done, failed and running, rate and time left; when nothing has moved for three
+            seconds, why. By default in interactive sessions, if the map takes longer than half a second.
 
         Raises
         ------
@@ -171,7 +175,7 @@ class Tasks(concurrent.futures.Executor):
         """
         return start_map(
             self, fn, iterables, spread=False, timeout=timeout, chunksize=chunksize, buffersize=buffersize, ordered=ordered,
-            on_error=on_error, seed=seed,
+            on_error=on_error, seed=seed, progress=progress,
         )  # fmt: skip
 
     def starmap(
@@ -185,11 +189,12 @@ class Tasks(concurrent.futures.Executor):
         ordered: bool = True,
         on_error: Literal["raise", "return"] = "raise",
         seed: int | SeedSequence | None = None,
+        progress: bool | None = None,
     ) -> Map[T]:
         """As :meth:`map`, for an iterable of tuples of arguments, as ``itertools.starmap``."""
         return start_map(
             self, fn, (iterable,), spread=True, timeout=timeout, chunksize=chunksize, buffersize=buffersize, ordered=ordered,
-            on_error=on_error, seed=seed,
+            on_error=on_error, seed=seed, progress=progress,
         )  # fmt: skip
 
     def options(

@@ -27,6 +27,7 @@ def map(  # noqa: A001 - the module's function is meant to read as zmqsched.map
     ordered: bool = True,
     on_error: Literal["raise", "return"] = "raise",
     seed: int | SeedSequence | None = None,
+    progress: bool | None = None,
 ) -> list[T]:
     """The list of ``fn(*items)`` for the items of the iterables, computed in parallel; see :meth:`zmqsched.Client.map`.
 
@@ -35,7 +36,8 @@ def map(  # noqa: A001 - the module's function is meant to read as zmqsched.map
     """
     return list(
         _client().map(
-            fn, *iterables, timeout=timeout, chunksize=chunksize, ordered=ordered, on_error=on_error, seed=seed
+            fn, *iterables, timeout=timeout, chunksize=chunksize, ordered=ordered, on_error=on_error, seed=seed,
+            progress=progress,
         )
     )
 
@@ -49,11 +51,13 @@ def starmap(
     ordered: bool = True,
     on_error: Literal["raise", "return"] = "raise",
     seed: int | SeedSequence | None = None,
+    progress: bool | None = None,
 ) -> list[T]:
     """As :func:`map`, for an iterable of tuples of arguments, as ``itertools.starmap``."""
     return list(
         _client().starmap(
-            fn, iterable, timeout=timeout, chunksize=chunksize, ordered=ordered, on_error=on_error, seed=seed
+            fn, iterable, timeout=timeout, chunksize=chunksize, ordered=ordered, on_error=on_error, seed=seed,
+            progress=progress,
         )
     )
 

@@ -61,6 +61,7 @@ from .payload import (
     value_of,
     words_of,
 )
+from .progress import Counts
 from .protocol import Options, Query, payload_bytes
 from .shelf import Piece, Shelf
 from .sources import Source
@@ -103,6 +104,7 @@ class Plan:
     timeout: float | None = None
     until: float | None = None
     numbers: Sequence[int] | None = None
+    progress: bool | None = False
 
     def index(self, position: int) -> int:
         return position if self.numbers is None else self.numbers[position]
@@ -251,22 +253,34 @@ class Run:
         if self._reading and self._source.left is None:
             self.stop()
 
-    def counts(self) -> tuple[int, int, int]:
-        """Items that are done, that have failed, that run."""
+    def counts(self) -> Counts:
         self._check_process()
         self._take_answers()
         running = sum(future.running() for future in list(self._on_the_way))
-        return self._done, self._tally.count, running
+        return Counts(self.total, self._done, self._tally.count, running)
 
     @property
     def total(self) -> int | None:
         return self._source.total
 
+    def open_tasks(self) -> list[bytes]:
+        """Ids of the tasks that are on their way."""
+        return [future._task for future in list(self._on_the_way)]
+
+    @property
+    def waiting(self) -> int:
+        """Items that no worker has, of those that are known."""
+        on_the_way = list(self._on_the_way.items())
+        begun = sum(len(batch.items) for future, batch in on_the_way if future.running())
+        if self.total is not None:
+            return self.total - self._done - self._tally.count - begun
+        return sum(len(batch.items) for _, batch in on_the_way) - begun
+
     @property
     def waits(self) -> bool:
         """Nothing is under way, and nothing will be unless somebody reads."""
         busy = self._on_the_way or self._in_hand or self._again or self._later
-        return self._over or (not busy and self._allowed() <= 0 and not self._source.ready)
+        return self.ended or (not busy and self._allowed() <= 0 and not self._source.ready)
 
     # --- sending ---------------------------------------------------------------------------------------------------------
 
@@ -309,7 +323,7 @@ class Run:
         self._count_slots()
         with self.changed:
             batch = self._next()
-            if batch is None and self._over:
+            if batch is None and self.ended:
                 self._sender = None
             elif batch is None and not self._arrivals.done:
                 self.changed.wait(self._patience())
@@ -556,7 +570,11 @@ class Run:
         self._tally.add(self.plan.index(position), origin, words)
 
     @property
-    def _over(self) -> bool:
+    def pause(self) -> str:
+        return "the results are to be read first" if self.waits else ""
+
+    @property
+    def ended(self) -> bool:
         """Nothing is sent any more."""
         if self._stopped:
             return True
@@ -568,9 +586,9 @@ class Run:
         client = self._client()
         if client is None or self not in client._runs:
             return
-        if self._over:
+        if self.ended:
             client._runs.discard(self)
-        if self._over or (client._closed and self.waits):
+        if self.ended or (client._closed and self.waits):
             client._wake_if_idle()
 
     # --- reading ---------------------------------------------------------------------------------------------------------
@@ -580,7 +598,7 @@ class Run:
         while (part := self._next_part()) is not None:
             yield from self._values(part)
         with self.changed:
-            while self._over and not self._stopped and self._kept:
+            while self.ended and not self._stopped and self._kept:
                 self._shelf.drop(self._kept.popleft().piece)
 
     def _next_part(self) -> _Part | None:
@@ -596,9 +614,9 @@ class Run:
                     return self._taken_off(at)
                 if self._end is not None:
                     raise self._end
-                if self._over and self._source.error is not None:
+                if self.ended and self._source.error is not None:
                     raise self._source.error
-                if self._over:
+                if self.ended:
                     return None
                 if not self._arrivals.done:
                     self._wait()

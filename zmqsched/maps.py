@@ -19,8 +19,11 @@ from dataclasses import replace
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
+from .display import Sheet, Shown, as_line
 from .mapping import NOT_KEPT, Plan, Run
-from .payload import Seed
+from .options import boolean
+from .payload import Seed, short_form
+from .progress import Bar, show
 from .sources import Listed, source_of
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ T = TypeVar("T")
 logger = logging.getLogger("zmqsched")
 
 
-class Map(Iterator[T], Generic[T]):
+class Map(Shown, Iterator[T], Generic[T]):
     """The results of a map, in order or as they come: an iterator. Made by :meth:`Client.map`, :meth:`Client.starmap`.
 
     A map goes on by itself, read or not. It ends early when it is closed or dropped in the middle of being read, when the
@@ -43,10 +46,11 @@ class Map(Iterator[T], Generic[T]):
     What was finished is kept until the last result has been read, also what was read before: :meth:`results`.
     """
 
-    def __init__(self, client: Client, run: Run) -> None:
+    def __init__(self, client: Client, run: Run, bar: Bar | None = None) -> None:
         self._client = client
         self._run = run
-        self._results: Generator[T, None, None] = _results(run)
+        self._bar = bar
+        self._results: Generator[T, None, None] = _results(run, bar)
         self._next = self._results.__next__
 
     # The generator's own, with no Python code in between: an interrupt comes there, and is never outside of its ``try``.
@@ -57,6 +61,8 @@ class Map(Iterator[T], Generic[T]):
         self._run.stop()
         with contextlib.suppress(ValueError):  # another thread is waiting for the next result: it is told
             self._results.close()
+        if self._bar is not None:
+            self._bar.close()
 
     @property
     def total(self) -> int | None:
@@ -66,17 +72,17 @@ class Map(Iterator[T], Generic[T]):
     @property
     def done(self) -> int:
         """How many items have been computed, read or not."""
-        return self._run.counts()[0]
+        return self._run.counts().done
 
     @property
     def failed(self) -> int:
         """How many items have failed."""
-        return self._run.counts()[1]
+        return self._run.counts().failed
 
     @property
     def running(self) -> int:
         """How many items are being computed."""
-        return self._run.counts()[2]
+        return self._run.counts().running
 
     @property
     def failures(self) -> dict[int, BaseException]:
@@ -107,27 +113,40 @@ class Map(Iterator[T], Generic[T]):
         again = replace(plan, numbers=numbers, until=until)
         return _started(self._client, Run(self._client, again, Listed(iter([item for _, item in kept]), len(kept))))
 
+    _repr_pretty_ = Shown._repr_pretty_  # beside __repr__, for IPython takes of each class what it finds there
+
     def __repr__(self) -> str:
-        done, failed, running = self._run.counts()
-        total = "?" if self.total is None else f"{self.total:,}"
-        return f"<zmqsched.Map {done:,} of {total} done, {failed:,} failed, {running:,} running>"
+        sheet = self._sheet()
+        return as_line(replace(sheet, facts=sheet.facts[:1]))
+
+    def _sheet(self) -> Sheet:
+        total, done, failed, running = self._run.counts()
+        of = "?" if total is None else f"{total:,}"
+        counts = f"{done:,} of {of} done, {failed:,} failed, {running:,} running"
+        return Sheet("zmqsched.Map", facts=[("items", counts), *(("failed", line) for line in self._run.summary())])
 
 
-def _results(run: Run) -> Generator[Any, None, None]:
+def _results(run: Run, bar: Bar | None) -> Generator[Any, None, None]:
     try:
         yield from run.read()
+    except GeneratorExit:
+        bar = None  # this may be the garbage collector's thread; the bar ends with the run
+        raise
     except KeyboardInterrupt:
         run.stop(force=True)
         raise
-    if run.plan.returns and run.counts()[1]:
+    finally:
+        if bar is not None:
+            bar.close()
+    if run.plan.returns and run.counts().failed:
         logger.warning("%s", _summary(run))
 
 
 def _summary(run: Run) -> str:
-    done, failed, _ = run.counts()
+    total, done, failed, _ = run.counts()
     of = f"{done + failed:,}"
-    if run.total != done + failed:
-        of += " finished" if run.total is None else f" finished ({run.total:,} in all)"
+    if total != done + failed:
+        of += " finished" if total is None else f" finished ({total:,} in all)"
     return "\n  ".join([f"{failed:,} items of {of} have failed", *run.summary()])
 
 
@@ -143,10 +162,13 @@ def start(
     ordered: bool,
     on_error: Literal["raise", "return"],
     seed: int | np.random.SeedSequence | None,
+    progress: bool | None,
 ) -> Map[Any]:
     """A map that is under way."""
     if not callable(fn):
         raise TypeError(f"map needs a callable, not {type(fn).__name__}")
+    if progress is not None:
+        boolean("progress", progress)
     client, options = tasks._client, tasks._options
     size = 1 if options.job else _chunksize(chunksize)
     limit = math.inf if buffersize is None else _buffersize(buffersize) * (size or 1)
@@ -154,7 +176,7 @@ def start(
         raise ValueError(f"""on_error is "raise" or "return", not {on_error!r}""")
     plan = Plan(
         fn, options, tasks._retry_on, spread or len(iterables) > 1, size, limit, bool(ordered), on_error == "return",
-        None if seed is None else _seed(fn, seed), timeout, _until(timeout),
+        None if seed is None else _seed(fn, seed), timeout, _until(timeout), progress=progress,
     )  # fmt: skip
     client._check_usable()
     if options.job:  # its tasks outlive this client, so they are all submitted now
@@ -165,7 +187,8 @@ def start(
 
 def _started(client: Client, run: Run) -> Map[Any]:
     run.start()
-    handle: Map[Any] = Map(client, run)
+    label = run.plan.options.name or short_form(run.plan.fn).rpartition(".")[2].strip("<>")
+    handle: Map[Any] = Map(client, run, show(run.plan.progress, run, label, client))
     weakref.finalize(handle, run.drop).atexit = False
     return handle
 

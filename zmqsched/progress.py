@@ -26,7 +26,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable
 from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, RUNNING
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .options import boolean
 from .protocol import Query, Report
@@ -43,19 +43,20 @@ _bars: weakref.WeakSet[Bar] = weakref.WeakSet()
 _dumb_terminal = threading.Lock()  # held by the bar that is drawn there: one below the other needs a cursor that moves
 
 
-class Work(Protocol):
-    """What can have a bar, counted in items. ``total``: None if it is not known. ``running``, ``waiting``: of those that are
-    not done, as far as is known here. ``pause``: what it waits for itself, "" if for nothing. ``ended``: nothing will move
-    any more."""
+class Counts(NamedTuple):
+    """Of items. ``total``: None if it is not known. ``running``: as far as is known here."""
 
-    @property
-    def total(self) -> int | None: ...
-    @property
-    def done(self) -> int: ...
-    @property
-    def failed(self) -> int: ...
-    @property
-    def running(self) -> int: ...
+    total: int | None
+    done: int
+    failed: int
+    running: int
+
+
+class Work(Protocol):
+    """What can have a bar. ``waiting``: items that no worker has, as far as is known here. ``pause``: what it waits for
+    itself, "" if for nothing. ``ended``: nothing will move any more."""
+
+    def counts(self) -> Counts: ...
     @property
     def waiting(self) -> int: ...
     @property
@@ -144,20 +145,20 @@ class Bar:
 
     def _draw_until_end(self, *, ascii_only: bool) -> None:
         work = self._work
-        bar = _new_bar(self._label, work.total, self._began, ascii_only=ascii_only)
+        bar = _new_bar(self._label, work.counts().total, self._began, ascii_only=ascii_only)
         try:
             interval_s = INTERVAL_S if in_notebook() or _is_terminal() else LOG_INTERVAL_S
             drawn: tuple[object, ...] = ()
             drawn_at = -math.inf
             while not self._ended.is_set() and not work.ended:
                 now = time.monotonic()
-                total, done, failed, running = state = work.total, work.done, work.failed, work.running
-                why = self._why.look(state, work, now)
-                if (state, why) != drawn or now - drawn_at >= 1.0:  # the seconds go on
-                    drawn, drawn_at = (state, why), now
-                    _draw(bar, total, done, failed, running, why)
+                counts = work.counts()
+                why = self._why.look(counts, work, now)
+                if (counts, why) != drawn or now - drawn_at >= 1.0:  # the seconds go on
+                    drawn, drawn_at = (counts, why), now
+                    _draw(bar, counts, why)
                 self._ended.wait(interval_s)
-            _draw(bar, work.total, work.done, work.failed, 0, "")
+            _draw(bar, work.counts()._replace(running=0), "")
         finally:
             bar.close()
 
@@ -167,17 +168,17 @@ class Why:
 
     def __init__(self, cluster: Cluster | None) -> None:
         self._cluster = cluster
-        self._state: object = None
+        self._counts: Counts | None = None
         self._since = 0.0
         self._reply: concurrent.futures.Future[Any] | None = None
         self._asked_at = -math.inf
         self._report: Report | None = None
         self._trouble = ""
 
-    def look(self, state: object, work: Work, now: float) -> str:
-        """``state``: whatever moves. Returns "" while it does, or nothing is known."""
-        if state != self._state:
-            self._state, self._since = state, now
+    def look(self, counts: Counts, work: Work, now: float) -> str:
+        """Returns "" while something moves, or nothing is known."""
+        if counts != self._counts:
+            self._counts, self._since = counts, now
             self._reply = self._report = None
             self._trouble = ""
             return ""
@@ -229,24 +230,19 @@ class FutureWork:
 
     def __init__(self, futures: Iterable[concurrent.futures.Future[Any]]) -> None:
         self._open = list(futures)
-        self.total = len(self._open)
-        self.failed = 0
+        self._total = len(self._open)
+        self._failed = 0
         self._look_again_at = 0.0
         self._running = 0
 
-    @property
-    def done(self) -> int:
+    def counts(self) -> Counts:
         self._look()
-        return self.total - len(self._open) - self.failed
+        return Counts(self._total, self._total - len(self._open) - self._failed, self._failed, self._running)
 
     @property
     def ended(self) -> bool:
         self._look()
         return not self._open
-
-    @property
-    def running(self) -> int:
-        return self._running
 
     @property
     def waiting(self) -> int:
@@ -268,7 +264,7 @@ class FutureWork:
                 still.append(future)
                 running += state == RUNNING
             elif state in (CANCELLED, CANCELLED_AND_NOTIFIED) or _has_failed(future):
-                self.failed += 1
+                self._failed += 1
         self._open, self._running = still, running
         now = time.monotonic()
         self._look_again_at = now + min(1.0, 20 * (now - began))
@@ -321,14 +317,15 @@ def _size() -> dict[str, Any]:
     return {"dynamic_ncols": True}
 
 
-def _draw(bar: Any, total: int | None, done: int, failed: int, running: int, why: str) -> None:
+def _draw(bar: Any, counts: Counts, why: str) -> None:
+    total, done, failed, running = counts
     if total != bar.total:  # an iterator has come to its end
         bar.total = total
         if (widgets := getattr(bar, "container", None)) is not None:
             widgets.children[1].max = total
-    counts = [f"{failed:,} failed"] if failed else []
-    counts += [f"{running:,} running"] if running else []
-    bar.set_postfix_str(", ".join(counts), refresh=False)
+    words = [f"{failed:,} failed"] if failed else []
+    words += [f"{running:,} running"] if running else []
+    bar.set_postfix_str(", ".join(words), refresh=False)
     bar.bar_format = None
     if why:  # instead of the bar itself, and of a rate that means nothing
         of_all = "" if total is None else "/{total_fmt}"
