@@ -354,6 +354,26 @@ def test_of_two_that_ask_one_unpickles_and_the_other_waits_as_long_as_it_may(own
         assert (first.result(), second.result(), len(times)) == (7, 7, 1)
 
 
+def test_many_threads_ask_for_the_same_results(owner, monkeypatch):
+    """Each is unpickled once, and nobody waits for one that is there."""
+    futures = owner.futures("abcdefgh" * 200)
+    times = []
+
+    def unpack(payload):
+        times.append(payload)
+        time.sleep(0)  # another thread's turn
+        return len(times)
+
+    monkeypatch.setattr("zmqsched.futures.unpack_value", unpack)
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        asked = [threads.submit(lambda: [future.result(timeout=20) for future in futures]) for _ in range(8)]
+        for future in futures:
+            owner.answer(future, 1)
+        first, *others = [one.result(timeout=30) for one in asked]
+    assert all(results == first for results in others)
+    assert len(times) == len(futures)
+
+
 def test_a_signal_handler_may_ask_for_the_result_that_its_thread_unpickles(owner, monkeypatch):
     future = owner.future("a")
     owner.answer(future, 7)

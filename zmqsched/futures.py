@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _OPEN = (PENDING, RUNNING)
+# Who unpickles which future's answer now: a thread's number, in an object of its own, by the future's id. Entered by
+# ``setdefault``, which is one step for all threads, and so much cheaper than a lock for each future.
+unpackers: dict[int, tuple[int]] = {}
 
 
 class Owner(Protocol):
@@ -63,7 +66,7 @@ class Future(Shown, concurrent.futures.Future[T]):
     """
 
     _final: Final | None = None  # the answer that is not unpickled yet
-    _unpacking: tuple[int] | None = None  # the thread that does it now, in an object of its own
+    _wanted = False  # by several threads
     _is_argument = False
     _kept: Payload | None = None  # what the task returned, packed, of one that is an argument
 
@@ -95,7 +98,9 @@ class Future(Shown, concurrent.futures.Future[T]):
         """
         try:
             self._await_answer(timeout)
-            return super().result(0)
+            if self._exception or self._state != FINISHED:
+                return super().result(0)
+            return self._result  # type: ignore[return-value]  # None is a result
         finally:
             del self  # it holds the exception, whose traceback holds this frame
 
@@ -296,19 +301,14 @@ class Future(Shown, concurrent.futures.Future[T]):
         """
         if self._state == FINISHED and self._final is None:
             return
-        until = None if timeout is None else time.monotonic() + timeout
         mine = (threading.get_ident(),)
         try:
-            with self._condition:
-                while self._state in _OPEN or (self._unpacking is not None and self._unpacking != mine):
-                    self._wait(until)
-                final = self._final
-                if final is None:
-                    return
-                self._unpacking = mine
-            result, error = _unpacked(final)
-            with self._condition:
-                if self._final is final:
+            final = self._final
+            if final is None or unpackers.setdefault(id(self), mine) is not mine:
+                final = self._wait_for_turn(mine, timeout)
+            if final is not None and self._final is final:
+                result, error = _unpacked(final)
+                if self._final is final:  # not unpacked meanwhile, further up this thread's stack
                     if self._is_argument and final.verdict == "ok":
                         self._kept = final.value
                     self._result, self._exception, self._final = result, error, None
@@ -316,10 +316,25 @@ class Future(Shown, concurrent.futures.Future[T]):
             self.cancel(force=True)
             raise
         finally:
-            if self._unpacking is mine:
-                with self._condition:
-                    self._unpacking = None
-                    self._condition.notify_all()
+            if unpackers.get(id(self)) is mine:
+                del unpackers[id(self)]
+                if self._wanted:
+                    with self._condition:
+                        self._condition.notify_all()
+
+    def _wait_for_turn(self, mine: tuple[int], timeout: float | None) -> Final | None:
+        """Wait until there is an answer for this thread to unpack (its own unpacking may have asked for it), or nothing to
+        unpack."""
+        until = None if timeout is None else time.monotonic() + timeout
+        with self._condition:
+            while True:
+                if self._state not in _OPEN:
+                    if self._final is None or unpackers.setdefault(id(self), mine) == mine:
+                        return self._final
+                    if not self._wanted:
+                        self._wanted = True  # and look again: it may have ended before this could be seen
+                        continue
+                self._wait(until)
 
     def _wait(self, until: float | None) -> None:
         """Until something has changed. The standard's futures, too, take a timeout that is no number for none at all."""

@@ -25,6 +25,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Any
 
+from .futures import unpackers
 from .waiting import cancel_all
 
 if TYPE_CHECKING:
@@ -95,6 +96,7 @@ def _in_forked_child() -> None:
         client._disown(RuntimeError(FORKED))
     opened.clear()
     needed.clear()
+    unpackers.clear()
 
 
 os.register_at_fork(after_in_child=_in_forked_child)
