@@ -472,6 +472,11 @@ def test_no_thread_is_started_while_nobody_prints(cluster):
     assert not thread.is_alive()
 
 
+def test_whether_to_show_it_is_yes_or_no(cluster):
+    with pytest.raises(TypeError, match="output"):
+        Client(cluster, output="never")
+
+
 # --- nodes -----------------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,6 @@ from .streams import EVERY_S, Streams
 
 REST_S = 0.001
 MUCH = 16 * 1024
-_MOST_READS = 8  # of one worker's streams, before others have their turn
 _LOOK_AGAIN_S = 1.2 * EVERY_S
 
 
@@ -64,12 +63,9 @@ class Listener:
         for descriptor in ready & self._workers.keys():
             worker = self._workers[descriptor]
             self._full.add(worker)
-            for _ in range(_MOST_READS):
-                size = self._streams[worker].read()
-                if size < MUCH:
-                    self._ignore(descriptor)
-                    self._resting[descriptor] = now + REST_S
-                    break
+            if self._streams[worker].read() < MUCH:
+                self._ignore(descriptor)
+                self._resting[descriptor] = now + REST_S
         if self._resting:
             for descriptor in [each for each, until in self._resting.items() if until <= now]:
                 del self._resting[descriptor]

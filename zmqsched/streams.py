@@ -39,7 +39,7 @@ RATE = 256 * 1024
 EVERY_S = 0.1  # how often what a running task prints is passed on
 MAX_STDERR = 4 * 1024  # bytes of standard error that a death certificate gets
 _CHUNK = 64 * 1024  # as much as a pipe holds
-_MAX_READS = 32  # 64 KiB each, to a mark that may never come: a pipe holds at most 1 MiB
+_MAX_READS = 17  # one after the other: a pipe that its writer has enlarged holds at most 1 MiB
 
 # The page: what runs, whether the node reads, the number in the marks, how far the task is (CRC, the attempt, length of the
 # text, fraction; then the text).
@@ -161,19 +161,20 @@ class Streams:
         return self._unread.fileno()
 
     def read(self) -> int:
-        """Take in what is there, at most some 100 KiB of each stream; never waits. Returns about how much it was."""
+        """Take in all that is there; never waits. Returns about how much it was, in bytes."""
         self._page[_READING] = 1
         before = self._runs()
+        had = sum([len(stream.undecided) for stream in self._streams])
         sizes = [self._read(stream) for stream in self._streams]
         after = self._runs()
         if before != after:  # if what came is the former's, its mark is there by now
-            more = [self._read(stream) for stream in self._streams]
-            sizes = [size or other for size, other in zip(more, sizes, strict=True)]
+            sizes = [self._read(stream) for stream in self._streams]
             after = self._runs()
         self._page[_READING] = 0
-        for stream, size in zip(self._streams, sizes, strict=True):
-            self._sort(stream, after, cut=size == _CHUNK)
-        return max(sizes)
+        size = sum([len(stream.undecided) for stream in self._streams]) - had
+        for stream, last in zip(self._streams, sizes, strict=True):
+            self._sort(stream, after, cut=last == _CHUNK)
+        return size
 
     def read_rest(self) -> None:
         """The worker is dead. The pipes' end may never come: somebody else may have them open still."""
@@ -203,15 +204,15 @@ class Streams:
         return words
 
     def take_unclaimed(self) -> bytes:
-        """What no task has written; at most ``KEPT`` bytes at once."""
-        data, self._unclaimed = bytes(self._unclaimed[-KEPT:]), bytearray()
+        """The last ``KEPT`` bytes of what no task has written."""
+        data, self._unclaimed = bytes(self._unclaimed), bytearray()
         return data
 
     def due(self) -> float:
         """When :meth:`take` has something; 0.0 is at once."""
-        if self._finished or self._unclaimed:
+        if self._finished:
             return 0.0
-        if not any(said.size for said in self._said.values()):
+        if not self._unclaimed and not any(said.size for said in self._said.values()):
             return math.inf
         return max(0.0, self._taken_at + max(EVERY_S, -self._allowance / RATE))
 
@@ -242,17 +243,23 @@ class Streams:
         return Key(*_RUNS.unpack_from(self._page))
 
     def _read(self, stream: _Stream) -> int:
-        data = stream.file.read(_CHUNK) if stream.open else None
-        if data:
-            stream.undecided += data
-        elif data is not None:  # whoever had it open has closed it
-            stream.open = False
-            self._unread.unregister(stream.file.fileno())
-        return len(data or b"")
+        """Until nothing is left, or so much has come that all was read that was there at first: where a mark is missing
+        then, there is none. Returns how much the last read gave."""
+        size = 0
+        for _ in range(_MAX_READS if stream.open else 0):
+            data = stream.file.read(_CHUNK)
+            size = len(data or b"")
+            stream.undecided += data or b""
+            if data == b"":  # whoever had it open has closed it
+                stream.open = False
+                self._unread.unregister(stream.file.fileno())
+            if size < _CHUNK:
+                break
+        return size
 
     def _sort(self, stream: _Stream, runs: Key, *, cut: bool) -> None:
-        """What comes before a mark is that task's; what comes behind the last, that of the one that ``runs``. ``cut``: there
-        may be more, and the first half of a mark at the end."""
+        """What comes before a mark is that task's; what comes behind the last, that of the one that ``runs``. ``cut``: at
+        the end may be the first half of a mark, for which all before it waits."""
         data = stream.undecided
         start = 0
         while (at := data.find(self._mark, start)) >= 0 and at + _MARK_SIZE <= len(data):
@@ -261,17 +268,16 @@ class Streams:
             stream.marked.add(key)
             stream.ended = key
             start = at + _MARK_SIZE
-        end = self._whole(data, start) if cut else len(data)
-        if end > start:
-            self._claim(stream, self._owner(stream, runs), data[start:end])
-        del data[:end]
+        if not cut or not self._has_half_a_mark(data, start):
+            self._claim(stream, self._owner(stream, runs), data[start:])
+            start = len(data)
+        del data[:start]
 
-    def _whole(self, data: bytearray, start: int) -> int:
-        """Where the part of a mark begins that ``data`` may end with; else its end."""
+    def _has_half_a_mark(self, data: bytearray, start: int) -> bool:
         at = data.find(0, max(start, len(data) - _MARK_SIZE + 1))
         while at >= 0 and not self._mark.startswith(data[at : at + len(self._mark)]):
             at = data.find(0, at + 1)
-        return len(data) if at < 0 else at
+        return at >= 0
 
     def _owner(self, stream: _Stream, runs: Key) -> Key:
         """Whose it is what is written while the page says that this attempt runs: it says so until the next begins."""
@@ -288,7 +294,8 @@ class Streams:
             self._tail += data[-MAX_STDERR - 1 :]  # one more than is told, to know that there was more
             del self._tail[: -MAX_STDERR - 1]
         if owner == NOBODY:
-            self._unclaimed += data[-KEPT:]
+            self._unclaimed += data
+            del self._unclaimed[:-KEPT]
         else:
             self._said.setdefault(owner, _Said()).add(stream.number, data)
 
@@ -311,7 +318,7 @@ class Voice:
     def __init__(self, page: int, unread: int, out: int, err: int) -> None:
         self._page = mmap.mmap(page, _PAGE)
         os.close(page)
-        self._unread = select.epoll.fromfd(unread)
+        self._find_unread = select.epoll.fromfd(unread).poll
         self._ours = (out, err)  # to write marks to, whatever becomes of 1 and 2
         self._mark = b"\0" + self._page[_SECRET]
         self._libc = ctypes.CDLL(None)
@@ -340,7 +347,8 @@ class Voice:
         """
         if not short:
             self._libc.fflush(self._stdout)
-        if not self._unread.poll(0, 1) and not self._page[_READING]:
+        # In this order: what is read between the two looks is read by a node that says so.
+        if not self._find_unread(0, 1) and not self._page[_READING]:
             return False
         mark = self._mark + _RUNS.pack(task, attempt)
         for descriptor in self._ours:
