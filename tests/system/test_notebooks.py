@@ -107,10 +107,11 @@ def test_parallel_map(clusters):
 
 def test_interrupts(clusters):
     seconds = []
-    _, stopped, left, after = executed("interrupts", seconds)
-    assert seconds[0] < PROMPT_BACK_S
-    assert stopped.outputs[-1].ename == "KeyboardInterrupt"
-    assert printed(left) == "20 cancelled\nresults: [0.01, 0.01, 0.01]\n"
+    _, stopped_map, kept, stopped_wait, left, after = executed("interrupts", seconds)
+    assert max(seconds) < PROMPT_BACK_S
+    assert [cell.outputs[-1].ename for cell in (stopped_map, stopped_wait)] == ["KeyboardInterrupt"] * 2
+    assert value(kept)["text/plain"] == "{0: 0.01, 1: 0.01, 2: 0.01}"
+    assert printed(left) == "20 cancelled\n"
     assert printed(after) == "the same workers: True\nat once: True\n"
 
 
