@@ -22,12 +22,13 @@ import psutil
 
 from zmqsched import Client, LocalCluster
 
-from . import echo, stops, work
+from . import echo, maps, stops, work
 
 WORKERS = 2
 TASKS = 10_000
 TRIPS = 2_000
 ITEMS = 1_000_000
+SHORT_ITEMS = 100_000
 CHUNK = 2_000
 NAPS, NAP_S = 200, 0.010
 QUEUED = 300_000
@@ -92,6 +93,34 @@ def big_map(repeats: int) -> list[Row]:
     ratio = _ratio(samples, "zmqsched", "ProcessPool")
     title = f"map of {ITEMS:,} items, chunks of {CHUNK:,}"
     return [Row(title, "M items/s", samples, f"{ratio:.2f} x", ">= 0.9 x", ratio >= 0.9)]
+
+
+def auto_map(repeats: int) -> list[Row]:
+    """Nobody says how many items make a task."""
+    with _pools() as (ours, theirs):
+        samples = _interleaved(repeats, zmqsched=lambda: _short_map_rate(ours), ProcessPool=lambda: _short_map_rate(theirs))
+    ratio = _ratio(samples, "zmqsched", "ProcessPool")
+    title = f"map of {SHORT_ITEMS:,} no-ops, no chunksize"
+    return [Row(title, "items/s", samples, f"{ratio:.0f} x", ">= 10 x", ratio >= 10)]
+
+
+def uneven_map(repeats: int) -> list[Row]:
+    naps = maps.uneven_naps(NAPS)
+    with _client() as ours:
+        shares = [maps.of_ideal(ours, naps, WORKERS) for _ in range(repeats)]
+    share = median(shares)
+    title = f"map of {NAPS} uneven items, 20 ms in the mean"
+    return [Row(title, "of ideal", {"zmqsched": shares}, f"{share:.2f} x", "<= 1.2 x", share <= 1.2)]
+
+
+def generated_map(_repeats: int) -> list[Row]:
+    """Once each: memory hardly scatters."""
+    rows = []
+    for read in (True, False):
+        with LocalCluster(WORKERS) as cluster, Client(cluster) as client:
+            grown = maps.generated_mb(cluster, client, read=read)
+        rows.append(_own(f"map of {maps.GENERATED:,} generated, {'' if read else 'not '}read", "MB", grown, 50))
+    return rows
 
 
 def naps(repeats: int) -> list[Row]:
@@ -174,6 +203,9 @@ MEASURES: dict[str, Callable[[int], list[Row]]] = {
     "journal": submit_journal,
     "roundtrip": round_trip,
     "map": big_map,
+    "automap": auto_map,
+    "uneven": uneven_map,
+    "generator": generated_map,
     "naps": naps,
     "start": first_result,
     "memory": broker_memory,
@@ -243,6 +275,14 @@ def _map_rate(pool: Executor) -> float:
     if count != ITEMS:
         raise RuntimeError(f"{ITEMS - count} items are missing")
     return ITEMS / seconds / 1e6
+
+
+def _short_map_rate(pool: Executor) -> float:
+    began = time.perf_counter()
+    count = sum(1 for _ in pool.map(work.identity, range(SHORT_ITEMS)))
+    if count != SHORT_ITEMS:
+        raise RuntimeError(f"{SHORT_ITEMS - count} items are missing")
+    return SHORT_ITEMS / (time.perf_counter() - began)
 
 
 def _nap_share(pool: Executor) -> float:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import replace
 
 from . import errors
-from .core.chunking import BUDGET_S, Chunking
+from .core.chunking import BUDGET_S, ITEMS, Chunking
 from .errors import ClusterError, NotAccepted, ResultDecodeError, TaskError, TaskTimeout, Unschedulable
 from .lifetime import FORKED
 from .payload import (
@@ -46,11 +46,11 @@ from .payload import (
     Origin,
     Outcome,
     Seed,
+    all_plain,
     as_entry,
     enclosed,
     entries_of,
     generator,
-    is_packed,
     opened,
     origin_of,
     pack_call,
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from .futures import Future
 
 SMALL = 32  # so many tasks are submitted at the call, without a thread
-TASKS = 1_024  # of one item on their way
+TASKS = 1_024  # on their way, of which each is of a given number of items
 BYTES = 32 * 1024 * 1024  # of calls on their way; each slot has its batch, whatever that takes
 KEPT_BYTES = 1024 * 1024 * 1024
 LOOKAHEAD = 20_000  # items drawn and not sent, unless a batch is larger
@@ -383,7 +383,7 @@ class Run:
     def _has_room(self) -> bool:
         many, depth = len(self._on_the_way), self._policy.depth
         if self._alone or self.plan.chunksize:
-            depth = max(depth, TASKS // (self.plan.chunksize or 1))
+            depth = max(depth, min(TASKS, ITEMS // (self.plan.chunksize or 1)))
         return many < depth and (self._bytes < BYTES or many <= self._policy.slots)
 
     def _allowed(self) -> float:
@@ -640,7 +640,7 @@ class Run:
 
     def _values(self, part: _Part) -> Generator[Any, None, None]:
         entries, errors = self._entries(part)
-        if not errors and self.plan.limit == math.inf and not any(map(is_packed, entries)):
+        if not errors and self.plan.limit == math.inf and all_plain(entries):
             yield from entries
             return
         for position, entry in enumerate(entries, part.first):

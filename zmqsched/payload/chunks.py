@@ -87,7 +87,8 @@ class Chunk(Wrapper):
         return Outcome(enclosed(pack([entry])), [], 1, perf_counter() - began)
 
     def _run(self, items: Sequence[Any], how: How, began: float) -> Outcome:
-        fn, spread, plain, until, pid = self.fn, how.spread, how.seed is None, began + how.budget_s, os.getpid()
+        fn, spread, plain, until, forked = self.fn, how.spread, how.seed is None, began + how.budget_s, _forked
+        forked.clear()
         entries: list[Any] = []
         failures: list[Failure] = []
         room = RESULT_BYTES
@@ -104,7 +105,7 @@ class Chunk(Wrapper):
                 room -= len(failures[-1].error)
                 if isinstance(error, KeyboardInterrupt):  # the task is to end
                     break
-            if os.getpid() != pid:  # a child that the item forked came back from it; there must be one answer
+            if forked:  # a child that the item forked came back from it; there must be one answer
                 os._exit(0)
             if room < 0 or perf_counter() >= until:
                 break
@@ -113,6 +114,11 @@ class Chunk(Wrapper):
     def _call(self, item: Any, number: int, how: How) -> Any:
         keywords = {} if how.seed is None else {"rng": generator(how.seed, number)}
         return self.fn(*item, **keywords) if how.spread else self.fn(item, **keywords)
+
+
+# Not empty in a process that was forked since the chunk began; asking for the process's id costs more than a short item.
+_forked: list[bool] = []
+os.register_at_fork(after_in_child=lambda: _forked.append(True))
 
 
 def generator(seed: Seed, number: int) -> np.random.Generator:
@@ -130,6 +136,7 @@ def opened(part: Enclosed) -> Payload:
 # --- entries ---------------------------------------------------------------------------------------------------------
 
 _TINY = frozenset({int, float, bool, type(None)})
+_PACKED = frozenset({bytes, tuple})
 
 
 def as_entry(value: Any) -> Any:
@@ -150,8 +157,9 @@ def entries_of(part: Enclosed) -> list[Any]:
     return entries
 
 
-def is_packed(entry: Any) -> bool:
-    return type(entry) is bytes or type(entry) is tuple
+def all_plain(entries: list[Any]) -> bool:
+    """Each of these entries is the value itself."""
+    return _PACKED.isdisjoint(map(type, entries))
 
 
 def value_of(entry: Any) -> Any:
@@ -161,11 +169,11 @@ def value_of(entry: Any) -> Any:
     ------
     ResultDecodeError
     """
-    return unpack_value(opened(entry)) if is_packed(entry) else entry
+    return unpack_value(opened(entry)) if type(entry) in _PACKED else entry
 
 
 def _bytes(entry: Any) -> int:
-    return payload_bytes(opened(entry)) if is_packed(entry) else 0
+    return payload_bytes(opened(entry)) if type(entry) in _PACKED else 0
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
