@@ -25,7 +25,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable
-from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED, RUNNING
+from concurrent.futures._base import FINISHED, PENDING, RUNNING
 from typing import Any, NamedTuple, Protocol
 
 from .options import boolean
@@ -259,11 +259,11 @@ class FutureWork:
         still = []
         running = 0
         for future in self._open:
-            state = future._state
-            if not future.done():
+            state = future._state  # read once: it changes
+            if state in (PENDING, RUNNING):
                 still.append(future)
                 running += state == RUNNING
-            elif state in (CANCELLED, CANCELLED_AND_NOTIFIED) or _has_failed(future):
+            elif state != FINISHED or _has_failed(future):
                 self._failed += 1
         self._open, self._running = still, running
         now = time.monotonic()

@@ -16,6 +16,7 @@ CELLS = [
     "print('no bar here')",
     "second = zmqsched.wait([client.submit(time.sleep, 0.05) for _ in range(40)])",
     "third = zmqsched.wait([client.submit(abs, -1)])",
+    "read = list(client.map(time.sleep, [0.05] * 40))",
     "client.shutdown(); cluster.close()",
 ]
 
@@ -54,6 +55,11 @@ def test_each_bar_is_in_the_cell_that_waits(outputs):
     assert text(outputs[6]) == "no bar here\n"
     assert "40/40" in text(outputs[7])
     assert "1/1" not in text(outputs[7])
+
+
+def test_a_map_has_one(outputs):
+    assert "sleep: 100%" in text(outputs[9])
+    assert "40/40" in text(outputs[9])
 
 
 def test_what_is_done_at_once_has_none(outputs):
