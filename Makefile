@@ -8,6 +8,8 @@ PACKAGES = iproute2 nftables libfaketime
 PYTEST = -m pytest -q
 # Two processes, each with test modules of its own: most tests wait half of the time.
 TWO = -n 2 --dist loadfile
+# Without what only `make test-system` installs.
+PLAIN = -m 'not system' --ignore=tests/system
 VERSIONS = 3.11 3.12 3.13 3.14
 
 .PHONY: help venv demo test test-all test-system docs lint bench sim fuzz chaos clean
@@ -34,7 +36,7 @@ demo: venv ## parse the standard library on a cluster, kill a worker on the way,
 	@.venv/bin/python examples/demo.py
 
 test: venv ## run the tests that need nothing but Python; with LONG=1 some of them in full length
-	@.venv/bin/python $(PYTEST) $(TWO) -m 'not system'
+	@.venv/bin/python $(PYTEST) $(TWO) $(PLAIN)
 
 # A pyenv shim may be on PATH for a version that is not switched on, so each candidate is tried.
 interpreter = $(firstword $(foreach p,python$(1) $(wildcard $(HOME)/.pyenv/versions/$(1).*/bin/python$(1)),\
@@ -48,7 +50,7 @@ test-all: ## run the tests on every CPython from 3.11 on that this machine has
 	@ran=; for version in $(found); do \
 	    echo "== CPython $$version"; \
 	    $(MAKE) --no-print-directory .venvs/$$version/.stamp || exit; \
-	    .venvs/$$version/bin/python $(PYTEST) $(TWO) -m 'not system' || { echo "failed on CPython $$version" >&2; exit 1; }; \
+	    .venvs/$$version/bin/python $(PYTEST) $(TWO) $(PLAIN) || { echo "failed on CPython $$version" >&2; exit 1; }; \
 	    ran="$$ran $$version"; \
 	done; \
 	test -n "$$ran" || { echo "no CPython of $(VERSIONS) found" >&2; exit 1; }; \
