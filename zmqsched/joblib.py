@@ -43,8 +43,8 @@ from joblib.parallel import (
     register_parallel_backend,
 )
 
-from .client import Tasks
 from .easy import _client
+from .tasks import Tasks
 from .waiting import cancel_all
 
 if TYPE_CHECKING:

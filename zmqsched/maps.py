@@ -29,7 +29,8 @@ from .sources import Listed, source_of
 if TYPE_CHECKING:
     import numpy as np
 
-    from .client import Client, Tasks
+    from .client import Client
+    from .tasks import Tasks
 
 T = TypeVar("T")
 

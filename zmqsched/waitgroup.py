@@ -19,8 +19,8 @@ from .protocol import GroupAdd, GroupForget, GroupWait
 from .waiting import cancel_all
 
 if TYPE_CHECKING:
-    from .client import Tasks
     from .futures import Future
+    from .tasks import Tasks
 
 T = TypeVar("T")
 
