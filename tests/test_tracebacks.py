@@ -45,6 +45,16 @@ def test_the_lines_of_the_user_then_where_it_ran(client):
     assert "zmqsched/worker.py" not in told(error)
 
 
+def test_asking_again_adds_nothing(client):
+    future = client.submit(flaw, {})
+    lengths = []
+    for _ in range(3):
+        with pytest.raises(KeyError) as caught:
+            future.result(timeout=10)
+        lengths.append(len(traceback.extract_tb(caught.value.__traceback__)))
+    assert lengths == [3, 3, 3], "here, the future's result(), the task"
+
+
 def test_the_attempt_and_the_worker_are_the_last(client):
     def fails():
         raise ValueError(os.getpid())

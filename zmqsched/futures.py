@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures._base import _STATE_TO_DESCRIPTION_MAP, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
+from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from . import errors
@@ -71,6 +72,7 @@ class Future(Shown, concurrent.futures.Future[T]):
     _kept: Payload | None = None  # what the task returned, packed, of one that is an argument
 
     # Of most futures there is nothing to keep.
+    _trace: tuple[TracebackType | None] | None = None  # what the exception came with
     _log: Log | None = None
     _progress: tuple[float, str] | None = None
     _cell: dict[str, Any] | None = None  # where in a notebook it was made
@@ -96,10 +98,15 @@ class Future(Shown, concurrent.futures.Future[T]):
         Exception
             What the task raised.
         """
+        __tracebackhide__ = True  # IPython and pytest leave this frame out
         try:
             self._await_answer(timeout)
-            if self._exception or self._state != FINISHED:
+            if self._state != FINISHED:
                 return super().result(0)
+            if self._exception is not None:
+                if self._trace is None:
+                    self._trace = (self._exception.__traceback__,)
+                raise self._exception.with_traceback(self._trace[0])  # not longer each time it is asked for
             return self._result  # type: ignore[return-value]  # None is a result
         finally:
             del self  # it holds the exception, whose traceback holds this frame

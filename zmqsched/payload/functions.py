@@ -7,7 +7,7 @@ Rules
   docstrings are not looked at.
 * Anything else is pickled anew for each call, and compared with what was sent: an equal function has the same digest, is the
   same bytes in memory, and is not sent again. Arrays are not copied for that but compared in place, with the copy that
-  was sent: some 10 GB/s. A change in place is thereby seen.
+  was sent: 0.1 to 0.2 ms for a megabyte. A change in place is thereby seen.
 * What one function captures that is larger than ``LARGE`` is told of once: it is sent to each worker.
 * The user's own modules that function and call need go with the function (``modules.py``).
 """

@@ -19,16 +19,18 @@ Rules
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
 import importlib
 import importlib.machinery
+import operator
 import os
 import pickle
 import re
 import sys
 import threading
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from time import monotonic
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -141,6 +143,7 @@ class Modules:
         self._sets: dict[frozenset[str], _Set] = {}
         self._imported: tuple[int, str] = (0, "")
         self._compiled: set[str] = set()
+        self._judged: dict[str, tuple[str, bool]] = {}  # by name: the file, and whether it is the user's own
         self._pattern: re.Pattern[bytes] | None = None
 
     def named_in(self, payload: Payload) -> frozenset[str]:
@@ -186,9 +189,13 @@ class Modules:
         """Which of the imported modules are the user's own."""
         with self._lock:
             self._imported = _imported_now()
-            loaded = list(sys.modules.items())
-            self._compiled = {name.partition(".")[0] for name, module in loaded if _file_of(module).endswith(_COMPILED)}
-            names = [name.encode() for name, module in loaded if name.isascii() and self._is_own(name, module)]
+            loaded = [(name, module, _file_of(module)) for name, module in list(sys.modules.items())]
+            self._compiled = {name.partition(".")[0] for name, _, file in loaded if file.endswith(_COMPILED)}
+            for name, module, file in loaded:
+                if self._judged.get(name, _NOT_JUDGED)[0] != file:
+                    self._judged[name] = (file, _is_users_own(module))
+            own = (name for name, *_ in loaded if self._judged[name][1] and name.isascii() and self._may_be_own(name))
+            names = [name.encode() for name in own]
             # As protocol 5 writes a name the first time: opcode, length, name, memoize.
             any_of = b"|".join(re.escape(b"%c%b" % (len(name), name)) for name in names if len(name) < 256)
             self._pattern = re.compile(b"\x8c(" + any_of + b")\x94", re.DOTALL) if any_of else None
@@ -205,11 +212,11 @@ class Modules:
         while any([entry.look(now) for entry in entries.values()]):  # noqa: C419 - look at each
             entries = self._gathered(names)
         sources: list[Source] = []
-        for name in sorted(entries):
-            entry = entries[name]
+        keys = _keys(entries)
+        for name, entry in sorted(entries.items()):
             if entry.broken is not None:
                 raise NotSerializable(f"cannot send the module {name!r} along: {entry.broken}") from entry.broken
-            sources.append(Source(name, self._key(name), entry.file, entry.text, entry.places))
+            sources.append(Source(name, keys[name], entry.file, entry.text, entry.places))
         blob = zlib.compress(pickle.dumps([tuple(source) for source in sources], 5), 1) if sources else b""
         digest = hashlib.blake2b(b"".join(source.key for source in sources), digest_size=16).digest()
         return _Set(Bundle(digest, blob), list(entries.values()), now)
@@ -223,17 +230,8 @@ class Modules:
             if name in found or (entry := self._entry(name)) is None:
                 continue
             found[name] = entry
-            todo.extend(entry.imports)
-            if parent := name.rpartition(".")[0]:
-                todo.append(parent)
+            todo.extend(_needs(entry))
         return found
-
-    def _key(self, name: str) -> bytes:
-        reached = self._gathered([name])
-        digest = hashlib.blake2b(name.encode(), digest_size=16)
-        for other in sorted(reached):
-            digest.update(b"%b\0%b" % (other.encode(), reached[other].digest))
-        return digest.digest()
 
     def _entry(self, name: str) -> _Entry | None:
         if name not in self._entries:
@@ -247,7 +245,7 @@ class Modules:
         module = sys.modules.get(name)
         if module is None:
             return self._not_imported(name)
-        if not self._is_own(name, module):
+        if not (self._may_be_own(name) and _is_users_own(module)):
             return None
         loader = _names_in(module).get("__loader__")
         path = _names_in(module).get("__path__")
@@ -275,23 +273,54 @@ class Modules:
         top = name.partition(".")[0]
         return top not in _NEVER and top not in self._compiled and not by_value(name)
 
-    def _is_own(self, name: str, module: Any) -> bool:
-        if not self._may_be_own(name):
-            return False
-        try:
-            names = _names_in(module)
-            places = [str(place) for place in names.get("__path__") or ()]
-            return names.get("__spec__") is not None and _is_own_file(_file_of(module), places)
-        except Exception:  # noqa: BLE001 - what somebody has put there in place of a module
-            return False
-
 
 _NONE: frozenset[str] = frozenset()
+_NOT_JUDGED = (None, False)
+
+
+def _is_users_own(module: Any) -> bool:
+    try:
+        names = _names_in(module)
+        places = [str(place) for place in names.get("__path__") or ()]
+        return names.get("__spec__") is not None and _is_own_file(_file_of(module), places)
+    except Exception:  # noqa: BLE001 - what somebody has put there in place of a module
+        return False
 
 
 def _imported_now() -> tuple[int, str]:
     """Something else when modules were imported in between; told in no time."""
     return len(sys.modules), next(reversed(sys.modules))
+
+
+def _needs(entry: _Entry) -> Iterator[str]:
+    """What is imported with a module: what it imports, and the package around it."""
+    yield from entry.imports
+    if parent := entry.name.rpartition(".")[0]:
+        yield parent
+
+
+def _keys(entries: Mapping[str, _Entry]) -> dict[str, bytes]:
+    """For each module what names its version: made of its own text and of those of all that are imported with it."""
+    names = sorted(entries)
+    number = {name: at for at, name in enumerate(names)}
+    needs = [[number[other] for other in _needs(entries[name]) if other in number] for name in names]
+    # Sets of modules as bits: all that is reached from each, and hundreds import each other in circles.
+    reached = [1 << at for at in range(len(names))]
+    grows = True
+    while grows:
+        grows = False
+        for at, others in enumerate(needs):
+            more = functools.reduce(operator.or_, (reached[other] for other in others), reached[at])
+            grows |= more != reached[at]
+            reached[at] = more
+
+    @functools.cache
+    def digest(which: int) -> bytes:
+        parts = (b"%b\0%b" % (name.encode(), entries[name].digest) for at, name in enumerate(names) if which >> at & 1)
+        return hashlib.blake2b(b"".join(parts), digest_size=16).digest()
+
+    keys = (hashlib.blake2b(name.encode() + digest(reached[at]), digest_size=16).digest() for at, name in enumerate(names))
+    return dict(zip(names, keys, strict=True))
 
 
 def _is_own_file(file: str, places: Iterable[str]) -> bool:
