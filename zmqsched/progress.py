@@ -18,6 +18,7 @@ import atexit
 import concurrent.futures
 import contextlib
 import contextvars
+import importlib.util
 import math
 import os
 import sys
@@ -284,7 +285,10 @@ def _is_terminal() -> bool:
 
 
 def _new_bar(label: str, total: int | None, began: float, *, ascii_only: bool) -> Any:
-    from tqdm.auto import tqdm
+    if importlib.util.find_spec("ipywidgets") is None:  # in a notebook tqdm.auto would complain of that, in the user's cell
+        from tqdm import tqdm
+    else:
+        from tqdm.auto import tqdm
 
     class Drawn(tqdm):  # type: ignore[misc]  # it comes without types
         monitor_interval = 0  # of a thread that helps loops which seldom update
