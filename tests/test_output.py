@@ -156,13 +156,27 @@ def test_it_is_there_while_the_task_runs(quiet, gate):
         print("ended")
 
     future = quiet.submit(says)
-    gate.wait_until_begun()
-    since = time.monotonic()
     eventually(lambda: future.log() == "begun\n")
-    assert time.monotonic() - since < 0.5 or os.getloadavg()[0] > 4
     gate.open()
     future.result(timeout=PATIENCE_S)
     assert future.log() == "begun\nended\n"
+
+
+def test_it_is_there_within_half_a_second(quiet):
+    """Of several, for this machine may have other things to do."""
+
+    def says():
+        for number in range(5):
+            print(time.monotonic(), number)
+            time.sleep(0.25)
+
+    future = quiet.submit(says)
+    took = []
+    for number in range(5):
+        eventually(lambda number=number: future.log().count("\n") > number)
+        took.append(time.monotonic() - float(future.log().splitlines()[number].split()[0]))
+    assert min(took) < 0.3
+    assert sorted(took)[2] < 0.5
 
 
 def test_a_retry_says_that_it_is_one(quiet):
@@ -418,10 +432,9 @@ def test_a_screen_that_nobody_reads_holds_up_nobody(scripts, tmp_path):
     assert (tmp_path / "ends").exists()
 
 
-@pytest.mark.parametrize("closing", ["sys.stdout.close()", "sys.stdout = None", "os.close(1)", "sys.stdout = Raises()"])
-def test_a_screen_that_is_gone_holds_up_nobody(scripts, closing):
+def test_a_screen_that_is_gone_holds_up_nobody(scripts):
     _, err = scripts.run(
-        f"""
+        """
         import os, sys, time
         from zmqsched import Client, LocalCluster
 
@@ -432,18 +445,21 @@ def test_a_screen_that_is_gone_holds_up_nobody(scripts, closing):
             def flush(self):
                 pass
 
+        closed = open(os.devnull, "w")
+        closed.close()
         with LocalCluster(1) as cluster, Client(cluster) as client:
-            {closing}
-            futures = [client.submit(print, number) for number in range(10)]
-            assert [future.result(timeout=20) for future in futures] == [None] * 10
-            assert futures[3].log() == "3\\n"
-            while client._printer._waiting:
-                time.sleep(0.001)
+            os.close(1)
+            for sys.stdout in (sys.stdout, None, closed, Raises()):
+                futures = [client.submit(print, number) for number in range(10)]
+                assert [future.result(timeout=20) for future in futures] == [None] * 10
+                assert futures[3].log() == "3\\n"
+                while client._printer._busy:
+                    time.sleep(0.001)
             sys.stdout = sys.stderr
             client.submit(print, "heard again").result(timeout=20)
         """
     )
-    assert err.splitlines() == ["[print-11 n1/1] heard again"]
+    assert err.splitlines() == ["[print-41 n1/1] heard again"]
 
 
 def test_lines_and_a_bar_do_not_run_into_each_other(scripts):

@@ -60,6 +60,14 @@ def test_a_text_left_out_at_the_end_is_noted():
     assert log.text() == "a\n[998 bytes skipped]\n"
 
 
+def test_gaps_one_after_the_other_are_one():
+    log = Log()
+    for number in range(1, 1_000):
+        log.add(words(b"", number * 10, number))
+    assert log.text() == "[9990 bytes skipped]\n"
+    assert len(log._pieces) == 1
+
+
 def test_attempts_follow_each_other_and_the_former_is_not_heard_again():
     log = Log()
     log.add(words(b"one"))

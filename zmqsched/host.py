@@ -69,7 +69,7 @@ def room_for_tasks() -> int:
 
 
 def allow_many_files() -> None:
-    """As many open files as this process may have: a node has four for each worker, and 1,024 is what most shells allow."""
+    """As many open files as this process may have: a node has seven for each worker, and 1,024 is what most shells allow."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 

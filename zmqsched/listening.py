@@ -36,7 +36,7 @@ class Listener:
         self._streams: dict[int, Streams] = {}  # by worker
         self._workers: dict[int, int] = {}  # by descriptor
         self._resting: dict[int, float] = {}  # by descriptor, until when
-        self._full: set[int] = set()  # the workers of whose words some were not taken
+        self._full: set[int] = set()  # the workers of whose words some may not have been taken
         self._looks: dict[int, float] = {}  # by worker: when to look again how far its task is
         self._seen: dict[int, Advance] = {}  # by worker: how far it was
         self._words: list[Words] = []
@@ -85,9 +85,11 @@ class Listener:
 
     def take(self, now: float) -> tuple[list[Words], list[Advance]]:
         """What is to be passed on now."""
-        for worker in [worker for worker in self._full if self._streams[worker].due() <= now]:
-            self._take(self._streams[worker], now)
-            if self._streams[worker].due() == math.inf:
+        for worker in list(self._full):
+            streams = self._streams[worker]
+            if streams.due() <= now:
+                self._take(streams, now)
+            if streams.due() == math.inf:
                 self._full.discard(worker)
         for worker in [worker for worker, at in self._looks.items() if at <= now]:
             del self._looks[worker]

@@ -74,7 +74,8 @@ class Log:
         with self._lock:
             if words.attempt > self._attempt:
                 if self._attempt:
-                    self._note(b"[attempt %d]\n" % words.attempt, 0)
+                    self._pieces.append((0, b"[attempt %d]\n" % words.attempt))
+                    self._gaps.append(0)
                 self._attempt = words.attempt
                 self._seen = {1: (0, 0), 2: (0, 0)}
             at, lines = self._seen[words.stream]
@@ -84,9 +85,10 @@ class Log:
             text = words.text[max(0, at - words.at) :]
             self._seen[words.stream] = (end, words.lines + words.text.count(b"\n"))
             if words.at > at:
-                self._note(b"[%d bytes skipped]\n" % (words.at - at), words.at - at)
-            self._pieces.append((words.stream, text))
-            self._size += len(text)
+                self._note_gap(words.at - at)
+            if text:
+                self._pieces.append((words.stream, text))
+                self._size += len(text)
             while self._size > LOG_BYTES:
                 self._leave_out(self._size - LOG_BYTES)
             if self._left_out and self._pieces[0][0] == 0:  # a note of what is missing there as well
@@ -97,20 +99,21 @@ class Log:
         with self._lock:
             pieces = list(self._pieces)
             left_out = self._left_out
-        out = io.StringIO()
         if left_out:
-            out.write(f"[{left_out} bytes skipped]\n")
+            pieces.insert(0, (0, _gap(left_out)))
         whole: list[str] = []
         for stream, text in _joined(pieces):
             if stream == 0 and whole and not whole[-1].endswith("\n"):
                 whole.append("\n")
             whole.append(text.decode(errors="replace"))
-        out.write("".join(whole))
-        return out.getvalue()
+        return "".join(whole)
 
-    def _note(self, text: bytes, gap: int) -> None:
-        self._pieces.append((0, text))
-        self._gaps.append(gap)
+    def _note_gap(self, size: int) -> None:
+        if self._pieces and self._pieces[-1][0] == 0 and self._gaps[-1]:
+            self._pieces.pop()
+            size += self._gaps.pop()
+        self._pieces.append((0, _gap(size)))
+        self._gaps.append(size)
 
     def _leave_out(self, excess: int) -> None:
         stream, text = self._pieces.popleft()
@@ -124,6 +127,10 @@ class Log:
         self._left_out += cut
         if cut < len(text):
             self._pieces.appendleft((stream, text[cut:]))
+
+
+def _gap(size: int) -> bytes:
+    return b"[%d bytes skipped]\n" % size
 
 
 def _joined(pieces: list[tuple[int, bytes]]) -> Iterable[tuple[int, bytes]]:
