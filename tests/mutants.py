@@ -107,7 +107,23 @@ MUTANTS = {
     "a retry is counted on the WaitGroup again": _one(
         "book",
         'self.counts["retried"] += 1',
-        'self.counts["retried"] += 1; task.kind.options.group and self.groups.add(task.kind.options.group, 1)',
+        'self.counts["retried"] += 1; task.kind.options.group and self.counting.groups.begin(task.kind.options.group)',
+    ),
+    "what an attempt has counted counts though it died": _one(
+        "counting", "counted, debts.live = debts.counted,", "counted, debts.live = _NOTHING,"
+    ),
+    "what was counted at a node that was given up is forgotten": _one(
+        "counting",
+        "            for group, delta in debts.counted.items():\n                self._apply(task, group, delta)\n",
+        "",
+    ),
+    "a task that ended without counting down owes for ever": _one(
+        "counting", "for group, text in self.groups.overdue():", "for group, text in ():"
+    ),
+    "a task that ended without counting down has its debt settled twice": _one(
+        "counting",
+        "            self.answer(self.groups.lose(group, text))\n\n",
+        "            self.answer(self.groups.lose(group, text) + self.groups.lose(group, text))\n\n",
     ),
     "a cancelled task is queued again and runs": _one(
         "book",
@@ -171,7 +187,7 @@ MUTANTS = {
         "nodes", "self.state is ALIVE and len", "self.state in (ALIVE, DRAINING) and len"
     ),
     "a node counts orphans that have ended": _one(
-        "agent", "        self._orphans -= held.orphan\n        self._functions", "        self._functions"
+        "agent", "        self._orphans -= held.orphan\n        for name", "        for name"
     ),
     "a node that drains goes by the time when it was idle last": _one(
         "agent", "self._go_at = math.inf\n            return", "return"

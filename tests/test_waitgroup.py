@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+import signal
 import threading
 import time
 
@@ -249,3 +251,164 @@ def test_what_cannot_be_added(group, number, error):
     with pytest.raises(error):
         group.add(number)
     group.wait(timeout=10)
+
+
+# --- debts of tasks that die, fail or cannot be sent -----------------------------------------------------------------
+
+
+def die_once(path):
+    import os
+    import signal
+
+    try:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_task_that_dies_after_done_and_is_run_again_counts_once(client, group, gate, tmp_path):
+    def work(group, path):
+        group.done()
+        die_once(path)
+
+    group.add(2)
+    late = client.submit(lambda group: (gate.task(), group.done()), group)
+    assert client.submit(work, group, str(tmp_path / "died")).result(timeout=20) is None
+    with pytest.raises(TimeoutError):
+        group.wait(timeout=0.1)
+    gate.open()
+    late.result(timeout=10)
+    group.wait(timeout=10)
+    group.wait(timeout=10)  # it raises if anything was counted twice
+
+
+def test_a_task_that_dies_before_done_is_run_again_and_counts(client, group, tmp_path):
+    def work(group, path):
+        die_once(path)
+        group.done()
+
+    group.add()
+    client.submit(work, group, str(tmp_path / "died"))
+    group.wait(timeout=20)
+    group.wait(timeout=10)
+
+
+def test_a_retry_counts_what_it_counts_itself(client, group, tmp_path):
+    def work(group, path):
+        group.done()
+        try:
+            open(path, "x").close()
+        except FileExistsError:
+            return
+        raise OSError
+
+    group.add()
+    client.options(retries=1).submit(work, group, str(tmp_path / "tried")).result(timeout=10)
+    group.wait(timeout=10)
+    group.wait(timeout=10)
+
+
+def kill_itself(*_):
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def sleep_long(*_):
+    time.sleep(60)
+
+
+def test_a_task_that_dies_for_good_is_named(client, group):
+    group.add(2)
+    client.options(name="train", requeue=False).submit(kill_itself, group)
+    client.submit(lambda found: found["deep"][0].done(), {"deep": [group]})
+    with pytest.raises(errors.WaitGroupError, match=r"ended without done\(\): train failed: its worker died"):
+        group.wait(timeout=20)
+    group.wait(timeout=10)
+    group.go(abs, -1)
+    group.wait(timeout=10)
+
+
+def test_one_that_raises_is_named(client, group):
+    group.add()
+    future = client.submit(lambda group: 1 / 0, group)
+    with pytest.raises(errors.WaitGroupError, match=r"<lambda>: it raised an exception"):
+        group.wait(timeout=10)
+    assert isinstance(future.exception(timeout=10), ZeroDivisionError)
+
+
+def test_one_that_raises_and_has_counted_down_is_all_right(client, group):
+    def work(group):
+        try:
+            return 1 / 0
+        finally:
+            group.done()
+
+    group.add()
+    client.submit(work, group)
+    group.wait(timeout=10)
+
+
+def test_one_that_takes_too_long_is_named(client, group):
+    group.add()
+    client.options(timeout=0.2).submit(sleep_long, group)
+    with pytest.raises(errors.WaitGroupError, match=r"sleep_long: .*time limit"):
+        group.wait(timeout=10)
+
+
+def test_one_that_is_cancelled_is_named(client, group, gate):
+    group.add(2)
+    running = client.submit(lambda group: gate.task(), group)
+    gate.wait_until_begun(1)
+    waiting = client.options(tags=["nowhere"]).submit(abs, group)
+    assert waiting.cancel()
+    assert running.cancel(force=True)
+    with pytest.raises(errors.WaitGroupError, match=r"2 tasks that held this WaitGroup have ended without done\(\)"):
+        group.wait(timeout=10)
+
+
+def test_one_that_cannot_be_sent_is_named(client, group):
+    group.add(2)
+    client.submit(abs, threading.Lock(), group)
+    client.submit(abs, group, threading.Lock())
+    group.add(-1)  # the one that the WaitGroup was not reached in
+    with pytest.raises(errors.WaitGroupError, match="cannot pickle"):
+        group.wait(timeout=10)
+
+
+def test_one_whose_function_has_captured_it_is_named(client, group):
+    def work():
+        group.add(0)
+        raise OSError
+
+    group.add()
+    client.submit(work)
+    with pytest.raises(errors.WaitGroupError, match="work: it raised an exception"):
+        group.wait(timeout=10)
+
+
+def test_a_node_that_dies_takes_its_counts_along(clusters, gate):
+    """A cluster of its own: what a node's death leaves behind concerns nobody else."""
+    with LocalCluster(2, n_nodes=2) as cluster, Client(cluster) as client:
+        group = WaitGroup(client)
+        group.add()
+
+        def work(group):
+            group.add(5)
+            group.add(-5)
+            gate.task()
+            group.done()
+
+        future = client.submit(work, group)
+        gate.wait_until_begun(1)
+        (busy,) = [node for node in client.nodes() if node.assigned]
+        os.kill(busy.pid, signal.SIGKILL)
+        gate.wait_until_begun(2)
+        with pytest.raises(TimeoutError):
+            group.wait(timeout=0.1)
+        gate.open()
+        group.wait(timeout=20)
+        future.result(timeout=10)
+        group.wait(timeout=10)

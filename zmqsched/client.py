@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
+import msgspec
 import zmq
 
 from . import errors, lifetime, sockets
@@ -40,12 +41,14 @@ from .futures import Future
 from .host import where
 from .maps import Map
 from .options import boolean, short_name
-from .payload import FunctionPickler, pack_call, references, short_form
+from .payload import FunctionPickler, groups, pack_call, references, short_form
 from .printing import Log, Printer, Source, cell_reader, tag_of
 from .protocol import (
+    MAX_HELD,
     ClientHello,
     Envelope,
     Follow,
+    GroupAdd,
     JobTasks,
     Options,
     Payload,
@@ -53,6 +56,7 @@ from .protocol import (
     Report,
     Shape,
     Words,
+    clipped,
     decode,
     encode,
 )
@@ -285,12 +289,17 @@ class Client(Shown, Tasks):
             inputs = inputs_of(found, self) if (found := references()) is not None else ()
             digest, blob = self._functions.pack(fn, retry_on if options.retries else b"", call)
         except errors.TaskError as error:
+            self._fail_groups(str(error))
             future.set_running_or_notify_cancel()
             future.set_exception(error)
             return future
+        held = groups()[:MAX_HELD]
         if inputs and (argument := first_failed(inputs)) is not None:
+            self._fail_groups("an input has failed")
             fail(future, argument)
             return future
+        if held:
+            options = msgspec.structs.replace(options, holds=held)
         with self._lock:
             self._check_usable(accepted=accepted)
             if self._waiting >= MAX_WAITING_BYTES and threading.current_thread() is not self._thread:
@@ -311,6 +320,12 @@ class Client(Shown, Tasks):
     def _stop_maps(self, why: BaseException) -> None:
         for run in list(self._runs):
             run.stop(why)
+
+    def _fail_groups(self, why: str) -> None:
+        """A task that holds these WaitGroups, and may owe to them, cannot be sent."""
+        if held := groups():
+            first_line = why.partition("\n")[0]
+            self._post(events.Tell(GroupAdd([(group, 0) for group in held[:MAX_HELD]], failed=clipped(first_line, 500))))
 
     def _future(self, task: bytes) -> Future[Any]:
         return Future(task, self)

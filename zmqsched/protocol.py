@@ -48,6 +48,7 @@ MAX_PARTS = 256  # frames of one payload: a task and its function must fit a mes
 MAX_TEXT = 64 * 1024
 MAX_WORDS = 64 * 1024  # of what a task prints: as much as its future keeps
 MAX_ADVANCE_TEXT = 200
+MAX_HELD = 64  # WaitGroups that a call refers to
 # One call or one result. libzmq cuts a link at an oversize frame without a word, so the sender checks (pitfall 6).
 MAX_PAYLOAD = 1 << 30
 
@@ -82,7 +83,8 @@ class Options(_Wire):
     ``resources`` are (name, amount) sorted by name; ``memory`` is in bytes. ``group`` is the WaitGroup that the task's end
     counts down. ``requeue=False`` with ``retries=0`` means at most one execution. ``backoff``: seconds before the first
     retry. ``job``: the task is answered to the job of that name, which any client may follow, and not to the client that
-    submitted it. ``timeout``: seconds that a run may take, 0 for any.
+    submitted it. ``timeout``: seconds that a run may take, 0 for any. ``holds``: the WaitGroups that the call or the
+    function refers to.
     """
 
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] = 0
@@ -95,6 +97,7 @@ class Options(_Wire):
     backoff: Amount = 0.0
     job: Name = ""
     timeout: Amount = 0.0
+    holds: Annotated[tuple[Token, ...], Meta(max_length=MAX_HELD)] = ()
 
 
 class Shape(_Wire):
@@ -363,15 +366,24 @@ class Running(_Wire, tag=25):
 
 class GroupAdd(_Wire, tag=26):
     """Add to WaitGroup counters; ``done()`` is a delta of -1. ``number``: a process numbers its additions from 1, through
-    all its sessions, so that one offered again is recognised."""
+    all its sessions, so that one offered again is recognised. ``task``: whose code has said it, if a node tells.
+
+    ``failed``: a task that held these groups has ended without counting down; which, and why. With a delta of -1 the debt
+    was counted down for it, which only a journal says.
+    """
 
     deltas: Annotated[list[tuple[Token, Annotated[int, Meta(ge=-(2**31), le=2**31)]]], Meta(max_length=MAX_ITEMS)]
     number: Count = 0
+    task: Annotated[bytes, Meta(max_length=16)] = b""
+    failed: Text = ""
 
 
 class GroupWait(_Wire, tag=27):
+    """``task``: whose code waits, if it does in a task."""
+
     request: Count
     group: Token
+    task: Annotated[bytes, Meta(max_length=16)] = b""
 
 
 class GroupForget(_Wire, tag=28):

@@ -1,6 +1,19 @@
 """WaitGroup: wait for any group of tasks across the cluster, as Go's ``sync.WaitGroup``.
 
 The counter lives in the broker. A WaitGroup can be passed to tasks, on any node: ``add`` and ``done`` work there too.
+
+Rules
+-----
+* What a task adds counts once, however often it has to be run: what an attempt has added is taken back when the task is run
+  again, because a worker or a node died or for a retry, and the next attempt adds it anew.
+* A task that was sent the WaitGroup, in its arguments or captured by its function, is taken to owe one ``done``. If it ends
+  otherwise than with a result (cancelled, timed out, dead, by an exception) and has not counted down more than it added,
+  its debt is counted down for it, and ``wait`` raises a WaitGroupError that names it when all others are done. So is that of
+  a task that could not be pickled or was not accepted.
+* Not so while there are tasks enough that hold the WaitGroup and may still call ``done``, so that one which owes nothing may
+  fail. A task that waits for this WaitGroup itself is none of them.
+* A task that ends well and forgot its ``done`` is waited for: as in Go, another may have taken over its debt.
+* A counter below zero is an error; while a task that holds the WaitGroup runs, it may still rise again.
 """
 
 from __future__ import annotations
@@ -15,6 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from . import worker
 from .core.events import Tell
 from .errors import WaitGroupError
+from .payload import note_group
 from .protocol import GroupAdd, GroupForget, GroupWait
 from .waiting import cancel_all
 
@@ -75,7 +89,8 @@ class WaitGroup:
         TimeoutError
             It was not zero within ``timeout`` seconds.
         WaitGroupError
-            It went below zero: more ``done`` than ``add``. The counter is zero again after that.
+            It went below zero: more ``done`` than ``add``. Or tasks that held it ended without ``done``: which, and why. The
+            counter is zero after that, and the WaitGroup can be used again.
         """
         client = self._here()._client
         request, reply = client._request(lambda number: GroupWait(number, self._group))
@@ -98,6 +113,7 @@ class WaitGroup:
         client._post(Tell(GroupForget(request)))
 
     def __reduce__(self) -> tuple[Any, ...]:
+        note_group(self._group)
         return _arrived, (self._group,)
 
     def __repr__(self) -> str:

@@ -150,6 +150,8 @@ def options(**asked: object) -> Options:
         asked["resources"] = tuple(sorted({"cpu": 1.0, **resources}.items()))  # type: ignore[dict-item]
     if isinstance(asked.get("group"), str):
         asked["group"] = token(asked["group"])  # type: ignore[arg-type]
+    if "holds" in asked:
+        asked["holds"] = tuple(map(token, asked["holds"]))  # type: ignore[call-overload]
     return Options(**asked)  # type: ignore[arg-type]
 
 
@@ -344,6 +346,7 @@ class Node(Peer):
         self.attempts: list[tuple[str, int]] = []  # all it was ever given
         self.functions: set[bytes] = set()
         self._beats = 0
+        self._additions = 0
 
     @property
     def id(self) -> str:
@@ -358,6 +361,12 @@ class Node(Peer):
 
     def fails(self, *labels: str, error: bytes = b"the user's error", retry: bool = True) -> None:
         self.says(Results([self._outcome(label, False, error, retry) for label in labels]))
+
+    def counts(self, label: str, *deltas: int, group: str = "g") -> None:
+        """The task adds to the WaitGroup."""
+        for delta in deltas:
+            self._additions += 1
+            self.says(GroupAdd([(token(group), delta)], self._additions, task_id(label)))
 
     def starts(self, *labels: str) -> None:
         self.says(Progress(self.credit, started=[self._attempt(label) for label in labels]))

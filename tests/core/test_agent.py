@@ -572,11 +572,11 @@ def test_what_waits_for_its_function_can_be_revoked():
     assert (place.returned, place.all_running) == (["a"], ["b"])
 
 
-def test_tasks_count_on_groups_through_their_node():
+def test_tasks_count_on_groups_through_their_node_which_says_which_task():
     place = Workplace()
     place.broker_orders("a")
     place.says(1, GroupAdd([(token("g"), -1)]))
-    assert place.all(GroupAdd) == [GroupAdd([(token("g"), -1)], 1)]
+    assert place.all(GroupAdd) == [GroupAdd([(token("g"), -1)], 1, task_id("a"))]
 
 
 def test_an_answer_to_what_was_never_given_is_ignored():

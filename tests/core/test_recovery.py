@@ -331,7 +331,7 @@ def test_counters_of_wait_groups():
     client.comes_back()
     client.says(GroupAdd([(token("g"), -1)], 2))
     assert broker.counts["additions offered again"] == 1
-    assert broker.scheduler.book.groups.counts() == {token("g"): 3}
+    assert broker.scheduler.book.counting.groups.by_hand() == {token("g"): 2}, "and one task"
     client.says(GroupAdd([(token("g"), -2)], 3), GroupWait(1, token("g")))
     assert client.all(GroupDone) == []
     del node.orders["b"]
@@ -936,6 +936,7 @@ def restored(records: list[Record]) -> Scheduler:
 def described(scheduler: Scheduler) -> dict[str, object]:
     """All that a journal is to keep."""
     book = scheduler.book
+    groups = book.counting.groups
     tasks = list(book.tasks.values())
     return {
         "tasks": {
@@ -946,7 +947,8 @@ def described(scheduler: Scheduler) -> dict[str, object]:
         },
         "order": {owner.id: order for owner in book.owners if (order := [t.id for t in tasks if t.owner is owner])},
         "answers": {owner.id: dict(owner.answers) for owner in book.owners if owner.answers},
-        "counters": (book.groups.counts(), book.groups.broken(), dict(book.counted)),
+        "counters": (groups.by_hand(), groups.broken(), groups.failed(), groups.lost(), dict(book.counting.counted)),
+        "counted": {label_of(task.id): task.debts.added for task in tasks if task.debts is not None and task.debts.added},
         "functions": dict(book.functions.items()),
         "nodes": scheduler._expected,
     }  # fmt: skip

@@ -340,11 +340,18 @@ class Agent:
         for body in self._uplink.undelivered:  # what the last session did not deliver and is still worth something
             if isinstance(body, Results | GroupAdd | Output):
                 self._uplink.send(body)
-            elif isinstance(body, Progress) and (body.deaths or body.stopped):  # of what the hello offered, it may be
-                self._uplink.send(Progress(self._credit, deaths=body.deaths, stopped=body.stopped))
+            elif isinstance(body, Progress) and (ended := self._ended_since_hello(body)):
+                self._uplink.send(ended)
         self._uplink.undelivered.clear()
         if self._leaving:
             self._uplink.send(Draining())
+
+    def _ended_since_hello(self, report: Progress) -> Progress | None:
+        """Of what the hello offered. The rest is nobody's any more, and the next broker numbers attempts anew."""
+        offered = self._uplink.offered
+        deaths = [death for death in report.deaths if Attempt(death.task, death.attempt) in offered]
+        stopped = [stop for stop in report.stopped if Attempt(stop.task, stop.attempt) in offered]
+        return Progress(self._credit, deaths=deaths, stopped=stopped) if deaths or stopped else None
 
     def _unreadable(self, why: str, now: float) -> None:
         """What the broker will send again for ever, with all that waits behind it; a new session begins without it."""
@@ -434,7 +441,8 @@ class Agent:
         if not isinstance(message, Done | Declined):
             if isinstance(message, GroupAdd):
                 self._additions += 1
-                self._uplink.send(GroupAdd(message.deltas, self._additions))
+                running = next(iter(worker.runs), b"")
+                self._uplink.send(GroupAdd(message.deltas, self._additions, running))
             elif worker.ending is not None:
                 worker.ending.acknowledged = True
                 if not worker.runs and worker.ending.over:

@@ -10,13 +10,14 @@ Rules
 * The scheduler owns ``now``, ``sessions``, ``nodes`` and the verdicts on nodes. The book says what follows for tasks.
 
 What becomes of a task is in ``tasks.py``; which task goes where in ``placement.py``, and how it gets there in
-``dispatching.py``; whom answers are for in ``owners.py``, when they may be told in ``ledger.py``.
+``dispatching.py``; whom answers are for in ``owners.py``, when they may be told in ``ledger.py``; what tasks count on
+WaitGroups in ``counting.py``.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Mapping
 from random import Random
 
@@ -30,8 +31,6 @@ from ..protocol import (
     Finals,
     Function,
     Functions,
-    GroupAdd,
-    GroupDone,
     JobTasks,
     NeedFunctions,
     Outcome,
@@ -46,10 +45,10 @@ from ..protocol import (
     batches,
 )  # fmt: skip
 from .certificate import certificate, entry
+from .counting import Counting
 from .dependencies import Dependencies
 from .functions import CAP_BYTES, FunctionStore
-from .groups import Answer, Groups, Waiter
-from .ledger import Counted, Ledger, final_bytes
+from .ledger import Ledger, final_bytes
 from .load import FUNCTIONS_SHARE, Load, answer_bytes, call_bytes
 from .nodes import Node
 from .owners import Owner, Owners
@@ -62,7 +61,6 @@ from .tasks import ASSIGNED, DELAYED, FINISHED, QUEUED, RUNNING, WAITING, Kind, 
 from .timers import Timers
 
 MAX_BACKOFF_S = 60.0  # the longest wait before a retry
-MAX_COUNTED = 10_000  # processes whose last addition to a WaitGroup is remembered
 
 
 class Book:
@@ -81,7 +79,7 @@ class Book:
         self.functions_cap = min(CAP_BYTES, settings.max_queued_bytes // FUNCTIONS_SHARE)
         self.functions = FunctionStore(self.functions_cap)
         self.load = Load(settings.max_queued_bytes)
-        self.groups = Groups()
+        self.counting = Counting(self)
         self.dependencies = Dependencies(self, random.randbytes(8))
         self.tasks: dict[bytes, Task] = {}
         self._most_tasks = 0  # since the table of tasks was last made anew
@@ -91,13 +89,12 @@ class Book:
         # By task: attempts that nodes run and nobody wants so far, and since when they are known.
         self.offers: dict[bytes, tuple[str, int, float]] = {}
         self.limbo: dict[bytes, Task] = {}  # may have been started, before a crash, and must not be again
-        self.counted: OrderedDict[bytes, int] = OrderedDict()  # the last addition to a WaitGroup, by incarnation
         self._seq = 0
 
     def sanity_check(self) -> None:
         """Raise AssertionError if any two facts disagree."""
         self.placement.sanity_check()
-        self.groups.sanity_check()
+        self.counting.sanity_check()
         assert self.load.tasks == sum(map(_bytes, self.tasks.values())), "bytes of tasks are off"
         assert self.load.answers == self.kept_for_clients(), "bytes of answers are off"
         self.dependencies.sanity_check()
@@ -144,7 +141,7 @@ class Book:
     def open_counts(self) -> Counter[str]:
         """What is held at this moment, by sort; empty when all is answered."""
         counts = Counter(task.state.name for task in self.tasks.values())
-        counts["groups"] = len(self.groups)
+        counts["groups"] = len(self.counting.groups)
         counts["kinds"] = sum(1 for number in self.placement.open_kinds().values() if number)
         counts["at nodes"] = sum(node.assigned for node in self.nodes.values())
         counts["bytes of tasks"] = self.load.tasks
@@ -218,7 +215,9 @@ class Book:
             self.functions.hold(kind.shape.function)
         kind.open += 1
         if kind.options.group:
-            self.answer(self.groups.add(kind.options.group, 1))
+            self.counting.answer(self.counting.groups.begin(kind.options.group))
+        if kind.options.holds:
+            self.counting.hold(task)
         if waits:
             self.waiting.setdefault(kind.shape.function, {})[task.id] = task
         if inputs:
@@ -335,7 +334,7 @@ class Book:
 
     def unfollow(self, session: Session) -> None:
         """The session is over."""
-        self.groups.forget(session.token)
+        self.counting.groups.forget(session.token)
         for owner in session.follows:
             owner.sessions.remove(session)
             owner.submitters.discard(session.token)
@@ -352,19 +351,6 @@ class Book:
             if task.state is not FINISHED:  # as one is by now whose input was dropped before
                 self._drop(task, "its client is gone", force=force)
         return len(mine)
-
-    def add_to_groups(self, incarnation: bytes, message: GroupAdd) -> None:
-        if message.number and message.number <= self.counted.get(incarnation, 0):
-            self.counts["additions offered again"] += 1
-            return
-        if message.number:
-            self.counted[incarnation] = message.number
-            self.counted.move_to_end(incarnation)
-            if len(self.counted) > MAX_COUNTED:
-                self.counted.popitem(last=False)
-        self.record(incarnation, message)
-        for group, delta in message.deltas:
-            self.answer(self.groups.add(group, delta))
 
     # --- what nodes say ----------------------------------------------------------------------------------------------
 
@@ -392,6 +378,7 @@ class Book:
             self.placement.enqueue(task)
         self.placement.adopt(task, node, attempt)
         task.move(RUNNING)
+        self.counting.runs_at(task, node.incarnation)
         self.counts["adopted"] += 1
         self.sessions.send(self.sessions.of(node), Adopt([Attempt(task.id, attempt)]))
         self._tell_running(task)
@@ -405,10 +392,13 @@ class Book:
             if not current:
                 self.counts["zombie results"] += 1
             if task is None or not (current or outcome.ok):
+                self.counting.over(outcome.task, node.incarnation)
                 continue
             if outcome.ok:
                 if not current and task.node:  # a newer attempt elsewhere is no longer wanted
                     self._call_back(task, force=False)
+                if task.debts is not None:
+                    self.counting.runs_at(task, node.incarnation)
                 self.finish(task, Final(task.id, "ok", outcome.value))
                 node.done += 1
             elif outcome.retry and task.failures < task.kind.options.retries and not task.cancelled:
@@ -417,8 +407,10 @@ class Book:
                 if self.limbo.pop(task.id, None) is None:
                     self.let_go(task, node)
                 self.charge(task)
+                self.counting.over(task.id, node.incarnation)
                 self._retry(task)
             else:
+                self.counting.runs_at(task, node.incarnation)
                 self.finish(task, Final(task.id, "error", outcome.value))
                 node.done += 1
 
@@ -443,6 +435,7 @@ class Book:
                 self.let_go(task, node)
                 if not task.kind.options.requeue:
                     self.charge(task)
+                self.counting.over(task.id, node.incarnation)
                 self.requeue(task)
         for death in message.deaths:
             self._death(node, death)
@@ -457,6 +450,7 @@ class Book:
         for task in reversed(list(node.tasks.values())):  # to the front of the queue, the first of them last
             self.let_go(task, node)
             if task.kind.options.requeue or task.cancelled:
+                self.counting.given_up(task)
                 self.requeue(task)
                 requeued += 1
             else:
@@ -467,7 +461,9 @@ class Book:
         self._end_offer(node, stopped.task, stopped.attempt)
         task = self.limbo.get(stopped.task) or self._current(node, Attempt(stopped.task, stopped.attempt))
         if task is None:
+            self.counting.over(stopped.task, node.incarnation)
             return
+        self.counting.runs_at(task, node.incarnation)
         self.counts["stopped"] += 1
         if task.cancelled or stopped.verdict == "TaskTimeout":
             self.finish(task, Final(task.id, "cancelled" if task.cancelled else stopped.verdict, text=stopped.text))
@@ -476,6 +472,7 @@ class Book:
         if task.node:
             self.let_go(task, node)
         if task.kind.options.requeue:
+            self.counting.over(task.id, node.incarnation)
             self.requeue(task)
         else:
             self._fail(task, "it was stopped while its client seemed gone, and requeue=False forbids another try")
@@ -485,6 +482,7 @@ class Book:
         self._end_offer(node, death.task, death.attempt)
         task = self._current(node, Attempt(death.task, death.attempt)) if death.task else None
         if task is None:
+            self.counting.over(death.task, node.incarnation)
             return
         self.let_go(task, node)
         after_first_s = None if task.died_at is None else self.now - task.died_at
@@ -498,6 +496,7 @@ class Book:
             self._fail(task, f"{len(task.deaths)} workers died running it")
         else:
             self.counts["requeued: worker died"] += 1
+            self.counting.over(task.id, node.incarnation)
             self.requeue(task)
 
     def _current(self, node: Node, attempt: Attempt) -> Task | None:
@@ -546,12 +545,16 @@ class Book:
             self.dependencies.ended(task, final)
 
     def end(self, task: Task, final: Final) -> None:
+        debts = task.debts
         self.close(task)
         self.counts[final.verdict] += 1
-        if self.owners.knows(task.owner):
+        wanted = self.owners.knows(task.owner)
+        if wanted:
             self._keep(task.owner, final)
         if task.kind.options.group:
-            self.answer(self.groups.add(task.kind.options.group, -1))
+            self.counting.answer(self.counting.groups.end(task.kind.options.group))
+        if debts is not None:
+            self.counting.finish(task, debts, final, wanted=wanted)
 
     def close(self, task: Task) -> None:
         """The record of the task is over."""
@@ -634,20 +637,6 @@ class Book:
             for batch in batches(session.finals, final_bytes):
                 self.sessions.send(session, Finals(batch))
             session.finals = []
-
-    def answer(self, answers: list[Answer]) -> None:
-        for waiter, error in answers:
-            if self.ledger is not None:
-                self.ledger.then(Counted(waiter, error))
-            else:
-                self.end_wait(waiter, error)
-
-    def end_wait(self, waiter: Waiter, error: str) -> None:
-        session = self.sessions.get(waiter.owner) if isinstance(waiter.owner, int) else None
-        if session is not None:
-            # The finals that brought the counter to zero must not arrive behind the news that it is zero.
-            self.post(session)
-            self.sessions.send(session, GroupDone(waiter.request, error))
 
     # --- what is to be written down ----------------------------------------------------------------------------------
 

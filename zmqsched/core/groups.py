@@ -1,11 +1,16 @@
-"""WaitGroup counters, as Go's sync.WaitGroup: add, done, wait.
+"""WaitGroup counters, as Go's sync.WaitGroup: add, done, wait. Whose additions count is in ``counting.py``.
 
 Rules
 -----
-* A counter lives in the broker, so that tasks on any node count on it. One that is zero and has no waiter is forgotten;
-  the next ``add`` makes it anew.
+* A counter is what was added by hand and the unfinished tasks that ``go`` has started. One that is zero, has no waiter and
+  no holder is forgotten; the next ``add`` makes it anew.
 * ``wait`` is answered when the counter is zero. A counter that goes below zero is broken: every wait on it, present and
-  next, is answered with that error (Go panics), and the counter starts again at zero.
+  next, is answered with that error (Go panics), and what was added by hand starts again at zero. While a task that holds the
+  WaitGroup is unfinished the verdict waits: what tasks and clients say on different ways has no order.
+* A *holder* is an unfinished task that has the WaitGroup. One that was sent it may owe a ``done``, and *owes* until it has
+  counted down. When it ends without, and not well, that is noted. More debts than holders that owe, those apart that wait
+  for this very counter, say that such a failure has left its debt: the debt is *lost*. It is counted down, and ``wait`` is
+  answered with an error that names the task.
 """
 
 from __future__ import annotations
@@ -14,11 +19,15 @@ from collections.abc import Hashable
 from typing import NamedTuple
 
 NEGATIVE = "WaitGroup counter went below zero: more done() than add()"
+NAMED = 3  # failures that an error names; of more it gives the number
 
 
 class Waiter(NamedTuple):
+    """``task``: in which it waits, if in one."""
+
     owner: Hashable
     request: int
+    task: bytes = b""
 
 
 class Answer(NamedTuple):
@@ -28,38 +37,99 @@ class Answer(NamedTuple):
 
 class Groups:
     def __init__(self) -> None:
-        self._counts: dict[bytes, int] = {}
+        self._by_hand: dict[bytes, int] = {}
+        self._tasks: dict[bytes, int] = {}  # started by go() and unfinished
+        self._holders: dict[bytes, set[bytes]] = {}
+        self._owing: dict[bytes, set[bytes]] = {}  # holders that have not counted down
+        self._failed: dict[bytes, list[str]] = {}  # of holders that have ended without counting down: which, and why
+        self._lost: dict[bytes, list[str]] = {}  # those of them whose debts were counted down, until a wait has heard it
         self._waiters: dict[bytes, list[Waiter]] = {}
         self._broken: set[bytes] = set()
 
     def __len__(self) -> int:
-        return len(self._counts.keys() | self._waiters.keys() | self._broken)
+        facts = (self._tasks, self._holders, self._failed, self._lost, self._waiters)
+        return len(self._by_hand.keys() | self._broken | set().union(*facts))
+
+    def __contains__(self, group: bytes) -> bool:
+        """It is not forgotten."""
+        facts = (self._by_hand, self._tasks, self._holders, self._failed, self._lost, self._waiters, self._broken)
+        return any(group in fact for fact in facts)
 
     def add(self, group: bytes, delta: int) -> list[Answer]:
-        count = self._counts.get(group, 0) + delta
-        if count > 0:
-            self._counts[group] = count
-            return []
-        self._counts.pop(group, None)
-        waiters = self._waiters.pop(group, [])
-        if count < 0 and not waiters:
-            self._broken.add(group)
-        return [Answer(waiter, NEGATIVE if count < 0 else "") for waiter in waiters]
+        by_hand = self._by_hand.get(group, 0) + delta
+        if by_hand:
+            self._by_hand[group] = by_hand
+        else:
+            self._by_hand.pop(group, None)
+        return self._look(group)
+
+    def begin(self, group: bytes) -> list[Answer]:
+        """A task was started with go()."""
+        self._tasks[group] = self._tasks.get(group, 0) + 1
+        return self._look(group)
+
+    def end(self, group: bytes) -> list[Answer]:
+        """It is answered."""
+        left = self._tasks[group] - 1
+        if left:
+            self._tasks[group] = left
+        else:
+            del self._tasks[group]
+        return self._look(group)
+
+    def hold(self, group: bytes, task: bytes) -> None:
+        self._holders.setdefault(group, set()).add(task)
+
+    def owes(self, group: bytes, task: bytes, *, still: bool) -> None:
+        """Whether this holder has not counted down."""
+        if still:
+            self._owing.setdefault(group, set()).add(task)
+        else:
+            _discard(self._owing, group, task)
+
+    def release(self, group: bytes, task: bytes) -> list[Answer]:
+        """The task holds it no longer."""
+        _discard(self._holders, group, task)
+        _discard(self._owing, group, task)
+        return self._look(group)
+
+    def fail(self, group: bytes, text: str) -> None:
+        """A holder has ended without counting down."""
+        if self._total(group) or group in self._holders:
+            self._failed.setdefault(group, []).append(text)
+
+    @property
+    def has_failures(self) -> bool:
+        return bool(self._failed)
+
+    def overdue(self) -> list[tuple[bytes, str]]:
+        """Debts that nobody is left for, with the failure that has left each."""
+        found = []
+        for group, failures in self._failed.items():
+            owing = self._owing.get(group, set())
+            waiting = sum(waiter.task in owing for waiter in self._waiters.get(group, ()))
+            debts = self._by_hand.get(group, 0) - len(owing) + waiting
+            found += [(group, text) for text in failures[: max(0, debts)]]
+        return found
+
+    def lose(self, group: bytes, text: str) -> list[Answer]:
+        """Count down the debt that this failure has left; a wait will be told."""
+        failures = self._failed.get(group, [])
+        if text in failures:
+            failures.remove(text)
+            if not failures:
+                del self._failed[group]
+        self._lost.setdefault(group, []).append(text)
+        return self.add(group, -1)
 
     def wait(self, group: bytes, waiter: Waiter) -> list[Answer]:
         if group in self._broken:
             self._broken.discard(group)
             return [Answer(waiter, NEGATIVE)]
-        if group not in self._counts:
-            return [Answer(waiter, "")]
-        self._waiters.setdefault(group, []).append(waiter)
-        return []
-
-    def counts(self) -> dict[bytes, int]:
-        return dict(self._counts)
-
-    def broken(self) -> list[bytes]:
-        return sorted(self._broken)
+        if self._total(group):
+            self._waiters.setdefault(group, []).append(waiter)
+            return []
+        return [Answer(waiter, _told(self._lost.pop(group, [])))]
 
     def forget(self, owner: Hashable, request: int | None = None) -> None:
         """The waiter gave up, or (without a request) its owner is gone."""
@@ -70,6 +140,67 @@ class Groups:
             else:
                 del self._waiters[group]
 
+    def by_hand(self) -> dict[bytes, int]:
+        return dict(self._by_hand)
+
+    def broken(self) -> list[bytes]:
+        return sorted(self._broken)
+
+    def failed(self) -> dict[bytes, list[str]]:
+        return {group: list(failures) for group, failures in self._failed.items()}
+
+    def lost(self) -> dict[bytes, list[str]]:
+        return {group: list(failures) for group, failures in self._lost.items()}
+
+    def _total(self, group: bytes) -> int:
+        return self._by_hand.get(group, 0) + self._tasks.get(group, 0)
+
+    def _look(self, group: bytes) -> list[Answer]:
+        """The counter has changed, or who holds it."""
+        total = self._total(group)
+        if total > 0 or (total < 0 and group in self._holders):
+            return []
+        if group not in self._holders:
+            self._failed.pop(group, None)  # who failed owed nothing
+        waiters = self._waiters.pop(group, [])
+        if total < 0:
+            self._by_hand.pop(group, None)
+            self._lost.pop(group, None)
+            if not waiters:
+                self._broken.add(group)
+            return [Answer(waiter, NEGATIVE) for waiter in waiters]
+        error = _told(self._lost.pop(group, [])) if waiters else ""
+        return [Answer(waiter, error) for waiter in waiters]
+
     def sanity_check(self) -> None:
-        assert all(count > 0 for count in self._counts.values()), "a counter at or below zero is kept"
-        assert self._waiters.keys() <= self._counts.keys(), "somebody waits for a counter that is zero"
+        assert all(self._by_hand.values()), "a counter that is zero is kept"
+        assert all(number > 0 for number in self._tasks.values()), "tasks of nobody are counted"
+        for group in self._by_hand.keys() | self._tasks.keys():
+            assert self._total(group) >= 0 or group in self._holders, "a counter below zero is kept"
+        assert all(self._total(group) for group in self._waiters), "somebody waits for a counter that is zero"
+        for group, owing in self._owing.items():
+            assert owing, "debtors of nothing are kept"
+            assert owing <= self._holders.get(group, set()), "who does not hold a WaitGroup owes it nothing"
+        assert all(self._total(group) or group in self._holders for group in self._failed), "a failure matters to nobody"
+
+    def holders(self) -> dict[bytes, set[bytes]]:
+        return {group: set(tasks) for group, tasks in self._holders.items()}
+
+    def owing(self) -> dict[bytes, set[bytes]]:
+        return {group: set(tasks) for group, tasks in self._owing.items()}
+
+
+def _discard(index: dict[bytes, set[bytes]], group: bytes, task: bytes) -> None:
+    tasks = index.get(group)
+    if tasks is not None:
+        tasks.discard(task)
+        if not tasks:
+            del index[group]
+
+
+def _told(lost: list[str]) -> str:
+    if not lost:
+        return ""
+    tasks = "a task that held this WaitGroup has" if len(lost) == 1 else f"{len(lost)} tasks that held this WaitGroup have"
+    more = f"; and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
+    return f"{tasks} ended without done(): {'; '.join(lost[:NAMED])}{more}"

@@ -12,7 +12,6 @@ Rules
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable
 
 from ..protocol import (
@@ -40,7 +39,7 @@ from .tasks import QUEUED, WAITING, Task, task_bytes
 def snapshot(book: Book, present: Present) -> list[Record]:
     """Records that ``replay`` makes the present state of."""
     records = [Record(b"", Functions([Function(digest, blob)])) for digest, blob in book.functions.items()]
-    records += [Record(b"", GroupAdd([(group, -1)])) for group in book.groups.broken()]
+    records += [Record(b"", GroupAdd([(group, -1)])) for group in book.counting.groups.broken()]
     for owner in book.owners:  # one that has nothing here is remembered too
         answers = [*owner.answers.values(), *owner.unwritten.values()]
         records += [Record(owner.id, Finals(some)) for some in [[], *batches(answers, final_bytes)]]
@@ -50,11 +49,7 @@ def snapshot(book: Book, present: Present) -> list[Record]:
     records += book.dependencies.snapshot()
     charges = [(task, book.charged(task)) for task in tasks]
     records += [Record(b"", charge) for task, charge in charges if charge.attempt or task.failures or task.deaths]
-    by_hand = Counter(book.groups.counts())
-    by_hand.subtract(task.kind.options.group for task in book.tasks.values() if task.kind.options.group)
-    deltas = [(group, count) for group, count in by_hand.items() if count]
-    records += [Record(b"", GroupAdd(some)) for some in batches(deltas, _delta_bytes)]
-    records += [Record(incarnation, GroupAdd([], number)) for incarnation, number in book.counted.items()]
+    records += [Record(incarnation, said) for incarnation, said in book.counting.snapshot(tasks)]
     records.append(Record(b"", present))
     return records
 
@@ -113,7 +108,7 @@ def _replay(book: Book, owner_id: bytes, body: RecordMessage, once: set[bytes]) 
                 for task in [task for task in book.tasks.values() if task.owner is gone]:
                     _forget(book, task.id)
         case GroupAdd():
-            book.add_to_groups(owner_id, body)
+            book.counting.add(owner_id, body, from_node=bool(body.task))
         case Charged(task_id, attempt, failures, deaths):
             if (charged := book.tasks.get(task_id)) is not None:
                 charged.attempt, charged.failures, charged.deaths = attempt, failures, deaths
@@ -137,11 +132,9 @@ def _forget(book: Book, task_id: bytes) -> None:
     if task is not None:
         book.close(task)
         if task.kind.options.group:
-            book.answer(book.groups.add(task.kind.options.group, -1))
-
-
-def _delta_bytes(_: tuple[bytes, int]) -> int:
-    return 32
+            book.counting.answer(book.counting.groups.end(task.kind.options.group))
+        if task.debts is not None:
+            book.counting.release(task, task.debts)
 
 
 def _submissions(tasks: list[Task]) -> list[Record]:

@@ -13,7 +13,8 @@ knows of them.
 
 Tasks are *fresh* until they are handed to the link: while there is no session, while the broker says ``Hold``, and while
 ``WINDOW_BYTES`` of them are on their way. ``waiting`` says how much that is, for the owner to stop asking. What must not
-overtake the tasks asked for before it (all about WaitGroups) waits behind them.
+overtake the tasks asked for before it waits behind them. Additions to WaitGroups do not: they must not be overtaken by tasks
+that count down.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from itertools import islice
-from typing import TypeAlias, TypeGuard
+from typing import Literal, TypeAlias, TypeGuard
 
 from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, CLUSTER_LOST_AFTER_S
 from ..protocol import (
@@ -108,6 +109,7 @@ class Requests:
         self._inputs: inputs.Inputs[Asked] = inputs.Inputs()
         self._lacked: set[bytes] = set()  # inputs that the broker asks for and we have no answer to either
         self._withdrawn: dict[bytes, bool] = {}  # not answered, and not wanted any more; True: by force
+        self._lapsed: dict[bytes, Shape] = {}  # answered here, may be known to the broker or not, and owe to WaitGroups
         self._fresh: dict[bytes, Asked] = {}  # asked for, not yet submitted
         self._doubts = 0  # questions what the broker still has, unanswered
         self._behind: list[_Ordered] = []  # to go out after the fresh ones
@@ -154,8 +156,10 @@ class Requests:
                 elif isinstance(message, GroupForget):
                     self._asked.pop(message.request, None)
                 self._submit()
-                if isinstance(message, GroupAdd | GroupWait | GroupForget | Follow):
-                    self._send_behind(self._numbered(message) if isinstance(message, GroupAdd) else message)
+                if isinstance(message, GroupAdd) and _is_addition(message):
+                    self._uplink.send(self._numbered(message))
+                elif isinstance(message, GroupAdd | GroupWait | GroupForget | Follow):
+                    self._send_behind(message)
                 else:
                     self._uplink.send(message)
             case Leave(drain, reason):
@@ -178,6 +182,7 @@ class Requests:
         assert all(map(self._awaits, self._inputs.lacking())), "a task waits for what nobody will answer"
         assert all(map(self._awaits, self._lacked)), "an answer that was given is kept for the broker"
         self._inputs.sanity_check({task: entry.inputs for task, entry in self._open.items() if entry.inputs})
+        assert not self._lapsed.keys() & self._open.keys(), "a task that waits for its answer has lapsed"
         if self._uplink.link is not None:
             self._uplink.link.sanity_check()
 
@@ -216,7 +221,7 @@ class Requests:
         for task in wanted:
             self._withdrawn[task] = force or self._withdrawn.get(task, False)
         why = "cancelled before it was submitted"
-        self._finals([Final(task, "cancelled", text=why) for task in wanted if task in self._fresh])
+        self._answer_here([task for task in wanted if task in self._fresh], "cancelled", why)
         for batch in batches(wanted, len):
             self._uplink.send(Cancel(batch, force))
 
@@ -243,6 +248,7 @@ class Requests:
                     self._out.append(Replied(message))
             case Unknown(tasks):
                 self._doubts -= 1
+                self._lapse(tasks)
                 self._wait_again([self._open[task] for task in tasks if task in self._open])
             case JobTasks():
                 self._job_listed(message)
@@ -282,23 +288,28 @@ class Requests:
         self._sent.clear()
         self._lacked.clear()
         again = [body for body in [*self._uplink.undelivered, *self._behind] if self._is_worth_saying_again(body)]
-        withdrawn = self._withdrawals()
         self._uplink.undelivered.clear()
         self._behind.clear()
         self._listed.clear()
+        self._doubts = 0
+        for body in again:
+            if _is_addition(body):
+                self._uplink.send(body)
+        withdrawn = self._withdrawals()
         if not welcome.remembered:
             self._give_up_what_may_have_run()
+            self._lapse(list(self._lapsed))
         self._held = False
         self._on_the_way.clear()
         self._window = WINDOW_BYTES
-        self._doubts = 0
         if welcome.remembered:
-            submitted = [task for task in self._open if task not in self._fresh]
+            submitted = [*(task for task in self._open if task not in self._fresh), *self._lapsed]
             for start in range(0, len(submitted), MAX_ITEMS):
                 self._uplink.send(StillOpen(submitted[start : start + MAX_ITEMS]))
                 self._doubts += 1
         else:
             self._wait_again(self._open.values())
+        again = [body for body in again if not _is_addition(body)]
         for body in [*again, *self._asked.values(), *(Follow(0, job) for job, tasks in self._jobs.items() if tasks)]:
             self._send_behind(body)
         for body in withdrawn:
@@ -332,8 +343,17 @@ class Requests:
             tasks = [task for task, by_force in self._withdrawn.items() if by_force is force]
             cancels += [Cancel(batch, force) for batch in batches(tasks, len)]
         why = "cancelled; the broker that had the task is gone, or gave this client up"
-        self._finals([Final(task, "cancelled", text=why) for task in list(self._withdrawn) if task in self._open])
+        lapsed = [task for task in self._withdrawn if task in self._open]
+        owing = {task: self._open[task].shape for task in lapsed if self._open[task].shape.options.holds}
+        self._finals([Final(task, "cancelled", text=why) for task in lapsed])
+        self._lapsed.update(owing)
         return cancels
+
+    def _lapse(self, tasks: list[bytes]) -> None:
+        """The broker does not know these."""
+        for task in tasks:
+            if (shape := self._lapsed.pop(task, None)) is not None:
+                self._fail_groups(shape, "it was not submitted")
 
     def _is_worth_saying_again(self, body: Message) -> TypeGuard[_Ordered]:
         """What the last session did not deliver. What is withdrawn and not answered is said to each new session anyhow."""
@@ -358,19 +378,44 @@ class Requests:
         open_ = [entry for entry in self._open.values() if not entry.shape.options.requeue]
         once = [entry.task for entry in open_ if entry.task not in self._fresh]
         why = "the broker that had the task is gone, or gave this client up; requeue=False forbids another try"
-        self._finals([Final(task, "WorkerDied", text=why) for task in once])
+        self._answer_here(once, "WorkerDied", why)
+
+    def _answer_here(self, tasks: list[bytes], verdict: Literal["cancelled", "WorkerDied"], why: str) -> None:
+        for task in tasks:
+            self._fail_groups(self._open[task].shape, why)
+        self._finals([Final(task, verdict, text=why) for task in tasks])
+
+    def _fail_groups_of(self, entry: Asked, final: Final, *, fresh: bool) -> None:
+        if fresh or final.verdict == "NotAccepted":
+            self._fail_groups(entry.shape, final.text)
+        else:  # the broker knows that the input has failed, unless it does not know the task
+            self._lapsed[entry.task] = entry.shape
+
+    def _fail_groups(self, shape: Shape, why: str) -> None:
+        """A task of this shape was not submitted, or not accepted, so what it owes to WaitGroups is lost."""
+        if shape.options.holds:
+            failed = f"{shape.options.name or shape.label or 'a task'}: {why}"
+            self._send_behind(GroupAdd([(group, 0) for group in shape.options.holds], failed=failed))
 
     def _finals(self, finals: list[Final]) -> None:
         news = []
         released: Counter[bytes] = Counter()
         answers = deque(finals)
+        passed_on: set[bytes] = set()
         while answers:
             final = answers.popleft()
             withdrawn = self._withdrawn.pop(final.task, None) is not None
+            if final.task in self._lapsed and final.task not in passed_on:
+                shape = self._lapsed.pop(final.task)
+                if final.verdict == "NotAccepted":
+                    self._fail_groups(shape, final.text)
             entry = self._open.pop(final.task, None)
             if entry is not None:
-                if self._fresh.pop(final.task, None) is not None:
+                fresh = self._fresh.pop(final.task, None) is not None
+                if fresh:
                     self.waiting -= _bytes(entry)
+                if entry.shape.options.holds and (final.verdict == "NotAccepted" or final.task in passed_on):
+                    self._fail_groups_of(entry, final, fresh=fresh)
                 if entry.inputs:
                     self._inputs.release(entry.task, entry.inputs)
                 released[entry.shape.function] += 1
@@ -384,7 +429,9 @@ class Requests:
             if final.task in self._inputs or final.task in self._lacked:
                 if withdrawn and final.verdict == "ok":
                     final = Final(final.task, "cancelled", text="it had started when it was cancelled")
-                answers.extend(self._pass_on(final, None if entry is None else entry.shape))
+                failed = self._pass_on(final, None if entry is None else entry.shape)
+                passed_on.update(each.task for each in failed)
+                answers.extend(failed)
         for digest, times in released.items():
             self._functions.release(digest, times)
         if news:
@@ -509,3 +556,7 @@ class Requests:
 
 def _bytes(entry: Asked) -> int:
     return call_bytes(entry.call, entry.inputs)
+
+
+def _is_addition(message: Message) -> bool:
+    return isinstance(message, GroupAdd) and not message.failed

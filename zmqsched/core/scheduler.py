@@ -90,7 +90,6 @@ from .events import (
     Written,
 )  # fmt: skip
 from .functions import function_bytes
-from .groups import Waiter
 from .ledger import Answered, Consequence, Counted, Ledger, Placed
 from .nodes import ALIVE, DRAINING, GONE, LOST, SUSPECT, Node
 from .offences import Offences
@@ -199,7 +198,7 @@ class Scheduler:
 
     def _message(self, session: Session, message: Message, now: float) -> None:
         if isinstance(message, GroupAdd):  # from anybody: tasks count too
-            self.book.add_to_groups(session.incarnation, message)
+            self.book.counting.add(session.incarnation, message, from_node=bool(session.node))
         elif session.node:
             self._from_node(self._nodes[session.node], message, now)
         else:
@@ -216,10 +215,10 @@ class Scheduler:
             case Cancel(tasks, force):
                 for task_id in tasks:
                     self.book.cancel(session, task_id, force=force)
-            case GroupWait(request, group):
-                self.book.answer(self.book.groups.wait(group, Waiter(session.token, request)))
+            case GroupWait():
+                self.book.counting.wait(session, message)
             case GroupForget(request):
-                self.book.groups.forget(session.token, request)
+                self.book.counting.groups.forget(session.token, request)
             case Query():
                 self._sessions.send(session, self._report(session, message, now))
             case StillOpen(tasks):
@@ -319,6 +318,8 @@ class Scheduler:
             self._dispatching.dispatch()
         elif self._settled_at == math.inf:  # the first moment of this broker
             self._settled_at = now + self.settings.settle_s
+        if self.book.counting.groups.has_failures:
+            self.book.counting.settle()
         self._push_back()
         if self.book.ledger is not None:
             self._dispatching.start_once()
@@ -482,7 +483,7 @@ class Scheduler:
                 case Answered(owner_id, final):
                     self.book.written(owner_id, final)
                 case Counted(waiter, error):
-                    self.book.end_wait(waiter, error)
+                    self.book.counting.end_wait(waiter, error)
                 case Placed():
                     self._dispatching.placed(consequence)
 

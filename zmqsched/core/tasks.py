@@ -31,6 +31,7 @@ from ..protocol import Options, Payload, Shape, shape_bytes, wire_bytes
 from .priorities import PriorityQueue
 
 if TYPE_CHECKING:
+    from .counting import Debts
     from .nodes import Pool
     from .owners import Owner
 
@@ -63,11 +64,12 @@ class IllegalMove(AssertionError):
 class Task:
     """One unfinished task. ``node`` is the node that holds the current attempt, by id; ``failures`` counts the user's
     errors that were retried, ``deaths`` says how each worker died that was running this task, ``died_at`` when the first
-    did. ``inputs``: the tasks whose results are arguments of the call, by id, of which ``lacks`` are not here yet."""
+    did. ``inputs``: the tasks whose results are arguments of the call, by id, of which ``lacks`` are not here yet.
+    ``debts``: what it has to do with WaitGroups, if anything."""
 
     __slots__ = (
-        "attempt", "call", "cancelled", "deaths", "died_at", "failures", "id", "inputs", "kind", "lacks", "node", "owner",
-        "seq", "state",
+        "attempt", "call", "cancelled", "deaths", "debts", "died_at", "failures", "id", "inputs", "kind", "lacks", "node",
+        "owner", "seq", "state",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +89,7 @@ class Task:
         self.deaths: tuple[str, ...] = ()
         self.died_at: float | None = None
         self.cancelled = False
+        self.debts: Debts | None = None
 
     def move(self, state: TaskState) -> None:
         if state not in MOVES[self.state]:

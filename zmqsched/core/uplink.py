@@ -45,6 +45,11 @@ class Uplink:
         assert isinstance(self.hello, NodeHello), "a client runs nothing"
         self.hello = replace(self.hello, holding=attempts)
 
+    @property
+    def offered(self) -> list[Attempt]:
+        """What the last hello has named."""
+        return self.hello.holding if isinstance(self.hello, NodeHello) else []
+
     def send(self, body: Message) -> None:
         """Queue a message for this session; without one, for the owner to offer again at the next welcome."""
         if self.link is None:

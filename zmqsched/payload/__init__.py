@@ -39,7 +39,7 @@ from .chunks import (
 from .exceptions import Origin, know_place, origin_of, pack_exception, unpack_exception, words_of
 from .functions import FunctionPickler, load_function, pack_kinds
 from .pickling import OUT_OF_BAND, enclosed
-from .references import References, as_it_is, input_value, noting, packed_value, references
+from .references import References, as_it_is, groups, input_value, note_group, noting, packed_value, references
 from .shipped import Shipped
 from .wrappers import RetryOn, Wrapper, may_retry, short_form
 
@@ -63,10 +63,12 @@ __all__ = [
     "enclosed",
     "entries_of",
     "generator",
+    "groups",
     "input_value",
     "know_place",
     "load_function",
     "may_retry",
+    "note_group",
     "noting",
     "opened",
     "origin_of",

@@ -28,7 +28,7 @@ def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
         Naming the argument, and the part of it, that cannot be pickled.
     PayloadTooLarge
     """
-    outer, thread.noting = thread.noting, None
+    outer, thread.noting, thread.captured = thread.noting, None, None
     try:
         payload = pack((args, kwargs))
     except KeyboardInterrupt:

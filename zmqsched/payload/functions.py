@@ -30,6 +30,7 @@ from .blame import blame, parts
 from .captures import Capture, captures, importable, imported_in
 from .modules import STACK_GLOBAL, Bundle, Modules
 from .pickling import REGISTERED, check_size, dumps, pack, pickled_bytes, unpack
+from .references import thread
 from .shipped import Shipped
 from .words import brief, name_of, type_name
 from .wrappers import Wrapped, Wrapper
@@ -42,9 +43,10 @@ _modules = Modules()
 
 
 class Packed:
-    """A callable. ``lazily``: what its code imports when it runs. ``whole``: what was made of it, by what it needs."""
+    """A callable. ``lazily``: what its code imports when it runs. ``whole``: what was made of it, by what it needs.
+    ``groups``: the WaitGroups in it."""
 
-    __slots__ = ("imported", "lazily", "named", "plain", "whole")
+    __slots__ = ("groups", "imported", "lazily", "named", "plain", "whole")
 
     def __init__(self, payload: Payload, lazily: frozenset[str]) -> None:
         self.plain = (_digest(payload), payload)
@@ -52,6 +54,7 @@ class Packed:
         self.whole: dict[tuple[type[Wrapper] | None, bytes, bytes], tuple[bytes, Payload]] = {}
         self.imported = 0
         self.named: frozenset[str] = frozenset()
+        self.groups = thread.captured
 
     def find_modules(self) -> None:
         """``named``: the user's own modules that it refers to, as far as so many (``imported``) are there."""
@@ -103,6 +106,7 @@ class FunctionPickler:
             kind, packed = type(fn), fn.packed or self._packed(fn.fn)
         else:
             packed = self._packed(fn)
+        thread.captured = packed.groups
         if packed.imported != len(sys.modules):
             packed.find_modules()
         names = packed.named
@@ -199,6 +203,7 @@ def load_function(payload: Payload) -> tuple[Callable[..., Any], Shipped | None]
 
 
 def _pickled(fn: Callable[..., Any]) -> Payload:
+    thread.captured = set()
     try:
         payload = pack(fn, plain_first=type(fn) is not types.FunctionType or importable(fn))
     except KeyboardInterrupt:

@@ -31,6 +31,7 @@ a late error decides nothing                           ``Watch``, at each result
 the answer is the right one; retries are not deaths    ``SimClient``, at each answer
 what a task prints comes before its answer             ``SimClient``, at each answer and each line
 a WaitGroup is zero when its tasks are answered        ``SimClient``, at each reply
+no attempt counts twice, no wait outlives its debts    ``Debts``, at each reply; ``runs.Cluster.complaint``, at the end
 all are answered, nothing is kept, both ends agree     ``runs.Cluster.complaint``, at the end
 no message raises                                      everywhere: an exception of a core ends the run
 nobody talks without end                               ``World.run_until``: the steps of a run are counted

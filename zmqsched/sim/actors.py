@@ -18,6 +18,7 @@ from ..core.events import (
     Ask,
     Asked,
     BeatArrived,
+    Began,
     Born,
     Broken,
     Exited,
@@ -63,6 +64,7 @@ from ..protocol import (
     Envelope,
     Finals,
     Follow,
+    GroupAdd,
     GroupDone,
     GroupWait,
     Host,
@@ -81,6 +83,7 @@ from ..protocol import (
     Unknown,
     Words,
 )  # fmt: skip
+from .debts import Debts
 from .disk import Disk
 from .watch import Watch
 from .world import Deliver, Process, SimulationFailed, World
@@ -98,7 +101,8 @@ class Plan(msgspec.Struct, array_like=True, frozen=True):
 
     ``once``: it must not run twice. ``retried``: its exception is one of those that a retry may help against. ``limit_s``:
     its time limit, or 0. ``stubborn``: it ignores interrupts. ``inputs``: the numbers of the tasks of the same client whose
-    results it has as arguments.
+    results it has as arguments. ``group``: the WaitGroup that it is sent, if any; ``counts``: whether it counts down on that
+    when it begins, when it ends, or never.
     """
 
     number: int
@@ -109,6 +113,8 @@ class Plan(msgspec.Struct, array_like=True, frozen=True):
     limit_s: float = 0.0
     stubborn: bool = False
     inputs: tuple[int, ...] = ()
+    group: bytes = b""
+    counts: str = ""
 
 
 class SimBroker(Process):
@@ -283,6 +289,8 @@ class SimWorker:
             raise SimulationFailed(f"task {run.task.hex()} must not run twice and does")
         self._began = world.now
         self._pauses = self.node.pauses
+        if plan.counts == "early":
+            self._counts_down(run, plan)
         world.at(plan.seconds, lambda: self.finish(run, plan))
 
     def finish(self, run: Run, plan: Plan) -> None:
@@ -296,7 +304,14 @@ class SimWorker:
             self.die("killed by SIGSEGV")
             return
         ok = plan.ends == "value" or (plan.ends == "flaky" and self.node.world.executions[run.task] > 1)
+        if plan.counts == "late":
+            self._counts_down(run, plan)
         self._answer(run, plan, ok=ok)
+
+    def _counts_down(self, run: Run, plan: Plan) -> None:
+        self.node.world.counted_down.add(run.task)
+        for delta in (2, -3) if plan.number % 3 == 0 else (-1,):
+            self.node.post(Said(self.number, GroupAdd([(plan.group, delta)])))
 
     def interrupt(self) -> None:
         """SIGINT is on its way, and meant for what runs now."""
@@ -491,6 +506,7 @@ class SimClient(Peer):
         self.answers: dict[bytes, str] = {}
         self.heard: set[bytes] = set()
         self.group_zero = False
+        self.debts = Debts(world, name, self.post)
         self.finished_asking = False
         self._in_group: list[bytes] = []  # what the WaitGroup was asked about
         self._others: dict[bytes, tuple[Plan, Options]] = {}  # what others have asked for
@@ -507,6 +523,7 @@ class SimClient(Peer):
             self.options[task] = options
             inputs = tuple(map(self._task, plan.inputs))
             entries.append(Asked(task, Shape(digest, options), msgspec.msgpack.encode(plan), inputs))
+        self.debts.asks(self.options, [entry.task for entry in entries])
         self.post(Ask(entries, functions))
 
     def _task(self, number: int) -> bytes:
@@ -519,6 +536,7 @@ class SimClient(Peer):
         for entry in ask.tasks:
             if self._input_failed(self.plans[entry.task]):
                 self._answered(entry.task, "DependencyFailed", b"", "at once")
+                self.debts.is_not_sent(entry)
                 continue
             tasks.append(entry)
             values.update((each, msgspec.msgpack.encode(_number(each))) for each in entry.inputs if each in self.answers)
@@ -543,7 +561,7 @@ class SimClient(Peer):
         """Ask for the answers to the job's tasks, whoever has asked for them."""
         self._others = {task: (plan, one.options[task]) for one in asked_by for task, plan in one.plans.items()}
         self.cancelled.update(*(one.cancelled for one in asked_by))
-        self.group_zero = True
+        self.group_zero = self.debts.settled = True
         self.post(Tell(Follow(2, job)))
 
     def drain(self, node: str) -> None:
@@ -552,6 +570,7 @@ class SimClient(Peer):
     def wait_group(self) -> None:
         self._in_group = [task for task in self.plans if self.options[task].group]
         self.post(Tell(GroupWait(1, GROUP)))
+        self.debts.wait(self.answers)
 
     def step(self, event: object, now: float) -> None:
         if isinstance(event, Ask):
@@ -566,8 +585,12 @@ class SimClient(Peer):
                 case Heard(words, _, _):
                     for said, _ in words:
                         self._listen(said)
-                case Replied(GroupDone(_, error)):
+                case Replied(GroupDone(1, error)):
                     self._group_is_zero(error)
+                case Replied(GroupDone() as reply):
+                    self.debts.replied(reply)
+                case Began(welcome):
+                    self.debts.forgotten |= welcome.life > 1 and not welcome.remembered
                 case Replied(JobTasks(_, _, tasks)):
                     self.plans.update((task, self._others[task][0]) for task in tasks)
                     self.options.update((task, self._others[task][1]) for task in tasks)
@@ -649,7 +672,7 @@ class SimClient(Peer):
 
     @property
     def done(self) -> bool:
-        return self.finished_asking and len(self.answers) == len(self.plans) and self.group_zero
+        return self.finished_asking and len(self.answers) == len(self.plans) and self.group_zero and self.debts.settled
 
     def deadline(self) -> float:
         return self.core.next_deadline()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import itertools
 from random import Random
 
+from msgspec.structs import replace
+
 from ..core.nodes import ALIVE
 from ..core.policy import POLICIES
 from ..core.settings import Settings
@@ -115,7 +117,13 @@ class Cluster:
             once = not options.requeue and not options.retries
             retried, stubborn = random.random() < 0.75, random.random() < 0.3
             inputs = self._inputs(number) if random.random() < self._dependent else ()
-            plans.append((Plan(number, seconds, ends, once, retried, options.timeout, stubborn, inputs), options))
+            group, counts = b"", ""
+            if not options.job and random.random() < 0.3:
+                group = client.debts.group
+                options = replace(options, holds=(group,))
+                counts = random.choice(("early", "late", "never" if ends in ("error", "death") else "late"))
+            plan = Plan(number, seconds, ends, once, retried, options.timeout, stubborn, inputs, group, counts)
+            plans.append((plan, options))
         return plans
 
     def _inputs(self, number: int) -> tuple[int, ...]:
@@ -242,10 +250,18 @@ class Cluster:
         for client in self.clients:
             if not client.done:
                 missing = [plan for task, plan in client.plans.items() if task not in client.answers]
-                return f"{client.name.decode()} has no answer to {missing}, WaitGroup zero: {client.group_zero}"
+                return (
+                    f"{client.name.decode()} has no answer to {missing}, WaitGroup zero: {client.group_zero}, "
+                    f"debts settled: {client.debts.settled}"
+                )
             if client.core.open:
                 return f"{client.name.decode()} keeps what is answered"
-        if left := dict(self.broker.core.book.open_counts()):
+        left = dict(self.broker.core.book.open_counts())
+        groups = self.broker.core.book.counting.groups
+        wanted = [GROUP, *(client.debts.group for client in self.clients if not client.debts.forgotten)]
+        if not any(group in groups for group in wanted):  # those of clients that were killed are nobody's
+            left.pop("groups", None)
+        if left:
             return f"all is answered and the scheduler still holds {left}"
         if self.broker.core.book.unacknowledged():
             return "all is answered and the scheduler does not know"

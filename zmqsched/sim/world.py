@@ -30,6 +30,7 @@ class World:
 
     ``faults``: how likely each is to strike, when it may. ``executions`` and ``deaths`` count, by task, how often one was
     really started, and how often a worker really died running it. ``overran``: tasks that were interrupted over their limit.
+    ``counted_down``: tasks of which an attempt has called ``done``.
     """
 
     def __init__(self, seed: int, *, verbose: bool = False, thorough: bool = True) -> None:
@@ -43,6 +44,7 @@ class World:
         self.executions: Counter[bytes] = Counter()
         self.deaths: Counter[bytes] = Counter()
         self.overran: set[bytes] = set()
+        self.counted_down: set[bytes] = set()
         self.processes: dict[bytes, Process] = {}
         self._cut: dict[tuple[bytes, Way], float] = {}  # until when
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []

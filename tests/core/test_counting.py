@@ -1,0 +1,435 @@
+"""Whose additions to a WaitGroup count: the rules of ``core/counting.py``, told with a few actors."""
+
+from __future__ import annotations
+
+import pytest
+
+from zmqsched.core.groups import NEGATIVE, Groups, Waiter
+from zmqsched.protocol import GroupAdd, GroupDone, GroupWait, NodeHello, Outcome, Results
+
+from .builders import Broker, Client, Node, label_of, task_id, token
+
+
+def waits(client: Client, request: int = 1) -> None:
+    client.says(GroupWait(request, token("g")))
+
+
+def told(client: Client) -> list[str]:
+    """How the waits were answered."""
+    return [message.error for message in client.all(GroupDone)]
+
+
+def owing(broker: Broker, *labels: str, client: Client | None = None, **options: object) -> Client:
+    """A client that has added one for each of these tasks, sends the WaitGroup to all of them, and waits."""
+    client = client or broker.client()
+    client.says(GroupAdd([(token("g"), len(labels))]))
+    client.submits(*labels, holds=["g"], **options)
+    waits(client)
+    return client
+
+
+def counter(broker: Broker) -> int:
+    return broker.scheduler.book.counting.groups.by_hand().get(token("g"), 0)
+
+
+def ends(node: Node, label: str, attempt: int, *, ok: bool = True) -> None:
+    """A result of an attempt that the broker may have given up."""
+    node.says(Results([Outcome(task_id(label), attempt, ok, b"late", 1)]))
+
+
+# --- an attempt that dies ------------------------------------------------------------------------------------------
+
+
+def test_a_task_that_counts_down():
+    broker = Broker()
+    node = broker.node()
+    client = owing(broker, "a")
+    node.counts("a", -1)
+    assert told(client) == [""], "it need not have ended"
+    node.finishes("a")
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_what_an_attempt_has_counted_is_taken_back_when_its_worker_dies():
+    broker = Broker()
+    node = broker.node()
+    client = owing(broker, "a", "b")
+    node.counts("a", 3, -4)
+    assert counter(broker) == 1
+    node.loses_a_worker(running="a")
+    assert counter(broker) == 2
+    node.counts("a", -1)
+    node.finishes("a")
+    assert told(client) == []
+    node.counts("b", -1)
+    node.finishes("b")
+    assert told(client) == [""]
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_and_when_it_is_retried():
+    broker = Broker()
+    node = broker.node()
+    client = owing(broker, "a", retries=1)
+    client.says(GroupAdd([(token("g"), 1)]))
+    node.counts("a", -1)
+    node.fails("a")
+    node.counts("a", -1)
+    node.finishes("a")
+    assert counter(broker) == 1
+    assert told(client) == []
+
+
+def test_and_while_a_retry_is_waited_for():
+    broker = Broker()
+    node = broker.node()
+    client = owing(broker, "a", retries=1, backoff=5.0)
+    client.says(GroupAdd([(token("g"), 1)]))
+    node.counts("a", -1)
+    node.fails("a")
+    assert counter(broker) == 2
+
+
+def test_and_when_its_node_is_lost():
+    broker = Broker()
+    lost = broker.node("lost")
+    client = owing(broker, "a")
+    client.says(GroupAdd([(token("g"), 1)]))
+    lost.counts("a", -1)
+    assert counter(broker) == 1
+    lost.freezes()
+    broker.passes(6)
+    assert counter(broker) == 2
+    other = broker.node("other")
+    other.counts("a", -1)
+    other.finishes("a")
+    assert counter(broker) == 1
+
+
+def test_a_result_of_an_attempt_that_was_given_up_brings_what_it_has_counted():
+    """First result wins, with all that belongs to it; the attempt that came after it counts for nothing."""
+    broker = Broker()
+    lost = broker.node("lost")
+    client = owing(broker, "a")
+    client.says(GroupAdd([(token("g"), 5)]))
+    lost.counts("a", -2)
+    lost.freezes()
+    broker.passes(6)
+    other = broker.node("other")
+    other.counts("a", -1)
+    assert counter(broker) == 5
+    lost.thaws()
+    lost.orders.clear()
+    lost.comes_back()
+    ends(lost, "a", 1)
+    assert client.answers == {"a": "ok"}
+    assert counter(broker) == 4
+    other.counts("a", -1)
+    assert counter(broker) == 4, "what is said for a task that is answered counts for nothing"
+    assert broker.counts["additions of tasks that are over"] == 1
+
+
+def test_a_late_error_of_an_attempt_that_was_given_up_brings_nothing():
+    broker = Broker()
+    lost = broker.node("lost")
+    owing(broker, "a")
+    lost.counts("a", -1)
+    lost.freezes()
+    broker.passes(6)
+    lost.thaws()
+    lost.orders.clear()
+    lost.comes_back()
+    ends(lost, "a", 1, ok=False)
+    assert counter(broker) == 1
+    assert lost.holds == ["a"]
+    lost.counts("a", -1)
+    lost.finishes("a")
+    assert counter(broker) == 0
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_an_attempt_that_is_adopted_counts_again():
+    broker = Broker(journal=True)
+    node = broker.node()
+    client = owing(broker, "a", "b")
+    node.counts("a", -1)
+    broker.dies()
+    assert counter(broker) == 2, "nobody knows yet whether it is alive"
+    client.comes_back()
+    node.comes_back()
+    assert counter(broker) == 1
+    node.finishes("a")
+    assert counter(broker) == 1
+    node.counts("b", -1)
+    waits(client, 2)
+    assert told(client) == [""]
+
+
+def test_an_attempt_that_nobody_heard_of_after_a_crash_counts_nothing():
+    broker = Broker(journal=True)
+    node = broker.node()
+    client = owing(broker, "a")
+    node.counts("a", -1)
+    node.freezes()
+    broker.dies()
+    client.comes_back()
+    other = broker.node("other")
+    broker.passes(3)
+    assert other.holds == ["a"]
+    other.counts("a", -1)
+    other.finishes("a")
+    assert counter(broker) == 0
+    broker.dies()
+    assert counter(broker) == 0
+
+
+def test_additions_offered_again_are_known():
+    broker = Broker(journal=True)
+    node = broker.node()
+    owing(broker, "a", "b")
+    node.counts("a", -1)
+    node.says(GroupAdd([(token("g"), -1)], 1, task_id("a")))
+    assert counter(broker) == 1
+    broker.dies()
+    node.comes_back()
+    node.says(GroupAdd([(token("g"), -1)], 1, task_id("a")))
+    assert counter(broker) == 1
+
+
+def test_a_task_of_a_client_that_is_gone_counts_for_nothing():
+    """It comes back, and all is run again."""
+    broker = Broker(client_lease_s=5.0)
+    node = broker.node()
+    client = owing(broker, "a")
+    node.counts("a", -1)
+    client.says(GroupAdd([(token("g"), 1)]))
+    client.freezes()
+    broker.passes(8)
+    node.finishes("a")
+    assert counter(broker) == 2
+    client.thaws()
+    client.comes_back()
+    client.submits("a", holds=["g"])
+    node.counts("a", -1)
+    node.finishes("a")
+    assert counter(broker) == 1
+
+
+# --- a task that ends without done() -------------------------------------------------------------------------------
+
+
+def dies_for_good(broker: Broker, client: Client, node: Node) -> None:
+    for _ in range(3):
+        node.loses_a_worker(running="a")
+
+
+def raises(broker: Broker, client: Client, node: Node) -> None:
+    node.fails("a")
+
+
+def is_cancelled(broker: Broker, client: Client, node: Node) -> None:
+    client.cancels("a")
+    node.hands_back("a")
+
+
+def times_out(broker: Broker, client: Client, node: Node) -> None:
+    node.stops("a", "TaskTimeout", "it ran too long\nand so on")
+
+
+def is_ended_by_force(broker: Broker, client: Client, node: Node) -> None:
+    client.cancels("a", force=True)
+    node.stops("a", "cancelled", "ended")
+
+
+ENDS = {
+    dies_for_good: "train failed: 3 workers died running it",
+    raises: "train: it raised an exception",
+    is_cancelled: "train: cancelled before it started",
+    times_out: "train: it ran too long",
+    is_ended_by_force: "train: ended",
+}
+
+
+@pytest.mark.parametrize("end", ENDS, ids=lambda end: end.__name__)
+@pytest.mark.parametrize("journal", [False, True])
+def test_a_task_that_ends_without_counting_down_is_named(end, journal):
+    broker = Broker(journal=journal)
+    node = broker.node()
+    client = owing(broker, "a", name="train")
+    end(broker, client, node)
+    assert told(client)[0].startswith("a task that held this WaitGroup has ended without done(): train")
+    assert ENDS[end] in told(client)[0]
+    assert "and so on" not in told(client)[0]
+    waits(client, 2)
+    assert told(client)[1:] == [""], "it can be used again"
+    assert not broker.scheduler.book.open_counts()
+
+
+@pytest.mark.parametrize("end", [raises, times_out, dies_for_good], ids=lambda end: end.__name__)
+def test_one_that_had_counted_down_owes_nothing(end):
+    broker = Broker()
+    node = broker.node()
+    client = owing(broker, "a")
+    for _ in range(3 if end is dies_for_good else 1):
+        node.counts("a", -1)
+        if end is dies_for_good:
+            node.loses_a_worker(running="a")
+    if end is not dies_for_good:
+        end(broker, client, node)
+    waits(client, 2)
+    assert set(told(client)) == {""}
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_the_wait_is_for_all_the_others():
+    broker = Broker()
+    node = broker.node(slots=3)
+    client = owing(broker, "a", "b", "c", "d")
+    node.fails("a")
+    node.counts("b", -1)
+    assert counter(broker) == 2
+    assert told(client) == []
+    client.cancels("d")
+    node.hands_back("d")
+    node.counts("c", -1)
+    (error,) = told(client)
+    assert error.startswith("2 tasks that held this WaitGroup have ended without done():")
+
+
+def test_an_error_names_a_few_of_many():
+    broker = Broker()
+    labels = [f"t{number}" for number in range(5)]
+    client = owing(broker, *labels)
+    client.cancels(*labels)
+    (error,) = told(client)
+    assert error.startswith("5 tasks that held")
+    assert error.endswith("; and 2 more")
+
+
+def test_a_task_that_owes_nothing_may_fail():
+    """Nobody knows what a task owes that was sent a WaitGroup; there are tasks enough that may pay what is owed."""
+    broker = Broker()
+    node = broker.node(slots=2)
+    client = broker.client()
+    client.submits("watcher", holds=["g"])
+    owing(broker, "a", client=client)
+    node.fails("watcher")
+    assert counter(broker) == 1
+    node.counts("a", -1)
+    node.finishes("a")
+    assert told(client) == [""]
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_who_waits_for_the_group_is_not_expected_to_count_down():
+    broker = Broker()
+    node = broker.node(slots=2)
+    client = broker.client()
+    client.submits("parent", holds=["g"])
+    client.says(GroupAdd([(token("g"), 1)]))
+    client.submits("child", holds=["g"])
+    client.says(GroupWait(1, token("g"), task_id("parent")))
+    node.fails("child")
+    assert "ended without done()" in told(client)[0]
+
+
+def test_a_failure_waits_for_who_may_yet_pay():
+    broker = Broker()
+    node = broker.node(slots=2)
+    client = broker.client()
+    client.submits("watcher", holds=["g"])
+    owing(broker, "a", client=client)
+    node.fails("a")
+    assert told(client) == [], "the watcher may count down for it"
+    node.finishes("watcher")
+    assert "ended without done()" in told(client)[0]
+
+
+def test_what_the_client_could_not_send():
+    broker = Broker()
+    client = broker.client()
+    client.says(GroupAdd([(token("g"), 1)]), GroupAdd([(token("g"), 0)], failed="fit: cannot be pickled"))
+    waits(client)
+    assert told(client) == ["a task that held this WaitGroup has ended without done(): fit: cannot be pickled"]
+
+
+@pytest.mark.parametrize("settled", [False, True])
+def test_failures_survive_the_broker(settled):
+    broker = Broker(journal=True)
+    node = broker.node(slots=2)
+    client = broker.client()
+    client.submits("watcher", holds=["g"])
+    client.says(GroupAdd([(token("g"), 1)]))
+    client.submits("a", holds=["g"])
+    node.fails("a")
+    if settled:
+        node.finishes("watcher")
+    broker.passes(0.1)
+    broker.dies()
+    client.comes_back()
+    node.comes_back()
+    waits(client)
+    if not settled:
+        assert told(client) == []
+        node.finishes("watcher")
+    assert "ended without done()" in told(client)[0]
+
+
+# --- below zero ----------------------------------------------------------------------------------------------------
+
+
+def test_a_counter_below_zero_is_an_error_when_no_task_can_raise_it_any_more():
+    broker = Broker()
+    node = broker.node()
+    client = owing(broker, "a")
+    node.counts("a", -2)
+    assert told(client) == []
+    node.counts("a", 1)
+    assert told(client) == [""]
+    node.counts("a", -1)
+    waits(client, 2)
+    assert told(client) == [""]
+    node.finishes("a")
+    assert told(client) == ["", NEGATIVE]
+    waits(client, 3)
+    assert told(client)[2:] == [""]
+
+
+def test_what_a_client_says_for_a_task_counts_as_its_own():
+    broker = Broker()
+    client = broker.client()
+    client.says(GroupAdd([(token("g"), 2)], 1, task_id("a")))
+    assert counter(broker) == 2
+
+
+def test_a_node_that_counts_on_very_many_groups_is_held_to_a_limit():
+    broker = Broker()
+    node = broker.node()
+    owing(broker, "a")
+    node.says(GroupAdd([(number.to_bytes(16, "big"), 1) for number in range(2_000)], 1, task_id("a")))
+    assert broker.counts["additions to too many WaitGroups"] == 1_001
+    node.finishes("a")
+
+
+def test_overdue_are_so_many_as_nobody_is_left_for():
+    groups = Groups()
+    groups.add(b"g", 3)
+    for task in (b"1", b"2"):
+        groups.hold(b"g", task)
+        groups.owes(b"g", task, still=True)
+    for text in ("x", "y"):
+        groups.fail(b"g", text)
+    assert groups.overdue() == [(b"g", "x")]
+    groups.wait(b"g", Waiter("ann", 1, b"2"))
+    assert groups.overdue() == [(b"g", "x"), (b"g", "y")]
+
+
+def test_the_hello_names_what_runs():
+    """That builders do what a node does: else the stories of adoption tell nothing."""
+    broker = Broker(journal=True)
+    node = broker.node()
+    owing(broker, "a")
+    broker.dies()
+    node.comes_back()
+    assert isinstance(node.hello, NodeHello)
+    assert [label_of(attempt.task) for attempt in node.hello.holding] == ["a"] == node.adopted

@@ -1,0 +1,62 @@
+"""A WaitGroup that a simulated client counts on by hand: one is added for each task that it is sent to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from ..core.events import Asked, Tell
+from ..core.groups import NEGATIVE
+from ..protocol import GroupAdd, GroupDone, GroupWait, Options
+from .world import SimulationFailed, World
+
+REQUEST = 3
+
+
+class Debts:
+    """The client's side. ``forgotten``: a broker that did not know the client may not know what it had counted either."""
+
+    def __init__(self, world: World, client: bytes, post: Callable[[object], None]) -> None:
+        self.group = client.ljust(16, b"_")[:16]
+        self.forgotten = False
+        self.settled = False
+        self._world = world
+        self._post = post
+        self._sent: list[bytes] = []  # tasks that hold it
+        self._waits_for: list[bytes] = []  # those that were asked for when the wait began
+        self._answers: Mapping[bytes, str] = {}
+
+    def asks(self, options: Mapping[bytes, Options], tasks: list[bytes]) -> None:
+        """These are about to be asked for."""
+        sent = [task for task in tasks if self.group in options[task].holds]
+        if sent:
+            self._sent += sent
+            self._post(Tell(GroupAdd([(self.group, len(sent))])))
+
+    def is_not_sent(self, entry: Asked) -> None:
+        """An input of the task has failed before it was submitted."""
+        if self.group in entry.shape.options.holds:
+            self._post(Tell(GroupAdd([(self.group, 0)], failed="an input has failed")))
+
+    def wait(self, answers: Mapping[bytes, str]) -> None:
+        self._answers = answers
+        self._waits_for = list(self._sent)
+        self._post(Tell(GroupWait(REQUEST, self.group)))
+
+    def replied(self, reply: GroupDone) -> None:
+        """It is zero: each task has counted down, or ended without, which is told."""
+        if not self.forgotten:
+            self._check(reply.error)
+        if all(task in self._answers for task in self._sent):
+            self.settled = True
+        else:  # an attempt has counted down and may be taken back yet
+            self._world.at(0.5, lambda: self.wait(self._answers))
+
+    def _check(self, error: str) -> None:
+        if error == NEGATIVE:
+            raise SimulationFailed("an attempt that was run again has counted down twice")
+        failed = [task for task in self._waits_for if self._answers.get(task, "ok") != "ok"]
+        if error and not failed:
+            raise SimulationFailed(f"all went well with those that hold the WaitGroup, and it is said: {error}")
+        open_ = [task.hex() for task in self._waits_for if task not in failed and task not in self._world.counted_down]
+        if open_:
+            raise SimulationFailed(f"the WaitGroup is zero before {open_} have counted down")
