@@ -4,10 +4,11 @@ Rules
 -----
 * An item is in one place: at its source, in ``_again`` or ``_later`` (given back, divided, to be retried), in a batch in
   hand or on its way, in ``_ready``, or read. ``_taken`` counts those that left the source, ``_read`` those that were read.
-* The I/O thread only says which batches are answered. Whoever comes next takes the answers in: the thread that sends
-  batches, as long as there are any to send, else whoever reads or asks.
-* The state is under one lock, ``changed``. Nobody holds it while he pickles a call, unpickles a result, waits for the
-  broker, or takes the lock of a future or of the client.
+* The I/O thread only says which batches are answered. The answers are taken in by the thread that sends batches; if there
+  is none, or if it waits for the broker to take a batch, by whoever reads or asks.
+* The state is under one lock. It is entered itself, not by its condition ``changed``: that is Python code, where an
+  interrupt may leave it locked. Nobody holds it while he pickles a call, unpickles a result, waits for the broker, or takes
+  the lock of a future or of the client.
 * A batch that failed as a whole, because its worker died or its call could not be read, is divided until only the items that
   are to blame fail.
 * What was read is kept too, packed, until the last result has been read: an interrupt must not lose what was finished. On
@@ -158,7 +159,8 @@ class _Arrivals(_Waiter):
 class Run:
     def __init__(self, client: Client, plan: Plan, source: Source) -> None:
         self.plan = plan
-        self.changed = threading.Condition(threading.RLock())
+        self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self._client = weakref.ref(client)  # which keeps its runs until they are over
         self._pid = os.getpid()
         self._context = contextvars.copy_context()  # a notebook knows its cell by it
@@ -190,6 +192,7 @@ class Run:
         self._slots: concurrent.futures.Future[Any] | None = None
         self._end: BaseException | None = None  # why the map cannot go on
         self._stopped = False
+        self._forced = False
         self._reading = False
         self._dropped = False
 
@@ -228,10 +231,11 @@ class Run:
         reader gets behind the results that are ready."""
         if os.getpid() != self._pid:
             return
-        with self.changed:
+        with self.lock:
             if not self._stopped:
                 self._end = error
             self._stopped = True
+            self._forced |= force
             self._source.stop()
             self._again.clear()
             self._later.clear()
@@ -296,7 +300,7 @@ class Run:
             raise RuntimeError(FORKED)
 
     def _wake_sender(self) -> None:
-        with self.changed:
+        with self.lock:
             self.changed.notify_all()
             if self._sender is not None or self._stopped:
                 return
@@ -319,14 +323,16 @@ class Run:
         self._look_if_over()
 
     def _send_one(self) -> None:
-        self._take_answers()
+        self._take_answers(sending=True)
         self._count_slots()
-        with self.changed:
+        with self.lock:
             batch = self._next()
             if batch is None and self.ended:
                 self._sender = None
             elif batch is None and not self._arrivals.done:
                 self.changed.wait(self._patience())
+            elif self._arrivals.done:
+                self.changed.notify_all()  # who reads takes them while this waits for the broker
         if batch is not None:
             self._submit(batch)
 
@@ -399,7 +405,7 @@ class Run:
         except (RuntimeError, ClusterError) as error:
             self.stop(error)
         finally:
-            with self.changed:
+            with self.lock:
                 self._in_hand -= 1
                 if future is not None:
                     self._on_the_way[future] = batch
@@ -407,7 +413,7 @@ class Run:
         if future is not None:
             self._arrivals.expect(future)
             if self._stopped:
-                future.cancel()
+                future.cancel(force=self._forced)
 
     def _submitted(self, batch: _Batch) -> Future[Any] | None:
         """None: it cannot travel as it is, and is divided."""
@@ -461,22 +467,32 @@ class Run:
 
     # --- answers ---------------------------------------------------------------------------------------------------------
 
-    def _take_answers(self) -> None:
+    def _take_answers(self, *, sending: bool = False) -> None:
+        """Unless the thread that sends does; it may be kept waiting while it has a batch in hand."""
         arrived = self._arrivals.done
-        while arrived:
+        while arrived and (sending or not self._sender_takes):
             try:
                 future = arrived.popleft()
             except IndexError:  # another thread has taken it
                 return
-            self._take_answer(future)
+            try:
+                self._take_answer(future)
+            except BaseException:  # an interrupt
+                if future in self._on_the_way:
+                    arrived.appendleft(future)
+                raise
         self._look_if_over()
+
+    @property
+    def _sender_takes(self) -> bool:
+        return self._sender is not None and not self._in_hand
 
     def _take_answer(self, future: Future[Any]) -> None:
         batch = self._on_the_way[future]
         answer = _answer_of(future, job=bool(self.plan.options.job))
         if isinstance(answer, ClusterError | concurrent.futures.CancelledError):
             self.stop(answer)
-        with self.changed:
+        with self.lock:
             del self._on_the_way[future]
             self._bytes -= batch.size
             if not self._stopped:
@@ -497,7 +513,7 @@ class Run:
     def _divide(self, batch: _Batch, parts: int) -> None:
         """Those of its items that are to blame are found by trying parts of it, down to single ones."""
         size = -(-len(batch.items) // parts)
-        with self.changed:
+        with self.lock:
             for start in range(0, len(batch.items), size):
                 options = self.plan.options if size == 1 else batch.options
                 items = batch.items[start : start + size]
@@ -597,7 +613,7 @@ class Run:
         """The results; behind them whatever keeps the map from going on."""
         while (part := self._next_part()) is not None:
             yield from self._values(part)
-        with self.changed:
+        with self.lock:
             while self.ended and not self._stopped and self._kept:
                 self._shelf.drop(self._kept.popleft().piece)
 
@@ -606,7 +622,7 @@ class Run:
         self._reading = True
         while True:
             self._take_answers()
-            with self.changed:
+            with self.lock:
                 if self._stopped and self._end is None:
                     return None
                 at = self._position if self.plan.ordered else next(iter(self._ready), -1)
@@ -618,7 +634,7 @@ class Run:
                     raise self._source.error
                 if self.ended:
                     return None
-                if not self._arrivals.done:
+                if self._sender_takes or not self._arrivals.done:
                     self._wait()
             if self.plan.until is not None and time.monotonic() >= self.plan.until:
                 self.stop()
@@ -645,7 +661,7 @@ class Run:
             return
         for position, entry in enumerate(entries, part.first):
             if self.plan.limit < math.inf:
-                with self.changed:
+                with self.lock:
                     self._read += 1
                     self.changed.notify_all()
             error = errors.get(position)
@@ -673,7 +689,7 @@ class Run:
         return entries, {at: unpack_exception(error) for at, (error, _) in failed.items() if at in within}
 
     def _cannot_be_read(self, position: int, error: BaseException) -> None:
-        with self.changed:
+        with self.lock:
             self._done -= 1
             self._failed_alone[position] = (error, NOT_KEPT)
             self._count_failure(position, error)
@@ -684,7 +700,7 @@ class Run:
         """Values by index, of what is finished and not read to the end."""
         self._check_process()
         self._take_answers()
-        with self.changed:
+        with self.lock:
             parts = [*self._kept, *self._ready.values()]
         found: dict[int, Any] = {}
         for part in parts:
@@ -700,7 +716,7 @@ class Run:
         """By position: the error, and the item or NOT_KEPT."""
         self._check_process()
         self._take_answers()
-        with self.changed:
+        with self.lock:
             pieces, found = list(self._failed), dict(self._failed_alone)
         for piece in pieces:
             for position, (error, packed) in pickle.loads(self._shelf.look(piece)).items():  # type: ignore[arg-type]
@@ -709,7 +725,7 @@ class Run:
 
     def summary(self) -> list[str]:
         self._take_answers()
-        with self.changed:
+        with self.lock:
             return self._tally.lines()
 
 
