@@ -327,7 +327,7 @@ def test_the_reason_stands_where_the_bar_was(monkeypatch):
     cluster.answers((12, "need {braces}, no node has one"))
     eventually(lambda: "{braces}" in drawn(screen)[-1])
     assert re.fullmatch(
-        r"fit: 1/20 \[00:0\d, 1 failed\] 12 waiting: need {braces}, no node has one", drawn(screen)[-1]
+        r"fit: 1/20 \[00:0\d<00:\d\d, 1 failed\] 12 waiting: need {braces}, no node has one", drawn(screen)[-1]
     )
     bar.close()
     assert "waiting" not in drawn(screen)[-1]

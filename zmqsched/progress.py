@@ -331,13 +331,20 @@ def _draw(bar: Any, counts: Counts, why: str) -> None:
     words += [f"{running:,} running"] if running else []
     bar.set_postfix_str(", ".join(words), refresh=False)
     bar.bar_format = None
-    if why:  # instead of the bar itself, and of a rate that means nothing
+    if why:  # instead of the bar itself
         of_all = "" if total is None else "/{total_fmt}"
-        bar.bar_format = "{desc}: {n_fmt}" + of_all + " [{elapsed}{postfix}] " + why.replace("{", "{{").replace("}", "}}")
+        left = _left(bar, total, done + failed) if total and done + failed else ""
+        words_as_they_are = why.replace("{", "{{").replace("}", "}}")
+        bar.bar_format = f"{{desc}}: {{n_fmt}}{of_all} [{{elapsed}}{left}{{postfix}}] {words_as_they_are}"
     if step := done + failed - bar.n:
         bar.update(step)  # which draws, and learns how fast it goes
     else:
         bar.refresh()
+
+
+def _left(bar: Any, total: int, ended: int) -> str:
+    """The time left, by the rate since the beginning: tqdm's is that of the last moments, and nothing moves."""
+    return f"<{bar.format_interval(bar.format_dict['elapsed'] * (total - ended) / ended)}"
 
 
 @atexit.register
