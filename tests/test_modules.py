@@ -18,6 +18,7 @@ from conftest import told
 
 from zmqsched.errors import NotSerializable
 from zmqsched.payload import FunctionPickler, pack_call
+from zmqsched.payload.local import is_users
 from zmqsched.payload.modules import LOOK_S, Modules
 
 
@@ -366,3 +367,20 @@ def test_sets_that_share_a_module_all_see_its_change(files):
     time.sleep(4 * LOOK_S)
     after = [pickler.pack(mine.fit) for mine in (one, two)]
     assert all(new[0] != old[0] for new, old in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("file", "own"),
+    [
+        ("/home/me/project/model.py", True),
+        ("/tmp/ipykernel_7/123.py", True),
+        ("<ipython-input-3>", True),
+        (textwrap.__file__, False),
+        (np.__file__, False),
+        ("/usr/lib/python3/dist-packages/apt/cache.py", False),
+        ("<frozen importlib._bootstrap>", False),
+        (sys.modules["zmqsched"].__file__, False),
+    ],
+)
+def test_whose_a_file_is(file, own):
+    assert is_users(file) is own

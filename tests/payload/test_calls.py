@@ -195,6 +195,20 @@ print(first, remote(scaled, Model()))
     assert printed == "1 2"
 
 
+def test_the_standard_streams_are_those_of_the_other_side():
+    printed = run_as_main(
+        WORKER_SIDE
+        + """
+def says(stream):
+    import sys
+    return stream is sys.stderr
+
+print(remote(says, sys.stderr))
+"""
+    )
+    assert printed == "True"
+
+
 def test_a_result_that_explodes_on_arrival_is_a_decode_error():
     with pytest.raises(ResultDecodeError, match="SystemExit: 3") as caught:
         unpack_value(pack_value(ExplodesLater()))

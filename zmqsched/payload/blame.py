@@ -18,10 +18,8 @@ from collections.abc import Iterator, Sequence
 from time import monotonic
 from typing import Any
 
-import cloudpickle
-
 from .captures import ABSENT, importable, names
-from .pickling import Sink
+from .pickling import Pickler, Sink
 from .words import brief, short, type_name
 from .wrappers import Wrapper
 
@@ -85,7 +83,7 @@ class _OutOfTimeError(BaseException):
     """The budget is spent."""
 
 
-class _Tracer(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no annotations
+class _Tracer(Pickler):
     """Pickles into nothing, and remembers what it has seen last."""
 
     def __init__(self, until: float) -> None:

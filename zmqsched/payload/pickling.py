@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeAlias
+import sys
+from collections import ChainMap
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import cloudpickle
 from cloudpickle.cloudpickle import _PICKLE_BY_VALUE_MODULES
@@ -28,7 +30,22 @@ REGISTERED: set[str] = _PICKLE_BY_VALUE_MODULES
 _MAIN = b"\x8c\x08__main__\x94"
 
 
-def pack(value: Any, pickler: type[cloudpickle.Pickler] = cloudpickle.Pickler, *, plain_first: bool = True) -> Payload:
+def _refuse_file(file: io.TextIOWrapper) -> tuple[Any, ...]:
+    """cloudpickle would send all that is in the file: nobody expects that of a handle."""
+    if file is sys.stdout or file is sys.stderr:
+        return getattr, (sys, "stdout" if file is sys.stdout else "stderr")
+    raise TypeError(f"cannot pickle {type(file).__name__!r} object")
+
+
+class Pickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no annotations
+    """cloudpickle's, but for open files."""
+
+    dispatch_table: ClassVar[Mapping[type, Any]] = ChainMap(
+        {io.TextIOWrapper: _refuse_file}, cloudpickle.Pickler.dispatch_table
+    )
+
+
+def pack(value: Any, pickler: type[Pickler] = Pickler, *, plain_first: bool = True) -> Payload:
     buffers: list[Buffer] = []
 
     def in_band(buffer: pickle.PickleBuffer) -> bool:
@@ -45,7 +62,7 @@ def pack(value: Any, pickler: type[cloudpickle.Pickler] = cloudpickle.Pickler, *
     return [stream, *buffers] if buffers else stream
 
 
-def dumps(value: Any, pickler: type[cloudpickle.Pickler] = cloudpickle.Pickler) -> bytes:
+def dumps(value: Any, pickler: type[Pickler] = Pickler) -> bytes:
     """Like pack, with every buffer in the stream."""
     stream = _plain(value, None)
     return stream if stream is not None else _dumps_by_value(value, pickler, None)
@@ -67,7 +84,7 @@ def _plain(value: Any, in_band: _BufferCallback) -> bytes | None:
     return None if _MAIN in stream else stream
 
 
-def _dumps_by_value(value: Any, pickler: type[cloudpickle.Pickler], in_band: _BufferCallback) -> bytes:
+def _dumps_by_value(value: Any, pickler: type[Pickler], in_band: _BufferCallback) -> bytes:
     file = io.BytesIO()
     pickler(file, 5, buffer_callback=in_band).dump(value)
     return file.getvalue()
@@ -98,7 +115,7 @@ def pickled_bytes(value: Any) -> int:
         sink.bytes += buffer.raw().nbytes
 
     try:
-        cloudpickle.Pickler(sink, 5, buffer_callback=count).dump(value)
+        Pickler(sink, 5, buffer_callback=count).dump(value)
     except Exception:  # noqa: BLE001 - user code may raise anything
         return 0
     return sink.bytes
@@ -126,7 +143,7 @@ def check_size(payload: Payload, what: str) -> None:
         )
 
 
-class ResultPickler(cloudpickle.Pickler):  # type: ignore[misc]  # cloudpickle has no annotations
+class ResultPickler(Pickler):
     """cloudpickle sends a class by value with its attributes, and the receiver sets them on the class it knows by that
     identity. Right for calls, where the client's class is the truth; for results it would undo the client's changes."""
 
