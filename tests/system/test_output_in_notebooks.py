@@ -20,21 +20,23 @@ client = Client(cluster)
 @pytest.fixture(scope="module")
 def kernel(clusters):
     manager, kernel = jupyter_client.manager.start_new_kernel(env={**os.environ, "PYTHONPATH": os.getcwd()})
-    run(kernel, BEGIN)
-    yield kernel
-    run(kernel, "client.shutdown(); cluster.close()")
-    kernel.stop_channels()
-    manager.shutdown_kernel()
-    manager.cleanup_resources()
-    for context in (kernel.context, manager.context):
-        context.destroy(linger=0)
+    try:
+        run(kernel, BEGIN)
+        yield kernel
+        run(kernel, "client.shutdown(); cluster.close()")
+    finally:
+        kernel.stop_channels()
+        manager.shutdown_kernel()
+        manager.cleanup_resources()
+        for context in (kernel.context, manager.context):
+            context.destroy(linger=0)
 
 
 def run(kernel, code: str) -> str:
     """Run a cell to its end; its number."""
     cell = kernel.execute(code)
-    reply = kernel.get_shell_msg(timeout=40)
-    assert reply["parent_header"]["msg_id"] == cell
+    while (reply := kernel.get_shell_msg(timeout=40))["parent_header"]["msg_id"] != cell:
+        continue  # it answers more than once that it is ready
     assert reply["content"]["status"] == "ok", reply["content"]
     return cell
 
