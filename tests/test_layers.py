@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "zmqsched"
 CORE_MAY = {"errors", "config", "protocol"}
 SHELL_MAY = CORE_MAY | {
     "core", "sockets", "pipes", "broker", "journal", "monitor", "node", "nursery", "orphans", "blackbox", "streams",
-    "listening", "shell", "host", "version",
+    "listening", "origin", "shell", "host", "version",
 }  # fmt: skip
 EDGE_MAY = CORE_MAY | {"core", "payload", "sockets", "pipes"}
 MAPS = {"maps", "mapping"}
@@ -36,33 +36,35 @@ MAY = {
     "streams": {"protocol"},
     "surroundings": set(),
     "orphans": set(),
+    "origin": {"config"},
     "shell": CORE_MAY,
     "host": CORE_MAY,
     "version": set(),
     "listening": {"protocol", "streams"},
     "worker": EDGE_MAY | {"surroundings", "streams"},
     "context": {"protocol", "payload", "worker"},
+    "nesting": {"protocol", "worker", "origin"},
     "display": set(),
     "records": CORE_MAY | {"display"},
     "callbacks": set(),
     "printing": {"protocol"},
-    "futures": CORE_MAY | {"payload", "callbacks", "display", "printing"},
+    "futures": CORE_MAY | {"payload", "callbacks", "display", "printing", "nesting"},
     "progress": CORE_MAY | {"options"},
-    "waiting": {"futures", "progress"},
+    "waiting": {"futures", "progress", "nesting"},
     "lifetime": {"futures", "waiting", "client"},
     "options": CORE_MAY,
     "arguments": EDGE_MAY | {"futures"},
     "sources": set(),
     "shelf": {"payload"},
     "tally": {"payload"},
-    "mapping": EDGE_MAY | {"futures", "waiting", "lifetime", "sources", "shelf", "tally", "progress", "client"},
+    "mapping": EDGE_MAY | {"futures", "waiting", "lifetime", "sources", "shelf", "tally", "progress", "client", "nesting"},
     "maps": EDGE_MAY | {"mapping", "sources", "display", "options", "progress", "client", "tasks"},
     "tasks": EDGE_MAY | {"futures", "maps", "options", "client"},
     "client": EDGE_MAY
     | {"worker", "futures", "callbacks", "printing", "waiting", "lifetime", "records", "display", "host", "options"}
-    | {"arguments", "tasks"}
+    | {"arguments", "tasks", "nesting", "origin"}
     | MAPS,
-    "waitgroup": EDGE_MAY | {"futures", "tasks", "worker", "waiting"},
+    "waitgroup": EDGE_MAY | {"futures", "tasks", "worker", "waiting", "nesting"},
 }
 ASSEMBLY = {"__init__", "__main__", "cluster", "stopping", "easy", "sim", "cli", "joblib"}
 
@@ -87,6 +89,9 @@ NEVER = {
 # (importer, imported): why this one may go up.
 EXCEPTIONS = {
     ("client", "cluster"): "Client() without a cluster starts a local one, imported when that is wanted",
+    ("nursery", "client"): "so that workers forked later need not import it, once tasks of this node are clients",
+    ("nesting", "client"): "get_client() makes one when it is called",
+    ("nesting", "easy"): "outside of tasks get_client() gives the one that zmqsched.map uses",
     ("nursery", "worker"): "its forked child becomes a worker and never returns; the nursery itself unpickles nothing",
 }
 

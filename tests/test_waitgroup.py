@@ -230,11 +230,13 @@ def test_a_group_of_another_client(cluster):
             use()
 
 
-def test_inside_a_task_nobody_waits(client, group):
-    for what in ("wait", "go"):
-        future = client.submit(lambda what: getattr(group, what)(*[abs] * (what == "go")), what)
-        with pytest.raises(RuntimeError, match=r"go\(\) and wait\(\) need a client"):
-            future.result(timeout=10)
+def test_inside_a_task_it_starts_and_waits_with_the_client_of_the_task(client, group):
+    def starts():
+        futures = [group.go(abs, number) for number in (-1, -2)]
+        group.wait(10)
+        return [future.result(0) for future in futures]
+
+    assert client.submit(starts).result(timeout=20) == [1, 2]
 
 
 def test_a_group_goes_nowhere_but_to_tasks(client, group):

@@ -19,13 +19,14 @@ if TYPE_CHECKING:
     from .easy import map, starmap  # noqa: A004 - zmqsched.map is the point
     from .futures import Future
     from .maps import Map
+    from .nesting import get_client
     from .version import __version__
     from .waitgroup import WaitGroup
     from .waiting import as_completed, wait
 
 __all__ = [
-    "Client", "Future", "LocalCluster", "Map", "WaitGroup", "__version__", "as_completed", "errors", "get_task", "map",
-    "starmap", "wait",
+    "Client", "Future", "LocalCluster", "Map", "WaitGroup", "__version__", "as_completed", "errors", "get_client",
+    "get_task", "map", "starmap", "wait",
 ]  # fmt: skip
 
 _HOMES = {
@@ -36,6 +37,7 @@ _HOMES = {
     "WaitGroup": "waitgroup",
     "__version__": "version",
     "as_completed": "waiting",
+    "get_client": "nesting",
     "get_task": "context",
     "map": "easy",
     "starmap": "easy",

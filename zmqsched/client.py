@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import msgspec
 import zmq
+from msgspec.structs import replace
 
-from . import errors, lifetime, sockets
+from . import errors, lifetime, nesting, sockets
 from .arguments import fail, first_failed, inputs_of, values_of
 from .callbacks import Callbacks
 from .config import CONNECT_TIMEOUT_S, ConnectionFile, find_cluster, lasting_name
@@ -41,6 +42,7 @@ from .futures import Future
 from .host import where
 from .maps import Map
 from .options import boolean, short_name
+from .origin import Origin
 from .payload import FunctionPickler, groups, pack_call, references, short_form
 from .printing import Log, Printer, Source, cell_reader, tag_of
 from .protocol import (
@@ -95,7 +97,8 @@ class Client(Shown, Tasks):
 
     At its end the program waits for what was submitted, as with the standard's executors; an interrupt (Ctrl-C) then cancels
     what is left. In a forked child it raises RuntimeError, and so do its unfinished futures there. A pickled client connects
-    anew where it is unpickled, to the cluster of that name or connection file; copied, it stays the same.
+    anew where it is unpickled, to the cluster of that name or connection file; in a task it is what
+    :func:`~zmqsched.get_client` gives there; copied, it stays the same.
 
     Parameters
     ----------
@@ -114,20 +117,21 @@ class Client(Shown, Tasks):
     ClusterNotFound, ConnectionFileError, BrokerUnreachable, Refused
         One line each, with what to do.
     RuntimeError
-        Inside a task.
+        Inside a task, where :func:`~zmqsched.get_client` gives one.
     """
 
     def __init__(
         self,
-        cluster: LocalCluster | ConnectionFile | str | os.PathLike[str] | None = None,
+        cluster: LocalCluster | ConnectionFile | Origin | str | os.PathLike[str] | None = None,
         *,
         timeout: float = CONNECT_TIMEOUT_S,
         output: bool = True,
     ) -> None:
-        if in_worker():
+        self._nested = isinstance(cluster, Origin)
+        if in_worker() and not self._nested:
             raise RuntimeError(
-                "a task cannot be a client: waiting for other tasks, it would keep the worker that they may need. "
-                "Return what is to be done next, and let the program that called it submit that"
+                "a task does not make a client: zmqsched.get_client() gives one of its cluster, and lends the task's slot "
+                "to others while it waits"
             )
         self._owned: LocalCluster | None = None
         if isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 < timeout < math.inf:
@@ -137,7 +141,7 @@ class Client(Shown, Tasks):
         file = self._find(cluster)
         # A broker on Unix sockets has nodes on its own host only.
         self._on_one_host = all(address.startswith("ipc://") for address in file.addresses.work)
-        self._local = self._owned or (cluster if hasattr(cluster, "broker_death") else None)
+        self._local = self._owned or (cast("LocalCluster", cluster) if hasattr(cluster, "broker_death") else None)
         self._client = self
         self._options = Options()
         self._retry_on = b""
@@ -168,7 +172,8 @@ class Client(Shown, Tasks):
         self._ctx = sockets.context()
         try:
             self._dealer = sockets.connect_dealer(self._ctx, file.reachable("work"), sockets.Keys.of(file), timeout)
-            self._core = Requests(ClientHello(secrets.token_bytes(16), 1, where()))
+            incarnation = nesting.incarnation() if self._nested else secrets.token_bytes(16)
+            self._core = Requests(ClientHello(incarnation, 1, where()))
             has = (weakref.ref(self), self._core, self._dealer, self._ctx, os.dup(self._wake), self._printer)
             self._thread = threading.Thread(target=_serve, args=has, name="zmqsched client", daemon=True)
             self._thread.start()
@@ -263,7 +268,7 @@ class Client(Shown, Tasks):
                 "this zmqsched Client cannot be pickled: it has started a cluster for itself, which ends with it. "
                 "Start a LocalCluster, and what is made with Client(cluster) can be"
             )
-        return Client, (self._where,)
+        return _arrived, (self._where,)
 
     def __copy__(self) -> Client:
         return self
@@ -280,6 +285,8 @@ class Client(Shown, Tasks):
     ) -> Future[T]:  # fmt: skip
         """``accepted``: part of what was asked for before a shutdown."""
         self._check_usable(accepted=accepted)
+        if self._nested and options.depth != (depth := nesting.depth()):
+            options = replace(options, depth=depth)
         task = self._prefix + next(self._numbers).to_bytes(8, "big")
         future: Future[T] = self._future(task)
         if self._cell is not None:
@@ -343,9 +350,10 @@ class Client(Shown, Tasks):
     def _wait_for_room(self, *, accepted: bool) -> None:
         self._blocked += 1  # before looking again: the I/O thread makes room before it looks for who waits
         try:
-            while self._waiting >= MAX_WAITING_BYTES:
-                self._room.wait()
-                self._check_usable(accepted=accepted)
+            with nesting.waiting():
+                while self._waiting >= MAX_WAITING_BYTES:
+                    self._room.wait()
+                    self._check_usable(accepted=accepted)
         finally:
             self._blocked -= 1
 
@@ -390,7 +398,7 @@ class Client(Shown, Tasks):
 
     # --- beginning and ending ----------------------------------------------------------------------------------------
 
-    def _find(self, cluster: LocalCluster | ConnectionFile | str | os.PathLike[str] | None) -> ConnectionFile:
+    def _find(self, cluster: LocalCluster | ConnectionFile | Origin | str | os.PathLike[str] | None) -> ConnectionFile:
         file = cluster if isinstance(cluster, ConnectionFile) else getattr(cluster, "file", None)
         if file is not None:
             self._where = file.name
@@ -446,7 +454,7 @@ class Client(Shown, Tasks):
 
     def _close_when_done(self) -> None:
         try:
-            with self._idle:
+            with self._idle, nesting.waiting() if not self._is_idle else contextlib.nullcontext():
                 while not self._is_idle and self._thread.is_alive():
                     self._idle.wait(1.0)
             if not self._callbacks.are_mine(threading.current_thread()):
@@ -661,6 +669,11 @@ def _serve(
         os.close(wake)
         if printer is not None:
             printer.close()
+
+
+def _arrived(where: str) -> Client:
+    """A client that was pickled: in a task it is the worker's."""
+    return nesting.get_client() if in_worker() else Client(where)
 
 
 def _is_closed(reference: weakref.ref[Client]) -> bool:

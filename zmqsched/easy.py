@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from .client import Client
+from .nesting import get_client
+from .worker import in_worker
 
 if TYPE_CHECKING:
     from numpy.random import SeedSequence
@@ -32,7 +34,7 @@ def map(  # noqa: A001 - the module's function is meant to read as zmqsched.map
     """The list of ``fn(*items)`` for the items of the iterables, computed in parallel; see :meth:`zmqsched.Client.map`.
 
     Uses this user's running cluster, found as :class:`~zmqsched.Client` finds it, or starts a local one, which serves later
-    calls too and ends with the program.
+    calls too and ends with the program. In a task it is the task's own cluster.
     """
     return list(
         _client().map(
@@ -63,6 +65,8 @@ def starmap(
 
 
 def _client() -> Client:
+    if in_worker():
+        return get_client()
     global _shared, _shared_pid
     with _lock:
         if _shared is None or _shared_pid != os.getpid() or not _shared.usable:

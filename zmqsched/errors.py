@@ -12,6 +12,7 @@
     │   ├── TaskTimeout (TimeoutError)      the task ran longer than its time limit
     │   ├── WorkerDied                      the task was running each time a worker died
     │   ├── Unschedulable                   no node can ever hold what the task asks for
+    │   ├── TooManyWaiting                  the task waited for others, as too many did on its node
     │   ├── DependencyFailed                a future among the task's arguments failed; that error is the cause
     │   └── NotAccepted                     the broker could not take the task, and why
     ├── ClusterError                    the cluster cannot be found, reached or joined
@@ -74,6 +75,10 @@ class WorkerDied(TaskError):
 
 class Unschedulable(TaskError):
     """No node of the cluster can ever hold what the task asks for."""
+
+
+class TooManyWaiting(TaskError):
+    """The task waited for tasks of its own, and so did as many on its node as may: nested too deeply, or too wide."""
 
 
 class DependencyFailed(TaskError):

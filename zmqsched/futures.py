@@ -26,10 +26,11 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from concurrent.futures._base import _STATE_TO_DESCRIPTION_MAP, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
+from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from . import errors
+from . import errors, nesting
 from .callbacks import Callbacks
 from .display import Sheet, Shown, cell
 from .payload import as_it_is, input_value, noting, packed_value, unpack_exception, unpack_value
@@ -152,7 +153,8 @@ class Future(Shown, concurrent.futures.Future[T]):
         import asyncio  # heavy, and a program that awaits has it
 
         try:
-            return (yield from asyncio.wrap_future(self).__await__())
+            with nesting.waiting() if self._state in _OPEN else nullcontext():
+                return (yield from asyncio.wrap_future(self).__await__())
         except asyncio.CancelledError:
             self.cancel(force=True)  # asyncio has cancelled it by now, but not what may run
             raise
@@ -333,7 +335,7 @@ class Future(Shown, concurrent.futures.Future[T]):
         """Wait until there is an answer for this thread to unpack (its own unpacking may have asked for it), or nothing to
         unpack."""
         until = None if timeout is None else time.monotonic() + timeout
-        with self._condition:
+        with self._condition, nesting.waiting() if self._state in _OPEN else nullcontext():
             while True:
                 if self._state not in _OPEN:
                     if self._final is None or unpackers.setdefault(id(self), mine) == mine:

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from . import errors
+from . import errors, nesting
 from .core.chunking import BUDGET_S, ITEMS, Chunking
 from .errors import ClusterError, NotAccepted, ResultDecodeError, TaskError, TaskTimeout, Unschedulable
 from .lifetime import FORKED
@@ -643,7 +643,8 @@ class Run:
     def _wait(self) -> None:
         left = None if self.plan.until is None else self.plan.until - time.monotonic()
         if left is None or left > 0:
-            self.changed.wait(left if left is None else min(left, threading.TIMEOUT_MAX))
+            with nesting.waiting():
+                self.changed.wait(left if left is None else min(left, threading.TIMEOUT_MAX))
 
     def _taken_off(self, at: int) -> _Part:
         part = self._ready.pop(at)

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
-from . import host, orphans
+from . import host, origin, orphans
 from .config import ConnectionFile
 from .core import events
 from .core.agent import Agent
@@ -28,11 +28,13 @@ from .protocol import (
     Declined,
     Done,
     Envelope,
+    GoesOn,
     GroupAdd,
     Interrupted,
     NodeHello,
     Remains,
     Run,
+    Waits,
     WorkerState,
     decode,
     decode_pipe,
@@ -71,6 +73,8 @@ class Node:
         orphans.adopt()
         slots = slots or host.usable_cpus()
         os.environ.update(host.thread_limits(slots, os.environ))
+        incarnation = secrets.token_bytes(16)
+        origin.node = origin.Origin(file, incarnation)
         self._nursery = Nursery()
         host.allow_many_files()
         self._stderr = Relay()
@@ -86,13 +90,14 @@ class Node:
         self._pub = sockets.connect_pub(self._ctx, file.reachable("beats"), keys)
         found, gpus = _resources(slots, resources or {})
         hello = NodeHello(
-            secrets.token_bytes(16), 1, host.where(), slots, slots, tuple(sorted(found.items())), tuple(sorted(set(tags)))
+            incarnation, 1, host.where(), slots, slots, tuple(sorted(found.items())), tuple(sorted(set(tags)))
         )
         self._agent = Agent(hello, gpus)
         self._incarnation = hello.incarnation
         self._echo = echo
         self._wires: dict[int, Wires] = {}  # by worker
         self._readable: dict[int, int] = {}  # worker by descriptor, of its pipe
+        self._nests = False  # tasks here submit tasks
         self._unsent: dict[int, list[Run]] = {}  # what could not be put into a dying worker's pipe
         self._measured: dict[int, psutil.Process] = {}
         self._oom_kills = host.OomKills()
@@ -169,6 +174,8 @@ class Node:
                 self._nursery.interrupt(worker)
             case events.Kill(worker):
                 self._nursery.kill(worker)
+            case events.Retire(worker):
+                self._wires[worker].pipe.finish()
             case events.Start(worker):
                 self._start(worker)
             case events.SendBeat(beat):
@@ -239,9 +246,12 @@ class Node:
                 self._listener.answered(worker, message)
                 if box.asked:
                     box.clear()  # or it would be told of the next task when that kills the worker
+            elif isinstance(message, Waits) and not self._nests:
+                self._nests = True
+                self._nursery.teach_clients()
             elif isinstance(message, Advanced):
                 self._listener.advanced(worker, monotonic())
-            if isinstance(message, Done | Declined | GroupAdd | Interrupted):
+            if isinstance(message, Done | Declined | GroupAdd | Interrupted | Waits | GoesOn):
                 self._step(Said(worker, message))
 
     def _untaken(self, worker: int) -> list[Run]:

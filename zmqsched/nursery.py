@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NamedTuple, NoReturn
 
-from . import orphans
+from . import origin, orphans
 from .blackbox import STACK_SIGNAL, BlackBox, arm
 from .pipes import EXIT_PIPE_LOST, Pipe, pair
 from .streams import Streams, Voice
@@ -42,7 +42,7 @@ from .streams import Streams, Voice
 # Control datagrams, both ways: kind, worker, pid, peak memory, then text. A spawn carries what the worker is to have: its
 # end of the pipe, and its side of the black box and of the streams.
 _CONTROL = struct.Struct("=cQQQ")
-_SPAWN, _KILL, _INTERRUPT, _DUMP = b"S", b"K", b"I", b"D"
+_SPAWN, _KILL, _INTERRUPT, _DUMP, _TEACH = b"S", b"K", b"I", b"D", b"T"
 _SIGNALS = {_INTERRUPT: signal.SIGINT, _DUMP: STACK_SIGNAL}
 _BORN, _EXITED = b"B", b"X"
 _CONTROL_MAX = 1024
@@ -132,6 +132,10 @@ class Nursery:
     def dump(self, worker: int) -> None:
         """Have the worker write its stack into its black box, whatever it is doing; nobody waits. A dead one is ignored."""
         self._send(_DUMP, worker)
+
+    def teach_clients(self) -> None:
+        """Have later workers know how to be clients: their tasks would each spend a while on importing that."""
+        self._send(_TEACH, 0)
 
     def fileno(self) -> int:
         return self._control.fileno()
@@ -272,6 +276,12 @@ class _Keeper:
             if worker in self._pids:
                 _kill_group(self._pids[worker])
             return None
+        if kind == _TEACH:
+            from . import client  # noqa: F401
+
+            gc.collect()
+            gc.freeze()
+            return None
         if kind in _SIGNALS:
             if worker in self._pids:
                 os.kill(self._pids[worker], _SIGNALS[kind])
@@ -308,6 +318,7 @@ class _Keeper:
             os._exit(1)
         os.setsid()
         orphans.mark(worker)
+        origin.worker = worker
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_DFL)

@@ -108,6 +108,10 @@ class Pipe:
             raise OSError(errno.EMFILE, "a message's descriptor could not be received: too many open files")
         return _mapped(struct.unpack_from("i", ancillary[0][2])[0])
 
+    def finish(self) -> None:
+        """Send nothing more: the other end reads what is there, and then that there will be no more."""
+        self._end.shutdown(socket.SHUT_WR)
+
     def fileno(self) -> int:
         return self._end.fileno()
 

@@ -46,9 +46,13 @@ MAX_ITEMS = 10_000
 MAX_FRAMES = 1_024
 MAX_PARTS = 256  # frames of one payload: a task and its function must fit a message together
 MAX_TEXT = 64 * 1024
+MAX_DEPTH = (1 << 16) - 1  # of nested tasks; deeper ones count as this deep
 MAX_WORDS = 64 * 1024  # of what a task prints: as much as its future keeps
 MAX_ADVANCE_TEXT = 200
 MAX_HELD = 64  # WaitGroups that a call refers to
+# What a task does not need while it waits for others. What it has in memory stays there, and what else it asks for (a
+# licence, a disk) may still be in use.
+LENT = frozenset({"cpu", "gpu"})
 # One call or one result. libzmq cuts a link at an oversize frame without a word, so the sender checks (pitfall 6).
 MAX_PAYLOAD = 1 << 30
 
@@ -84,7 +88,8 @@ class Options(_Wire):
     counts down. ``requeue=False`` with ``retries=0`` means at most one execution. ``backoff``: seconds before the first
     retry. ``job``: the task is answered to the job of that name, which any client may follow, and not to the client that
     submitted it. ``timeout``: seconds that a run may take, 0 for any. ``holds``: the WaitGroups that the call or the
-    function refers to.
+    function refers to. ``depth``: how deep the task is nested in others, which may wait for it: of equal priority the
+    deeper goes first, so that few have to wait.
     """
 
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] = 0
@@ -98,6 +103,12 @@ class Options(_Wire):
     job: Name = ""
     timeout: Amount = 0.0
     holds: Annotated[tuple[Token, ...], Meta(max_length=MAX_HELD)] = ()
+    depth: Annotated[int, Meta(ge=0, le=MAX_DEPTH)] = 0
+
+    @property
+    def rank(self) -> int:
+        """Higher goes first."""
+        return self.priority * (MAX_DEPTH + 1) + self.depth
 
 
 class Shape(_Wire):
@@ -181,7 +192,7 @@ class Death(_Wire):
 
 Verdict = Literal[
     "ok", "error", "cancelled", "WorkerDied", "Unschedulable", "NotAccepted", "ClusterLost", "TaskTimeout",
-    "DependencyFailed",
+    "DependencyFailed", "TooManyWaiting",
 ]  # fmt: skip
 
 
@@ -211,7 +222,7 @@ class Stopped(_Wire):
 
     task: TaskId
     attempt: Count
-    verdict: Literal["cancelled", "TaskTimeout"]
+    verdict: Literal["cancelled", "TaskTimeout", "TooManyWaiting"]
     text: Text
 
 
@@ -242,7 +253,7 @@ class WorkerState(_Wire):
 
     worker: Count
     pid: Count
-    state: Literal["starting", "idle", "busy"]
+    state: Literal["starting", "idle", "busy", "waiting"]
     done: Count = 0
     cpu: Amount = 0.0
     memory: Count = 0
@@ -267,6 +278,17 @@ class ClientHello(_Wire, tag=1):
     incarnation: Token
     life: Count
     where: Host
+
+
+def nested_incarnation(node: bytes, worker: int, number: int) -> bytes:
+    """Of a client in a task: its node's process, its worker, and how many such clients that worker has had. So it can be
+    told when nobody is there any more who waits for its tasks."""
+    return node[:8] + worker.to_bytes(6, "big") + number.to_bytes(2, "big")
+
+
+def nested_in(node: bytes, client: bytes) -> int | None:
+    """The worker of this node that the client is in, if it is in one."""
+    return int.from_bytes(client[8:14], "big") if client[:8] == node[:8] else None
 
 
 class NodeHello(_Wire, tag=2):
@@ -529,7 +551,8 @@ class Progress(_Wire, tag=44):
 
     ``started``: attempts that have run a while. ``returned``: attempts handed back unstarted, to be placed anew.
     ``deaths``: workers that died. ``stopped``: attempts that the node has ended. ``credit``: how many unfinished tasks
-    the node now takes.
+    the node now takes. ``waiting``: attempts that wait for other tasks, and need nothing of ``LENT`` meanwhile; ``resumed``:
+    that go on.
     """
 
     credit: Annotated[int, Meta(ge=0, le=100_000)]
@@ -537,6 +560,8 @@ class Progress(_Wire, tag=44):
     returned: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)] = []
     deaths: Annotated[list[Death], Meta(max_length=MAX_ITEMS)] = []
     stopped: Annotated[list[Stopped], Meta(max_length=MAX_ITEMS)] = []
+    waiting: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)] = []
+    resumed: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)] = []
 
 
 class Workers(_Wire, tag=45):
@@ -584,6 +609,7 @@ class Run(_Wire, tag=60):
     until: float = math.inf
     name: Name = ""
     inputs: Annotated[list[Input], Meta(max_length=MAX_ITEMS)] = []
+    depth: Annotated[int, Meta(ge=0, le=MAX_DEPTH)] = 0
 
 
 class Declined(_Wire, tag=63):
@@ -607,6 +633,18 @@ class Done(_Wire, tag=61):
 
 class Interrupted(_Wire, tag=62):
     """SIGINT has come to the worker."""
+
+
+class Waits(_Wire, tag=65):
+    """The task that the worker runs waits for others."""
+
+    task: TaskId
+
+
+class GoesOn(_Wire, tag=66):
+    """The task waits no more."""
+
+    task: TaskId
 
 
 class Advanced(_Wire, tag=64):
@@ -672,7 +710,7 @@ Message: TypeAlias = (
     | Beat | Fact
 )  # fmt: skip
 RecordMessage: TypeAlias = Submit | Functions | Finals | Inputs | GroupAdd | Charged | Forgotten | Left | Present
-PipeMessage: TypeAlias = Run | Done | Declined | GroupAdd | Interrupted | Advanced
+PipeMessage: TypeAlias = Run | Done | Declined | GroupAdd | Interrupted | Advanced | Waits | GoesOn
 
 
 class Envelope(Struct, array_like=True, frozen=True, gc=False):

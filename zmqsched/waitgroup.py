@@ -25,7 +25,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from . import worker
+from . import nesting, worker
 from .core.events import Tell
 from .errors import WaitGroupError
 from .payload import note_group
@@ -95,7 +95,8 @@ class WaitGroup:
         client = self._here()._client
         request, reply = client._request(lambda number: GroupWait(number, self._group))
         try:
-            error = reply.result(timeout).error
+            with nesting.waiting():
+                error = reply.result(timeout).error
         except concurrent.futures.TimeoutError:
             self._give_up(request)
             raise TimeoutError(f"the WaitGroup was not done within {timeout} s") from None
@@ -120,9 +121,8 @@ class WaitGroup:
         return f"<zmqsched.WaitGroup {self._group.hex()[:8]}>"
 
     def _here(self) -> Tasks:
-        if self._tasks is None:
-            raise RuntimeError("inside a task a WaitGroup can add() and done(); go() and wait() need a client")
-        return self._tasks
+        """The client to submit and to wait with; in a task, the worker's."""
+        return nesting.get_client() if self._tasks is None else self._tasks
 
 
 def _arrived(group: bytes) -> WaitGroup:

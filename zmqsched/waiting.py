@@ -18,8 +18,10 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ALL_COMPLETED
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING, DoneAndNotDoneFutures, _Waiter
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+from . import nesting
 from .futures import Future
 from .progress import FutureWork, show
 
@@ -53,7 +55,8 @@ def wait(
     work = FutureWork(fs)
     bar = show(progress, work, "futures", next((future._owner for future in fs if isinstance(future, Future)), None))
     try:
-        return concurrent.futures.wait(fs, timeout, return_when)
+        with nesting.waiting():
+            return concurrent.futures.wait(fs, timeout, return_when)
     except KeyboardInterrupt:
         cancel_all(fs, force=True)
         raise
@@ -117,7 +120,8 @@ class AsCompleted(Generic[T]):
         if not self._pending:
             raise StopIteration
         try:
-            future = self._waiter.done.get(timeout=self._left())
+            with nesting.waiting() if self._waiter.done.empty() else nullcontext():
+                future = self._waiter.done.get(timeout=self._left())
         except queue.Empty:
             raise self._late() from None
         except KeyboardInterrupt:
@@ -137,8 +141,9 @@ class AsCompleted(Generic[T]):
         self._waiter.wake = (asyncio.get_running_loop(), arrived)
         try:
             while self._waiter.done.empty():
-                async with asyncio.timeout(self._left()):
-                    await arrived.wait()
+                with nesting.waiting():
+                    async with asyncio.timeout(self._left()):
+                        await arrived.wait()
                 arrived.clear()
         except TimeoutError:
             raise self._late() from None

@@ -41,6 +41,7 @@ from zmqsched.core.events import (
     Reached,
     Reconnected,
     Replied,
+    Retire,
     Said,
     SchedulerAction,
     SchedulerEvent,
@@ -82,6 +83,7 @@ from zmqsched.protocol import (
     Follow,
     Function,
     Functions,
+    GoesOn,
     Goodbye,
     GroupAdd,
     Host,
@@ -108,6 +110,7 @@ from zmqsched.protocol import (
     Stopped,
     Submit,
     TaskSpec,
+    Waits,
     Welcome,
     Words,
     Workers,
@@ -628,6 +631,7 @@ class Workplace:
         self.given: list[tuple[int, str]] = []
         self.runs: dict[str, Run] = {}
         self.signals: list[tuple[str, int]] = []  # what workers were sent: "ask", "interrupt", "kill"
+        self.retired: list[int] = []
         self.stack = "line 1 in f"  # where workers stand
         self.log: list[str] = []
         self.quit: str | None = None
@@ -720,7 +724,14 @@ class Workplace:
         run = self.runs[label]
         self.step(Printed([Words(run.task, run.attempt, self.worker_of(label), 1, 0, 0, text)], []))
 
-    def says(self, worker: int, message: Done | GroupAdd | Interrupted) -> None:
+    def waits(self, label: str) -> None:
+        """Its task waits for others."""
+        self.says(self.worker_of(label), Waits(task_id(label)))
+
+    def goes_on(self, label: str) -> None:
+        self.says(self.worker_of(label), GoesOn(task_id(label)))
+
+    def says(self, worker: int, message: Done | GroupAdd | Interrupted | Waits | GoesOn) -> None:
         self.step(Said(worker, message))
         self.turn()
 
@@ -801,6 +812,9 @@ class Workplace:
                     self.signals.append(("interrupt", worker))
                 case Kill(worker):
                     self.signals.append(("kill", worker))
+                case Retire(worker):
+                    self.retired.append(worker)
+                    self.step(Exited(worker, self.pids[worker], "exit code 0", self.pipes.pop(worker)))
                 case SendBeat(beat):
                     self.beats.append(beat)
                 case Log(_, text):

@@ -24,6 +24,15 @@ How tasks get to the node
   given to another. Without one it waits; if the broker has given it up, or is another one, what is unstarted is dropped.
   What runs is an *orphan*: named in the next hello, and adopted, or else finished and offered as it is.
 
+Tasks that wait for others
+--------------------------
+* A worker whose task waits for tasks that it has submitted says so. Its slot is *lent* meanwhile, and what it has of
+  ``LENT``: another worker is started, and the broker may send other tasks. What lay in its pipe is taken back.
+* When the wait ends the task just goes on: for a moment more may run than there are slots, but nothing new is started before
+  fewer do. Workers beyond the slots are ended when they have been idle for ``SPARE_S``.
+* At most ``MAX_LENT`` slots are lent. A task that waits beyond that is ended with an error: it might wait for ever.
+* A time limit goes on counting; how long tasks take is estimated without their waits.
+
 How tasks are ended before their time is in ``stops.py``.
 """
 
@@ -36,6 +45,7 @@ from typing import Literal
 
 from ..config import BEAT_INTERVAL_S, SUSPECT_AFTER_BEATS
 from ..protocol import (
+    LENT,
     Adopt,
     Advance,
     Attempt,
@@ -47,6 +57,7 @@ from ..protocol import (
     Draining,
     Function,
     Functions,
+    GoesOn,
     Goodbye,
     GroupAdd,
     Input,
@@ -68,6 +79,7 @@ from ..protocol import (
     Shape,
     Stop,
     Stopped,
+    Waits,
     Welcome,
     Words,
     Workers,
@@ -89,6 +101,7 @@ from .events import (
     Quit,
     Reached,
     Reconnected,
+    Retire,
     Said,
     SendBeat,
     Start,
@@ -114,6 +127,8 @@ MAX_PREFETCH = 256  # for each slot
 STUCK_AFTER_S = 0.005  # a batch whose first task takes this long, and three times as long as usual, is taken apart
 REPORT_AFTER_S = 0.05  # a task that runs this long is reported as running
 MAX_WORKER_FUNCTIONS = 512
+MAX_LENT = 128  # slots: each is one more process
+SPARE_S = 1.0
 LEASE_S = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS
 SILENT_AFTER_S = 5.0
 PARTING_S = 2.0  # how long a drained node waits for its last results to be acknowledged
@@ -127,7 +142,7 @@ class Held:
 
     __slots__ = (
         "attempt", "call", "inputs", "lacks", "limit_s", "options", "orphan", "reported", "revoked", "shape", "task",
-        "worker",
+        "too_many", "worker",
     )  # fmt: skip
 
     def __init__(self, order: Order, shape: Shape) -> None:
@@ -142,6 +157,7 @@ class Held:
         self.reported = False
         self.orphan = False
         self.revoked = False
+        self.too_many = False  # that wait for others
         self.limit_s = self.options.timeout or math.inf
 
     @property
@@ -152,9 +168,14 @@ class Held:
 
 class Worker:
     """``runs``: what it was given and has not answered, in order; the first of them is running since ``since``. ``ending``:
-    its task is brought to an end, or was, and the worker is not fit for another yet."""
+    its task is brought to an end, or was, and the worker is not fit for another yet. ``waiting_since``: since when its task
+    waits for others, if it does; ``waited_s``: how long it has in all; ``late``: it has gone on, perhaps beyond the slots;
+    ``spare``: it is to end, for it is not needed."""
 
-    __slots__ = ("done", "ending", "functions", "gpus", "id", "pid", "runs", "since", "taking_back", "uses")
+    __slots__ = (
+        "done", "ending", "functions", "gpus", "id", "idle_since", "late", "pid", "runs", "since", "spare", "taking_back",
+        "uses", "waited_s", "waiting_since",
+    )  # fmt: skip
 
     def __init__(self, number: int) -> None:
         self.id = number
@@ -167,10 +188,32 @@ class Worker:
         self.gpus: tuple[str, ...] = ()
         self.taking_back = False
         self.ending: Ending | None = None
+        self.waiting_since: float | None = None
+        self.waited_s = 0.0
+        self.late = False
+        self.idle_since = 0.0
+        self.spare = False
 
     @property
-    def state(self) -> Literal["starting", "idle", "busy"]:
+    def state(self) -> Literal["starting", "idle", "busy", "waiting"]:
+        if self.waits:
+            return "waiting"
         return "starting" if not self.pid else "busy" if self.runs or self.ending else "idle"
+
+    @property
+    def waits(self) -> bool:
+        """Its slot is lent."""
+        return self.waiting_since is not None
+
+    @property
+    def active(self) -> bool:
+        """It takes a slot."""
+        return bool(self.runs) and self.waiting_since is None
+
+    @property
+    def booked(self) -> list[tuple[str, float]]:
+        """What its task has of the node's resources now."""
+        return [(name, amount) for name, amount in self.uses if not (self.waits and name in LENT)]
 
 
 class Agent:
@@ -196,6 +239,8 @@ class Agent:
         self._deaths: list[Death] = []
         self._additions = 0  # to WaitGroups, by tasks
         self._stopped: list[Stopped] = []
+        self._waiting: list[Attempt] = []
+        self._resumed: list[Attempt] = []
         self._workers_changed = False
         self._beat_interval_s = BEAT_INTERVAL_S
         self._beats = 0
@@ -250,8 +295,11 @@ class Agent:
             return self._uplink.deadline()
         if self._outcomes or self._started or self._returned or self._deaths or self._stopped or self._workers_changed:
             return 0.0
-        if len(self._workers) < self._slots:
+        if self._waiting or self._resumed:
+            return 0.0
+        if len(self._workers) < self._wanted_workers:
             times.append(self._start_at)
+        times += [worker.idle_since + SPARE_S for worker in self._surplus()]
         for worker in self._workers.values():
             if worker.ending is not None and _has_nothing_else(worker):
                 times.append(worker.ending.at)
@@ -263,7 +311,7 @@ class Agent:
                     times.append(worker.since + REPORT_AFTER_S)
                 if first.limit_s < math.inf and worker.ending is None:
                     times.append(worker.since + first.limit_s)
-        since = [worker.since for worker in self._workers.values() if worker.runs]
+        since = [worker.since for worker in self._workers.values() if worker.active]
         if self._queue and len(since) >= self._slots:
             # When the queue is longer than what is worth prefetching at such a stall: see _hand_back.
             stall = max(2 * LOOKAHEAD_S, self._slots * LOOKAHEAD_S / len(self._queue) + 0.001)
@@ -279,13 +327,18 @@ class Agent:
         assert len(queued) + len(lacking) + len(given) == len(queued | lacking | given), "a task is in two places"
         assert queued | lacking | given == self._held.keys(), "a task is held and nowhere, or the reverse"
         for name, used in self._used.items():
-            uses = sum(dict(worker.uses).get(name, 0.0) for worker in self._workers.values() if worker.runs)
+            uses = sum(dict(worker.booked).get(name, 0.0) for worker in self._workers.values() if worker.runs)
             assert abs(used - uses) < 1e-6, f"{name} in use is off"
-            assert used <= self._total[name] + 1e-6, f"{name} is overbooked"
+            late = [worker for worker in self._workers.values() if worker.late and worker.active]
+            back = sum(dict(worker.uses).get(name, 0.0) for worker in late)
+            assert used - back <= self._total[name] + 1e-6, f"{name} is overbooked"
+        assert sum(worker.active and not worker.late for worker in self._workers.values()) <= self._slots, "too many run"
         for worker in self._workers.values():
             assert all(held.worker == worker.id for held in worker.runs.values()), "a run at another's worker"
             interrupted = worker.ending is not None and worker.ending.interrupted
             assert not interrupted or len(worker.runs) <= 1, "an interrupted worker was given a run"
+            assert not worker.waits or worker.runs, "a worker without a task waits"
+            assert not (worker.spare and worker.runs), "a worker that is to end was given a task"
 
     @property
     def has_plenty(self) -> bool:
@@ -295,7 +348,7 @@ class Agent:
     @property
     def ready(self) -> bool:
         """It has joined, all its workers are there, and the broker knows them."""
-        born = len(self._workers) == self._slots and all(worker.pid for worker in self._workers.values())
+        born = len(self._workers) >= self._slots and all(worker.pid for worker in self._workers.values())
         link = self._uplink.link
         return born and link is not None and not self._workers_changed and not link.unfinished()
 
@@ -375,6 +428,8 @@ class Agent:
         self._started.clear()
         self._returned.clear()
         self._stopped.clear()
+        self._waiting.clear()
+        self._resumed.clear()
         running = [next(iter(worker.runs.values())) for worker in self._workers.values() if worker.runs]
         self._uplink.hold([Attempt(held.task, held.attempt) for held in running])
 
@@ -385,6 +440,8 @@ class Agent:
                 held.orphan = False
                 held.reported = True
                 self._orphans -= 1
+                if self._workers[held.worker].waits:
+                    self._waiting.append(attempt)
 
     def _ordered(self, order: Order, shape: Shape, coming: set[bytes]) -> None:
         held = self._held.get(order.task)
@@ -402,7 +459,7 @@ class Agent:
             self._functions.hold(name)
         lacking = [name for name in needs if name not in self._functions]
         if not lacking:
-            self._queue.push(held.task, held, held.options.priority)
+            self._queue.push(held.task, held, held.options.rank)
             return
         held.lacks = len(lacking)
         if wanted := [name for name in lacking if name not in self._lacking and name not in coming]:
@@ -417,7 +474,7 @@ class Agent:
             for held in self._lacking.pop(function.digest, []):
                 held.lacks -= 1
                 if not held.lacks:
-                    self._queue.push(held.task, held, held.options.priority)
+                    self._queue.push(held.task, held, held.options.rank)
 
     def _revoke(self, attempt: Attempt, *, force: bool) -> None:
         held = self._held.get(attempt.task)
@@ -436,13 +493,15 @@ class Agent:
 
     # --- from the workers --------------------------------------------------------------------------------------------
 
-    def _said(self, number: int, message: Done | Declined | GroupAdd | Interrupted, now: float) -> None:
+    def _said(self, number: int, message: Done | Declined | GroupAdd | Interrupted | Waits | GoesOn, now: float) -> None:
         worker = self._workers[number]
         if not isinstance(message, Done | Declined):
             if isinstance(message, GroupAdd):
                 self._additions += 1
                 running = next(iter(worker.runs), b"")
                 self._uplink.send(GroupAdd(message.deltas, self._additions, running))
+            elif isinstance(message, Waits | GoesOn):
+                self._turns(worker, message, now)
             elif worker.ending is not None:
                 worker.ending.acknowledged = True
                 if not worker.runs and worker.ending.over:
@@ -452,11 +511,12 @@ class Agent:
             self._offences.note("answer to what is not running", f"worker {number}")
             return
         worker.since = now
+        self._reclaim(worker, now)
         if isinstance(message, Declined):
             worker.functions.discard(worker.runs[message.task].shape.function)
-            self._take_from(worker, message.task)
+            self._take_from(worker, message.task, now)
         else:
-            self._done(worker, message)
+            self._done(worker, message, now)
         if worker.ending is not None and worker.ending.over:
             worker.ending = None
 
@@ -466,11 +526,49 @@ class Agent:
             for message in outputs.messages(link, words, advances, self.name):
                 link.send(message)
 
-    def _done(self, worker: Worker, message: Done) -> None:
+    def _turns(self, worker: Worker, message: Waits | GoesOn, now: float) -> None:
+        """The task waits for others, or goes on."""
+        if message.task != next(iter(worker.runs), None):
+            self._offences.note("a wait of what is not running", f"worker {worker.id}")
+            return
+        held = worker.runs[message.task]
+        news = Attempt(held.task, held.attempt)
+        if isinstance(message, Waits) and not worker.waits:
+            self._book(worker, -1)
+            worker.waiting_since = now
+            if not held.orphan:
+                self._waiting.append(news)
+            if len(worker.runs) > 1 and not worker.taking_back:
+                self._take_back(worker)
+            if self._lent > MAX_LENT:
+                held.too_many = True
+                held.limit_s = 0.0
+        elif isinstance(message, GoesOn) and worker.waits:
+            self._reclaim(worker, now)
+            if news in self._waiting:
+                self._waiting.remove(news)
+            elif not held.orphan:
+                self._resumed.append(news)
+
+    def _reclaim(self, worker: Worker, now: float) -> None:
+        """The slot is not lent any more."""
+        if worker.waiting_since is not None:
+            worker.waited_s += now - worker.waiting_since
+            worker.waiting_since = None
+            worker.late = True
+            self._book(worker, 1)
+
+    def _book(self, worker: Worker, times: int) -> None:
+        for name, amount in worker.uses:
+            if name in LENT and name in self._used:
+                self._used[name] += times * amount
+
+    def _done(self, worker: Worker, message: Done, now: float) -> None:
         held = worker.runs.pop(message.task)
         worker.done += 1
         self._early_deaths = 0
-        took = message.seconds + TASK_OVERHEAD_S
+        took = max(0.0, message.seconds - worker.waited_s) + TASK_OVERHEAD_S
+        worker.waited_s = 0.0
         self._task_s = took if self._task_s is None else self._task_s + 0.1 * (took - self._task_s)
         if worker.ending is not None and worker.ending.interrupted and not message.ok:
             self._stopped.append(self._stop_report(worker, held, worker.ending))
@@ -478,10 +576,11 @@ class Agent:
             self._outcomes.append(Outcome(held.task, held.attempt, message.ok, message.value, worker.id, message.retry))
         self._forget(held)
         if not worker.runs:
-            self._idle(worker)
+            self._idle(worker, now)
 
     def _exited(self, worker: Worker, exited: Exited, now: float) -> None:
         _, pid, how, untaken, remains = exited
+        self._reclaim(worker, now)
         self._taken_back(worker, untaken, now)
         if worker.ending is not None and worker.ending.interrupted:
             for held in worker.runs.values():
@@ -489,20 +588,20 @@ class Agent:
                 self._forget(held)
             if worker.runs:
                 worker.runs.clear()
-                self._idle(worker)
+                self._idle(worker, now)
         elif worker.runs:
             while worker.runs:  # one, unless a task read from its worker's pipe
                 running = worker.runs.popitem(last=False)[1]
                 ran_s = max(0.0, now - worker.since)
                 self._deaths.append(Death(worker.id, pid, how, running.task, running.attempt, ran_s, remains))
                 self._forget(running)
-            self._idle(worker)
-        else:
+            self._idle(worker, now)
+        elif not worker.spare:
             self._deaths.append(Death(worker.id, pid, how))
             if not worker.done:
                 self._start_at = now + RESTART_BACKOFF_S * 2 ** min(6, self._early_deaths)
                 self._early_deaths += 1
-        ours = worker.ending is not None and worker.ending.interrupted
+        ours = worker.spare or (worker.ending is not None and worker.ending.interrupted)
         self._out.append(Log("info" if ours else "warning", f"worker {worker.id} pid {pid} died: {how}"))
         del self._workers[worker.id]
         self._workers_changed = True
@@ -514,9 +613,9 @@ class Agent:
                 continue
             if run.function:
                 worker.functions.discard(run.digest)
-            self._take_from(worker, run.task)
+            self._take_from(worker, run.task, now)
 
-    def _take_from(self, worker: Worker, task: bytes) -> None:
+    def _take_from(self, worker: Worker, task: bytes, now: float) -> None:
         """This run was given to the worker and has not begun."""
         held = worker.runs.pop(task)
         held.worker = 0
@@ -526,9 +625,9 @@ class Agent:
             self._forget(held)
             self._returned.append(Attempt(held.task, held.attempt))
         else:
-            self._queue.push(held.task, held, held.options.priority, first=True)
+            self._queue.push(held.task, held, held.options.rank, first=True)
         if not worker.runs:
-            self._idle(worker)
+            self._idle(worker, now)
 
     # --- acting --------------------------------------------------------------------------------------------------------
 
@@ -536,8 +635,10 @@ class Agent:
         if self._ended:
             self._flush(now)
             return
-        if len(self._workers) < self._slots:
+        if len(self._workers) < self._wanted_workers:
             self._start_workers(now)
+        elif len(self._workers) > self._wanted_workers:
+            self._end_surplus(now)
         self._watch_workers(now)
         if not self._queue:
             self._share_the_last()
@@ -555,8 +656,27 @@ class Agent:
     def _flush(self, now: float) -> None:
         self._out.extend(ToBroker(envelope) for envelope in self._uplink.flush(now))
 
+    @property
+    def _lent(self) -> int:
+        return sum(worker.waits for worker in self._workers.values())
+
+    @property
+    def _wanted_workers(self) -> int:
+        return self._slots + min(MAX_LENT, self._lent) + sum(worker.spare for worker in self._workers.values())
+
+    def _surplus(self) -> list[Worker]:
+        """Idle workers beyond those that are wanted."""
+        number = len(self._workers) - self._wanted_workers
+        return [worker for worker in self._workers.values() if worker.state == "idle" and not worker.spare][: max(0, number)]
+
+    def _end_surplus(self, now: float) -> None:
+        for worker in self._surplus():
+            if now >= worker.idle_since + SPARE_S:
+                worker.spare = True
+                self._out.append(Retire(worker.id))
+
     def _start_workers(self, now: float) -> None:
-        while len(self._workers) < self._slots and now >= self._start_at:
+        while len(self._workers) < self._wanted_workers and now >= self._start_at:
             self._worker_numbers += 1
             self._workers[self._worker_numbers] = Worker(self._worker_numbers)
             self._out.append(Start(self._worker_numbers))
@@ -575,12 +695,16 @@ class Agent:
                 first.reported = True
                 self._started.append(Attempt(first.task, first.attempt))
             if age >= first.limit_s and worker.ending is None:
-                worker.ending = Ending(now, look=not first.revoked)
+                worker.ending = Ending(now, look=not (first.revoked or first.too_many))
                 if len(worker.runs) > 1 and not worker.taking_back:
                     self._take_back(worker)
 
     def _stop_report(self, worker: Worker, held: Held, ending: Ending) -> Stopped:
         where = f"in worker {self.name}/{worker.id} (pid {worker.pid}) on {self._host}"
+        if held.too_many:
+            text = f"{held.options.name or 'the task'} was stopped {where}: it waits for tasks of its own, as {MAX_LENT}"
+            text += " others on this node do. Nest less deeply, or let tasks return what is to be done next"
+            return Stopped(held.task, held.attempt, "TooManyWaiting", text)
         if not ending.look:
             return Stopped(held.task, held.attempt, "cancelled", f"stopped {where}")
         text = f"{held.options.name or 'the task'} was stopped at its time limit of {held.limit_s:g} s, {where}"
@@ -593,7 +717,7 @@ class Agent:
 
     def _share_the_last(self) -> None:
         """A worker has nothing to do while another has runs in its pipe: take those back and share them."""
-        if any(worker.pid and not worker.runs and worker.ending is None for worker in self._workers.values()):
+        if any(worker.state == "idle" and not worker.spare for worker in self._workers.values()):
             longest = max(self._workers.values(), key=lambda worker: len(worker.runs))
             waiting = len(longest.runs) - 1
             if waiting * (self._task_s or 0.0) > BATCH_S and not longest.taking_back:
@@ -607,14 +731,13 @@ class Agent:
         """Fill idle workers first, then all of them up to a batch."""
         depth = self._depth()
         stuck_after = self._stuck_after()
-        ready = [
-            worker
-            for worker in self._workers.values()
-            if worker.pid
-            and worker.ending is None
-            and (not worker.runs or (len(worker.runs) < depth and now - worker.since < stuck_after))
-        ]
-        ready.sort(key=lambda worker: len(worker.runs))
+        fit = [worker for worker in self._workers.values() if worker.pid and worker.ending is None and not worker.spare]
+        free = max(0, self._slots - sum(worker.active for worker in self._workers.values()))
+        ready = [worker for worker in fit if not worker.runs][:free]
+        ready += sorted(
+            [w for w in fit if w.active and len(w.runs) < depth and now - w.since < stuck_after],
+            key=lambda worker: len(worker.runs),
+        )
         for index, worker in enumerate(ready):
             share = -(-len(self._queue) // (len(ready) - index))
             while self._queue and share and len(worker.runs) < depth:
@@ -650,6 +773,7 @@ class Agent:
         demand = held.options.resources
         if not worker.runs:
             worker.since = now
+            worker.late = False
             worker.uses = demand
             for name, amount in demand:
                 if name in self._used:  # it may ask for nothing, or next to nothing, of what is not here
@@ -667,7 +791,7 @@ class Agent:
         until = self._uplink.lease_ends
         inputs = [Input(task, self._functions[each]) for task, each in held.inputs]
         name = held.options.name
-        run = Run(held.task, held.attempt, digest, function, held.call, fresh, env, until, name, inputs)
+        run = Run(held.task, held.attempt, digest, function, held.call, fresh, env, until, name, inputs, held.options.depth)
         self._out.append(Give(worker.id, run))
 
     def _pin(self, demand: tuple[tuple[str, float], ...]) -> tuple[str, ...]:
@@ -681,13 +805,14 @@ class Agent:
             self._gpu_load[gpu] += wanted / number
         return tuple(chosen)
 
-    def _idle(self, worker: Worker) -> None:
+    def _idle(self, worker: Worker, now: float) -> None:
         wanted = dict(worker.uses).get("gpu", 0.0)
         for gpu in worker.gpus:
             self._gpu_load[gpu] -= wanted / len(worker.gpus)
         for name, amount in worker.uses:
             if name in self._used:
                 self._used[name] -= amount
+        worker.idle_since = now
         worker.uses = ()
         worker.gpus = ()
 
@@ -705,7 +830,7 @@ class Agent:
 
     def _stall(self, now: float) -> float:
         """For how long no worker has finished anything, if all are busy."""
-        ages = [now - worker.since for worker in self._workers.values() if worker.runs]
+        ages = [now - worker.since for worker in self._workers.values() if worker.active]
         return min(ages) if len(ages) >= self._slots else 0.0
 
     def _prefetch(self, stall: float) -> int:
@@ -716,8 +841,9 @@ class Agent:
     def _wanted_credit(self, now: float) -> int:
         if self._leaving:
             return 0
-        credit = max(0, self._slots - self._orphans) + self._prefetch(self._stall(now))
-        both_prefetch = min(credit, self._credit) > self._slots
+        room = max(0, self._slots - self._orphans + min(MAX_LENT, self._lent))
+        credit = room + self._prefetch(self._stall(now))
+        both_prefetch = min(credit, self._credit) > max(self._slots, room)
         if both_prefetch and 0.5 < credit / self._credit < 2.0:
             return self._credit  # not worth a message
         return credit
@@ -728,6 +854,10 @@ class Agent:
                 self._uplink.send(Results(batch))
             self._outcomes = []
         credit = self._wanted_credit(now)
+        if self._waiting or self._resumed:
+            self._uplink.send(Progress(credit, waiting=self._waiting, resumed=self._resumed))
+            self._waiting, self._resumed = [], []
+            self._credit = credit
         if credit != self._credit or self._started or self._returned:
             self._credit = credit
             for message in self._progress(credit):
@@ -795,7 +925,7 @@ class Agent:
     def _drop(self, held: Held) -> None:
         """It waits here, unstarted; no longer."""
         if not held.lacks:
-            self._queue.remove(held.task, held.options.priority)
+            self._queue.remove(held.task, held.options.rank)
         for name in held.needs if held.lacks else ():
             if held in (lacking := self._lacking.get(name, [])):
                 lacking.remove(held)

@@ -22,6 +22,7 @@ from collections.abc import Mapping
 from random import Random
 
 from ..protocol import (
+    LENT,
     MAX_ITEMS,
     Adopt,
     Attempt,
@@ -105,7 +106,8 @@ class Book:
         assert self.functions.held() == Counter(shape.function for shape in kinds), "functions held for nobody"
         for node in self.nodes.values():
             for name in node.used:
-                used = sum(dict(task.kind.options.resources).get(name, 0.0) for task in node.tasks.values())
+                those = [task for task in node.tasks.values() if not (task.lent and name in LENT)]
+                used = sum(dict(task.kind.options.resources).get(name, 0.0) for task in those)
                 assert abs(node.used[name] - used) < 1e-6, f"{node.id}: {name} in use is off"
         if not self.placement.pending:
             self.placement.check_nothing_waits()
@@ -429,6 +431,14 @@ class Book:
             if task is not None and task.state is ASSIGNED:
                 task.move(RUNNING)
                 self._tell_running(task)
+        for attempt in message.waiting:
+            if (task := self._current(node, attempt)) is not None:
+                node.lend(task)
+                self.placement.changed(node)
+        for attempt in message.resumed:
+            if (task := self._current(node, attempt)) is not None:
+                node.reclaim(task)
+                self.placement.changed(node)
         for attempt in reversed(message.returned):
             task = self._current(node, attempt)
             if task is not None:
@@ -465,7 +475,7 @@ class Book:
             return
         self.counting.runs_at(task, node.incarnation)
         self.counts["stopped"] += 1
-        if task.cancelled or stopped.verdict == "TaskTimeout":
+        if task.cancelled or stopped.verdict != "cancelled":
             self.finish(task, Final(task.id, "cancelled" if task.cancelled else stopped.verdict, text=stopped.text))
             return
         # It was cancelled for its client's absence, and the client is back.

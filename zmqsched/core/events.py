@@ -20,6 +20,7 @@ from ..protocol import (
     Fact,
     Final,
     Follow,
+    GoesOn,
     GroupAdd,
     GroupDone,
     GroupForget,
@@ -35,6 +36,7 @@ from ..protocol import (
     Run,
     Shape,
     Shutdown,
+    Waits,
     Welcome,
     Words,
 )  # fmt: skip
@@ -165,7 +167,7 @@ class Exited(NamedTuple):
 
 class Said(NamedTuple):
     worker: int
-    message: Done | Declined | GroupAdd | Interrupted
+    message: Done | Declined | GroupAdd | Interrupted | Waits | GoesOn
 
 
 class Stood(NamedTuple):
@@ -230,6 +232,12 @@ class Kill(NamedTuple):
     worker: int
 
 
+class Retire(NamedTuple):
+    """This idle worker is not needed any more: it is to end when it has nothing left to wait for."""
+
+    worker: int
+
+
 class SendBeat(NamedTuple):
     """The shell adds what it measures: CPU and memory."""
 
@@ -237,7 +245,7 @@ class SendBeat(NamedTuple):
 
 
 AgentEvent = Reached | Reconnected | Unreadable | Born | Exited | Said | Printed | TakenBack | Stood | Leave | Tick
-AgentAction = ToBroker | Start | Give | TakeBack | AskStack | TellStack | Interrupt | Kill | SendBeat | Log | Quit
+AgentAction = ToBroker | Start | Give | TakeBack | AskStack | TellStack | Interrupt | Kill | Retire | SendBeat | Log | Quit
 
 
 # --- the client's brain ---------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from enum import StrEnum
 from random import Random
 from typing import TYPE_CHECKING
 
-from ..protocol import Host, NodeHello, WorkerState
+from ..protocol import LENT, Host, NodeHello, WorkerState
 from .policy import Policy
 from .tasks import IllegalMove, Lane
 
@@ -57,7 +57,7 @@ NODE_MOVES: dict[NodeState, frozenset[NodeState]] = {
 
 class Node:
     __slots__ = (
-        "beat", "credit", "done", "functions", "heard_at", "id", "incarnation", "pinged_at", "pools",
+        "beat", "credit", "done", "functions", "heard_at", "id", "incarnation", "nested", "pinged_at", "pools",
         "reserved", "session", "slots", "state", "tags", "tasks", "total", "turn", "used", "version", "where", "workers",
     )  # fmt: skip
 
@@ -82,6 +82,7 @@ class Node:
         self.turn = 0
         self.version = 0
         self.pools: list[Pool] = []
+        self.nested: dict[int, int] = {}  # sessions of the clients that its tasks have made: the worker of each
         self.reserved: Lane | None = None  # kept free for this lane's first task, which needs much room
 
     @property
@@ -122,10 +123,29 @@ class Node:
         self.version += 1
 
     def drop(self, task: Task) -> None:
+        self.reclaim(task)
         del self.tasks[task.id]
         for name, amount in task.kind.options.resources:
             if amount:
                 self.used[name] -= amount
+        self.version += 1
+
+    def lend(self, task: Task) -> None:
+        """The task waits for others: they may have what it does not need meanwhile."""
+        if not task.lent:
+            task.lent = True
+            self._use(task, -1)
+
+    def reclaim(self, task: Task) -> None:
+        """It goes on at once, whether there is room or not."""
+        if task.lent:
+            task.lent = False
+            self._use(task, 1)
+
+    def _use(self, task: Task, times: int) -> None:
+        for name, amount in task.kind.options.resources:
+            if name in LENT and amount:
+                self.used[name] += times * amount
         self.version += 1
 
 

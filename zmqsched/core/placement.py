@@ -81,14 +81,14 @@ class Placement:
 
     def enqueue(self, task: Task, *, first: bool = False) -> None:
         lane = task.kind.lane
-        lane.tasks.push(task.id, task, task.kind.options.priority, first=first)
+        lane.tasks.push(task.id, task, task.kind.options.rank, first=first)
         if id(lane) not in lane.pool.blocked:
             self._ready[id(lane)] = lane
         if self._reserved:
             self._reconsider()
 
     def withdraw(self, task: Task) -> None:
-        task.kind.lane.tasks.remove(task.id, task.kind.options.priority)
+        task.kind.lane.tasks.remove(task.id, task.kind.options.rank)
         if self._reserved:
             self._reconsider()
 
@@ -117,7 +117,7 @@ class Placement:
         for lane in self._ready.values():
             if lane.tasks:
                 head = lane.tasks.head()
-                heap.append((-head.kind.options.priority, head.seq, lane))
+                heap.append((-head.kind.options.rank, head.seq, lane))
         heapq.heapify(heap)
         self._ready.clear()
         pairs = []
@@ -143,7 +143,7 @@ class Placement:
             pairs.append((task, node))
             if lane.tasks:
                 head = lane.tasks.head()
-                heapq.heapreplace(heap, (-head.kind.options.priority, head.seq, lane))
+                heapq.heapreplace(heap, (-head.kind.options.rank, head.seq, lane))
             else:
                 heapq.heappop(heap)
         if pairs and self._reserved:

@@ -68,6 +68,7 @@ from ..protocol import (
     Workers,
     batches,
     clipped,
+    nested_in,
 )  # fmt: skip
 from . import outputs
 from .book import Book
@@ -242,6 +243,7 @@ class Scheduler:
                 self._progress(node, message)
             case Workers(workers):
                 node.workers = workers
+                self._end_nested(node, {state.worker for state in workers})
                 self._is_back(node, now)
             case NeedFunctions(digests):
                 functions, inputs = self.book.functions, self.book.dependencies.inputs
@@ -374,8 +376,22 @@ class Scheduler:
 
     def _client_joins(self, session: Session) -> None:
         self.book.join(session)
+        for node in self._nodes.values():
+            self._note_nested(node, session)
         if self.book.load.full:
             self._sessions.send(session, Hold(True))
+
+    def _note_nested(self, node: Node, session: Session) -> None:
+        worker = nested_in(node.incarnation, session.incarnation)
+        if worker is not None and not session.node:
+            node.nested[session.token] = worker
+
+    def _end_nested(self, node: Node, workers: set[int]) -> None:
+        """What the tasks of other workers than these had submitted: nobody is there any more who waits for it."""
+        for token in [token for token, worker in node.nested.items() if worker not in workers]:
+            del node.nested[token]
+            if (session := self._sessions.get(token)) is not None:
+                self._client_gone(session, "ended with its worker", force=True)
 
     def _close_session(self, session: Session) -> None:
         self._sessions.close(session)
@@ -396,6 +412,8 @@ class Scheduler:
         self._nodes[node.id] = node
         self._by_incarnation[node.incarnation] = node
         self.book.placement.join(node)
+        for other in self._sessions:
+            self._note_nested(node, other)
         self._watch.set(node.id, now + self.settings.suspect_after_s)
         text = f"{hello.where.host} pid {hello.where.pid}, {hello.slots} slots"
         self._fact("joined", node, text)
@@ -424,6 +442,8 @@ class Scheduler:
         self._former = [*self._former, node][-FORMER_NODES:]
         self.book.record(b"", self._present(self.book.now))
         requeued = self.book.leave(node)
+        if left:
+            self._end_nested(node, set())
         self.counts["requeued: node gone" if left else "requeued: node lost"] += requeued
         self._fact("gone" if left else "lost", node, f"{why}; {requeued} tasks requeued")
 

@@ -65,11 +65,12 @@ class Task:
     """One unfinished task. ``node`` is the node that holds the current attempt, by id; ``failures`` counts the user's
     errors that were retried, ``deaths`` says how each worker died that was running this task, ``died_at`` when the first
     did. ``inputs``: the tasks whose results are arguments of the call, by id, of which ``lacks`` are not here yet.
-    ``debts``: what it has to do with WaitGroups, if anything."""
+    ``debts``: what it has to do with WaitGroups, if anything. ``lent``: it waits for others, and what it needs for
+    running is free."""
 
     __slots__ = (
-        "attempt", "call", "cancelled", "deaths", "debts", "died_at", "failures", "id", "inputs", "kind", "lacks", "node",
-        "owner", "seq", "state",
+        "attempt", "call", "cancelled", "deaths", "debts", "died_at", "failures", "id", "inputs", "kind", "lacks", "lent",
+        "node", "owner", "seq", "state",
     )  # fmt: skip
 
     def __init__(
@@ -81,6 +82,7 @@ class Task:
         self.call = call
         self.inputs = inputs
         self.lacks = 0
+        self.lent = False
         self.seq = seq
         self.state = WAITING
         self.attempt = 0
@@ -120,12 +122,12 @@ class Lane:
 
     def may_pass(self, other: Lane) -> bool:
         """Whether a node kept free for the other lane may serve this one."""
-        return self is other or not other.tasks or self.priority > other.priority
+        return self is other or not other.tasks or self.rank > other.rank
 
     @property
-    def priority(self) -> int:
+    def rank(self) -> int:
         """Of the first task."""
-        return self.tasks.head().kind.options.priority
+        return self.tasks.head().kind.options.rank
 
 
 class Kind:

@@ -33,6 +33,7 @@ from ..core.events import (
     Quit,
     Reached,
     Replied,
+    Retire,
     Said,
     SchedulerEvent,
     Send,
@@ -64,6 +65,7 @@ from ..protocol import (
     Envelope,
     Finals,
     Follow,
+    GoesOn,
     GroupAdd,
     GroupDone,
     GroupWait,
@@ -81,6 +83,7 @@ from ..protocol import (
     StillOpen,
     Submit,
     Unknown,
+    Waits,
     Words,
 )  # fmt: skip
 from .debts import Debts
@@ -102,7 +105,7 @@ class Plan(msgspec.Struct, array_like=True, frozen=True):
     ``once``: it must not run twice. ``retried``: its exception is one of those that a retry may help against. ``limit_s``:
     its time limit, or 0. ``stubborn``: it ignores interrupts. ``inputs``: the numbers of the tasks of the same client whose
     results it has as arguments. ``group``: the WaitGroup that it is sent, if any; ``counts``: whether it counts down on that
-    when it begins, when it ends, or never.
+    when it begins, when it ends, or never. ``waits``: for the middle part of its time it waits for others.
     """
 
     number: int
@@ -115,6 +118,7 @@ class Plan(msgspec.Struct, array_like=True, frozen=True):
     inputs: tuple[int, ...] = ()
     group: bytes = b""
     counts: str = ""
+    waits: bool = False
 
 
 class SimBroker(Process):
@@ -292,6 +296,13 @@ class SimWorker:
         if plan.counts == "early":
             self._counts_down(run, plan)
         world.at(plan.seconds, lambda: self.finish(run, plan))
+        if plan.waits:
+            world.at(plan.seconds * 0.25, lambda: self._turns(run, Waits(run.task)))
+            world.at(plan.seconds * 0.75, lambda: self._turns(run, GoesOn(run.task)))
+
+    def _turns(self, run: Run, message: Waits | GoesOn) -> None:
+        if self.alive and self.node.alive and run is self.running:
+            self.node.post(Said(self.number, message))
 
     def finish(self, run: Run, plan: Plan) -> None:
         if not self.alive or not self.node.alive or run is not self.running:
@@ -321,6 +332,12 @@ class SimWorker:
             if plan.limit_s and world.now - self._began >= plan.limit_s - 1e-6:
                 world.overran.add(meant.task)
         world.at(SIGNAL_S * world.random.random(), lambda: self._interrupted(meant))
+
+    def retire(self) -> None:
+        """It ends when it has read all that is in its pipe, which is nothing."""
+        if self.running is not None or self.pipe:
+            raise SimulationFailed(f"worker {self.number} has something to do and is to end")
+        self.node.world.at(SIGNAL_S * self.node.world.random.random(), lambda: self.die("exit code 0"))
 
     def kill(self) -> None:
         """SIGKILL is on its way."""
@@ -461,6 +478,8 @@ class SimNode(Peer):
                 self.workers[number].interrupt()
             case Kill(number):
                 self.workers[number].kill()
+            case Retire(number):
+                self.workers[number].retire()
             case SendBeat(beat):
                 envelope = Envelope(0, 0, 0, beat)
                 self.world.send(envelope, self._beat_arrives, self.name, "up", f"{self.name.decode()} beat")

@@ -72,6 +72,7 @@ class Cluster:
         self._burst, self._seconds = random.choice(
             ((15, (0.001, 0.005, 0.01)), (10, (0.0001, 0.02, 0.3)), (3, (0.1, 1.0, 2.0)))
         )
+        self._waiting = random.choice((0.0, 0.3))  # how many wait for others, as tasks with tasks of their own do
         self._dependent = random.choice((0.0, 0.2, 0.6))  # how many have others' results as arguments
         self.clients = [self._client() for _ in range(random.randint(1, 2))]
         self._asked_by = list(self.clients)
@@ -122,7 +123,8 @@ class Cluster:
                 group = client.debts.group
                 options = replace(options, holds=(group,))
                 counts = random.choice(("early", "late", "never" if ends in ("error", "death") else "late"))
-            plan = Plan(number, seconds, ends, once, retried, options.timeout, stubborn, inputs, group, counts)
+            waits = random.random() < self._waiting
+            plan = Plan(number, seconds, ends, once, retried, options.timeout, stubborn, inputs, group, counts, waits)
             plans.append((plan, options))
         return plans
 

@@ -1,0 +1,95 @@
+"""Tasks that submit tasks and wait for them: :func:`get_client`, and what the node is told of waits.
+
+Rules
+-----
+* A worker has one client, made when a task asks for it first, and used by all its tasks. Its incarnation says which worker
+  it is in, so the broker can end its tasks when that has died.
+* While any thread of a task waits for the cluster, and only if it really has to, its slot is lent (``core/agent.py``). So
+  tasks may wait for tasks to any depth, on a single slot. A time limit goes on counting.
+* What a task submits goes before other tasks of the same priority, the deeper the sooner: recursion runs depth first, and
+  the number of waiting workers stays near depth times slots.
+* What a task has submitted and not waited for goes on when the task has ended, and ends with its worker.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from contextlib import AbstractContextManager, nullcontext
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from . import origin, worker
+from .protocol import MAX_DEPTH, GoesOn, Waits, nested_incarnation
+
+if TYPE_CHECKING:
+    from .client import Client
+
+_lock = threading.RLock()  # an interrupt may come while it is held
+_numbers = itertools.count(1)
+_client: Client | None = None
+_client_pid = 0
+_waits: dict[bytes, int] = {}  # by task: how many of its threads wait
+
+
+def get_client() -> Client:
+    """A client of the cluster that this code runs in.
+
+    In a task: the worker's own client, of the cluster that runs the task. Submit with it and wait: the task's slot serves
+    others meanwhile. Tasks that it has submitted and not waited for go on when the task ends, but end with its worker.
+
+    Elsewhere: the client that ``zmqsched.map`` uses, of this user's running cluster or of one that is started locally.
+    """
+    if not worker.in_worker():
+        from .easy import _client as shared
+
+        return shared()
+    global _client, _client_pid
+    with _lock:
+        if _client is None or not _client.usable or _client_pid != os.getpid():
+            from .client import Client
+
+            assert origin.node is not None, "a worker of no node"
+            _client, _client_pid = Client(origin.node), os.getpid()
+        return _client
+
+
+def incarnation() -> bytes:
+    """Of a new client in this worker."""
+    assert origin.node is not None, "a worker of no node"
+    return nested_incarnation(origin.node.node, origin.worker, next(_numbers) % (1 << 16))
+
+
+def depth() -> int:
+    """How deep a task is that is submitted here: 0 outside of tasks."""
+    now = worker.now()
+    run = None if now is None else now.run
+    return 0 if run is None else min(MAX_DEPTH, run.depth + 1)
+
+
+def waiting() -> AbstractContextManager[object]:
+    """Around whatever waits for the cluster: in a task its slot is lent meanwhile."""
+    now = worker.now()
+    run = None if now is None else now.run
+    return nullcontext() if run is None else _Wait(run.task)
+
+
+class _Wait:
+    __slots__ = ("_task",)
+
+    def __init__(self, task: bytes) -> None:
+        self._task = task
+
+    def __enter__(self) -> None:
+        with _lock:
+            number = _waits[self._task] = _waits.get(self._task, 0) + 1
+            if number == 1:
+                worker.tell(Waits(self._task))
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        with _lock:
+            number = _waits[self._task] = _waits[self._task] - 1
+            if not number:
+                del _waits[self._task]
+                worker.tell(GoesOn(self._task))
