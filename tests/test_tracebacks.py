@@ -128,9 +128,10 @@ def test_pytest_shows_the_failing_line(tmp_path, client):
             """
         )
     )
+    alone = {"PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_theirs.py"],
-        cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=50, check=False,
+        cwd=tmp_path, env=os.environ | alone, capture_output=True, text=True, timeout=50, check=False,
     )  # fmt: skip
     assert ">       return 10 / x  # here" in done.stdout, done.stdout
     assert "1 failed" in done.stdout
