@@ -11,7 +11,6 @@ Rules
 from __future__ import annotations
 
 import contextlib
-import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -133,6 +132,8 @@ def _html_row(kind: str, values: Iterable[object], aligned: list[str]) -> str:
 
 
 def _escaped(value: object) -> str:
+    import html  # its table of names is large, and every client imports this module
+
     return html.escape(cell(value))
 
 
