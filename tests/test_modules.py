@@ -88,6 +88,7 @@ def test_a_package_with_all_kinds_of_imports(client, files):
     files.write(
         "m_pkg/deep/down.py",
         """
+        import importlib.resources, pkgutil
         from pathlib import Path
         from .. import NAME
         from ..shapes import Shape
@@ -95,8 +96,12 @@ def test_a_package_with_all_kinds_of_imports(client, files):
         def measure():
             import m_pkg.late
             from ..numbers import AREA
-            text = (Path(__file__).parent / "data.txt").read_text()
-            return Shape.area, AREA, NAME, m_pkg.late.WHEN, text
+            texts = {
+                (Path(__file__).parent / "data.txt").read_text(),
+                importlib.resources.files(__package__).joinpath("data.txt").read_text(),
+                pkgutil.get_data(__package__, "data.txt").decode(),
+            }
+            return Shape.area, AREA, NAME, m_pkg.late.WHEN, *texts
         """,
     )
     files.write("m_pkg/late.py", "WHEN = 'late'\n")

@@ -63,6 +63,7 @@ class Loader:
 
     def __init__(self, source: Source) -> None:
         self.source = source
+        self.path = source.file
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
         return None
@@ -82,6 +83,20 @@ class Loader:
     def get_source(self, name: str) -> str:
         """For tracebacks and ``inspect``, where the file is not."""
         return importlib.util.decode_source(self.source.text)
+
+    def get_filename(self, name: str) -> str:
+        return self.path
+
+    def get_data(self, path: str) -> bytes:
+        """A file beside it, for ``pkgutil``: not sent, but perhaps here too."""
+        with open(path, "rb") as file:
+            return file.read()
+
+    def get_resource_reader(self, name: str) -> Any:
+        """The same for ``importlib.resources``."""
+        from importlib.readers import FileReader  # zipfile, tempfile and more, which few need
+
+        return FileReader(cast(Any, self))
 
     def is_package(self, name: str) -> bool:
         return self.source.places is not None
