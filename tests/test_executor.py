@@ -499,6 +499,24 @@ def test_a_program_that_is_ended_by_an_interrupt_cancels_what_is_left(scripts: S
     assert process.returncode == 0
 
 
+def test_a_program_that_an_interrupt_ends_does_not_wait(scripts: Scripts, client, path, tmp_path):
+    process = scripts.start(
+        WORK.format(
+            seconds=600,
+            then="import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "print('ready', flush=True); time.sleep(60)",
+        ), path, str(tmp_path / "made"),
+    )  # fmt: skip
+    assert process.stdout.readline() == "ready\n"
+    interrupted = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert time.monotonic() - interrupted < 2
+    assert "KeyboardInterrupt" in err
+    assert "waits for" not in err
+    eventually(lambda: sum(client.status().tasks.values()) == 0)
+
+
 def test_submitting_after_the_interpreters_shutdown(scripts: Scripts, path):
     out, err = scripts.run("""
         import atexit, sys

@@ -95,10 +95,10 @@ class Submission(NamedTuple):
 class Client(Shown, Tasks):
     """A connection to a cluster, for all threads of this process.
 
-    At its end the program waits for what was submitted, as with the standard's executors; an interrupt (Ctrl-C) then cancels
-    what is left. In a forked child it raises RuntimeError, and so do its unfinished futures there. A pickled client connects
-    anew where it is unpickled, to the cluster of that name or connection file; in a task it is what
-    :func:`~zmqsched.get_client` gives there; copied, it stays the same.
+    At its end the program waits for what was submitted, as with the standard's executors. An interrupt (Ctrl-C) then cancels
+    what is left, and so does one that has ended the program. In a forked child the client raises RuntimeError, and so do its
+    unfinished futures. A pickled client connects anew where it is unpickled, to the cluster of that name or connection file;
+    in a task it is what :func:`~zmqsched.get_client` gives there; copied, it stays the same.
 
     Parameters
     ----------

@@ -5,9 +5,10 @@ Rules
 * A client lasts as long as somebody has it or one of its futures, and until its last task is answered, or for as long as it
   has a cluster of its own.
 * At the program's end, however it ends short of a signal that kills it, it is waited for what was submitted, as the
-  standard's executors do; for the callbacks too. After a second the program says so; an interrupt (Ctrl-C) cancels what is
-  left, also what runs. What belongs to a job is not waited for. Nothing more can be submitted. Maps go on to their end;
-  one that is being read, and still draws items, ends.
+  standard's executors do; for the callbacks too. Nothing more can be submitted; maps go on to their end, but one that is
+  being read, and still draws items, ends. What belongs to a job is not waited for. After a second the program says so.
+* An interrupt (Ctrl-C) then cancels what is left, also what runs. So does the one that has ended the program: whoever
+  pressed it does not want to wait.
 * In a forked child the parent's clients are of no use: their sockets and their threads are the parent's. Their unfinished
   futures fail there, so that nobody waits for what cannot come, without their callbacks, which the parent will call. Locks
   are made anew: a thread that is not there may have held them.
@@ -55,14 +56,22 @@ def _at_exit() -> None:
             client._take_no_more("cannot schedule new futures after interpreter shutdown")
             for run in list(client._runs):
                 run.leave()
-        _wait_for(clients)
-        for client in clients:
-            client._callbacks.finish()
+        if _was_interrupted():
+            cancel_all(_unfinished(clients), force=True)
+        else:
+            _wait_for(clients)
+            for client in clients:
+                client._callbacks.finish()
     except KeyboardInterrupt:
         cancel_all(_unfinished(clients), force=True)
     finally:
         for client in clients:
             client._close()
+
+
+def _was_interrupted() -> bool:
+    """An interrupt has ended the program. At a prompt it may have ended anything, some time ago."""
+    return isinstance(getattr(sys, "last_value", None), KeyboardInterrupt) and not hasattr(sys, "ps1")
 
 
 def _wait_for(clients: list[Client]) -> None:
