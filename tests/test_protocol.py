@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import struct
 import tracemalloc
 import typing
+import weakref
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -244,6 +246,22 @@ def test_bulk_is_not_copied():
     assert frames[2].obj is big
     (outcome,) = decode(frames).body.outcomes
     assert outcome.value[1].obj is big
+
+
+class Memory(bytearray):
+    """A frame's, of which one can ask whether it is still needed."""
+
+
+def test_a_result_that_is_kept_keeps_its_own_frames_and_no_others():
+    """A client keeps answers packed until somebody asks for them."""
+    big = Envelope(1, 1, 0, Finals([Final(bytes([number]) * 16, "ok", [b"s", bytes(100_000)]) for number in range(3)]))
+    frames = [Memory(frame) for frame in encode(big)]
+    alive = [weakref.ref(frame) for frame in frames]
+    kept = decode([memoryview(frame) for frame in frames]).body.finals[1]
+    del frames
+    gc.collect()
+    assert [ref() is not None for ref in alive] == [False, False, False, True, True, False, False]
+    assert len(kept.value[1]) == 100_000
 
 
 @pytest.mark.parametrize(("size", "frames"), [(0, 1), (INLINE_MAX, 1), (INLINE_MAX + 1, 2), (1_000_000, 2)])
