@@ -173,7 +173,7 @@ class Client(Shown, Tasks):
         try:
             self._dealer = sockets.connect_dealer(self._ctx, file.reachable("work"), sockets.Keys.of(file), timeout)
             incarnation = nesting.incarnation() if self._nested else secrets.token_bytes(16)
-            self._core = Requests(ClientHello(incarnation, 1, where()))
+            self._core = Requests(ClientHello(incarnation, 1, where()), nested=self._nested)
             has = (weakref.ref(self), self._core, self._dealer, self._ctx, os.dup(self._wake), self._printer)
             self._thread = threading.Thread(target=_serve, args=has, name="zmqsched client", daemon=True)
             self._thread.start()

@@ -175,7 +175,8 @@ class Tasks(concurrent.futures.Executor):
             ``retries=0`` the task is executed at most once.
         job
             Submit under this name: the tasks outlive this client, and :meth:`Client.job` of any client gives their
-            futures. Results are kept for 24 hours after the last of them.
+            futures. Results are kept for 24 hours after the last of them. Futures among their arguments should be of
+            the job as well: other tasks end with this client, and then so do those that wait for them.
         """
         return TaskOptions(
             self._client,

@@ -46,6 +46,14 @@ def test_clients_are_held_over_the_cap_and_let_go_well_below_it():
     assert broker.counts["clients held back"] == 1
 
 
+def test_a_client_in_a_task_is_not_held_for_others_wait_for_what_it_asks():
+    desk = Desk()
+    desk.brain._nested = True
+    desk.broker_says(Hold(True))
+    desk.asks("a")
+    assert desk.submitted == ["a"]
+
+
 def test_what_was_sent_before_the_hold_was_heard_is_taken():
     broker = Broker(max_queued_bytes=CAP)
     client = broker.client()

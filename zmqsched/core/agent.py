@@ -239,6 +239,8 @@ class Agent:
         self._deaths: list[Death] = []
         self._additions = 0  # to WaitGroups, by tasks
         self._stopped: list[Stopped] = []
+        self._lent = 0  # how many workers wait
+        self._spares = 0  # and are to end
         self._waiting: list[Attempt] = []
         self._resumed: list[Attempt] = []
         self._workers_changed = False
@@ -299,7 +301,8 @@ class Agent:
             return 0.0
         if len(self._workers) < self._wanted_workers:
             times.append(self._start_at)
-        times += [worker.idle_since + SPARE_S for worker in self._surplus()]
+        if len(self._workers) > self._wanted_workers:
+            times += [worker.idle_since + SPARE_S for worker in self._surplus()]
         for worker in self._workers.values():
             if worker.ending is not None and _has_nothing_else(worker):
                 times.append(worker.ending.at)
@@ -332,6 +335,8 @@ class Agent:
             late = [worker for worker in self._workers.values() if worker.late and worker.active]
             back = sum(dict(worker.uses).get(name, 0.0) for worker in late)
             assert used - back <= self._total[name] + 1e-6, f"{name} is overbooked"
+        assert self._lent == sum(worker.waits for worker in self._workers.values()), "the count of lent slots is off"
+        assert self._spares == sum(worker.spare for worker in self._workers.values()), "the count of spare workers is off"
         assert sum(worker.active and not worker.late for worker in self._workers.values()) <= self._slots, "too many run"
         for worker in self._workers.values():
             assert all(held.worker == worker.id for held in worker.runs.values()), "a run at another's worker"
@@ -536,6 +541,7 @@ class Agent:
         if isinstance(message, Waits) and not worker.waits:
             self._book(worker, -1)
             worker.waiting_since = now
+            self._lent += 1
             if not held.orphan:
                 self._waiting.append(news)
             if len(worker.runs) > 1 and not worker.taking_back:
@@ -556,6 +562,7 @@ class Agent:
             worker.waited_s += now - worker.waiting_since
             worker.waiting_since = None
             worker.late = True
+            self._lent -= 1
             self._book(worker, 1)
 
     def _book(self, worker: Worker, times: int) -> None:
@@ -603,6 +610,7 @@ class Agent:
                 self._early_deaths += 1
         ours = worker.spare or (worker.ending is not None and worker.ending.interrupted)
         self._out.append(Log("info" if ours else "warning", f"worker {worker.id} pid {pid} died: {how}"))
+        self._spares -= worker.spare
         del self._workers[worker.id]
         self._workers_changed = True
 
@@ -657,12 +665,8 @@ class Agent:
         self._out.extend(ToBroker(envelope) for envelope in self._uplink.flush(now))
 
     @property
-    def _lent(self) -> int:
-        return sum(worker.waits for worker in self._workers.values())
-
-    @property
     def _wanted_workers(self) -> int:
-        return self._slots + min(MAX_LENT, self._lent) + sum(worker.spare for worker in self._workers.values())
+        return self._slots + min(MAX_LENT, self._lent) + self._spares
 
     def _surplus(self) -> list[Worker]:
         """Idle workers beyond those that are wanted."""
@@ -673,6 +677,7 @@ class Agent:
         for worker in self._surplus():
             if now >= worker.idle_since + SPARE_S:
                 worker.spare = True
+                self._spares += 1
                 self._out.append(Retire(worker.id))
 
     def _start_workers(self, now: float) -> None:

@@ -103,7 +103,8 @@ WINDOW_BYTES = 32 * 1024 * 1024  # what a client sends before it hears that it a
 
 
 class Requests:
-    def __init__(self, hello: ClientHello, lost_after_s: float = CLUSTER_LOST_AFTER_S) -> None:
+    def __init__(self, hello: ClientHello, lost_after_s: float = CLUSTER_LOST_AFTER_S, *, nested: bool = False) -> None:
+        """``nested``: of a task, which is not held: what it waits for may be what the broker is full of."""
         self._uplink = Uplink(hello, BEAT_INTERVAL_S, CLIENT_LEASE_S)
         self._open: dict[bytes, Asked] = {}
         self._inputs: inputs.Inputs[Asked] = inputs.Inputs()
@@ -116,6 +117,7 @@ class Requests:
         self._on_the_way: deque[int] = deque()  # bytes of each submission that is not acknowledged
         self._window = WINDOW_BYTES  # what may still be sent of them
         self._held = False
+        self._nested = nested
         self.waiting = 0  # bytes of the fresh ones
         self.taken = 0  # bytes of all that was ever asked for
         self._functions = FunctionStore()
@@ -261,7 +263,7 @@ class Requests:
             case Output():
                 self._heard(message)
             case Hold(on):
-                self._held = on
+                self._held = on and not self._nested
             case Welcome():
                 self._welcomed(message)
             case Notice(text):
