@@ -59,11 +59,12 @@ MAY = {
     "tally": {"payload"},
     "mapping": EDGE_MAY | {"futures", "waiting", "lifetime", "sources", "shelf", "tally", "progress", "client", "nesting"},
     "maps": EDGE_MAY | {"mapping", "sources", "display", "options", "progress", "client", "tasks"},
-    "tasks": EDGE_MAY | {"futures", "maps", "options", "client"},
+    "tasks": EDGE_MAY | {"futures", "maps", "options", "client", "taskgroup"},
     "client": EDGE_MAY
     | {"worker", "futures", "callbacks", "printing", "waiting", "lifetime", "records", "display", "host", "options"}
     | {"arguments", "tasks", "nesting", "origin"}
     | MAPS,
+    "taskgroup": EDGE_MAY | {"futures", "tasks", "waiting"},
     "waitgroup": EDGE_MAY | {"futures", "tasks", "worker", "waiting", "nesting"},
 }
 ASSEMBLY = {"__init__", "__main__", "cluster", "stopping", "easy", "sim", "cli", "joblib"}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.random import SeedSequence
 
     from .client import Client
+    from .taskgroup import TaskGroup
 
 T = TypeVar("T")
 
@@ -194,6 +195,19 @@ class Tasks(concurrent.futures.Executor):
             ),
             self._retry_on if retry_on is None else pack_kinds(exception_types(retry_on)),
         )
+
+    def task_group(self) -> TaskGroup:
+        """Tasks that belong together, as ``asyncio.TaskGroup``::
+
+            with client.task_group() as group:
+                futures = [group.submit(load, part) for part in parts]
+
+        The end of the ``with`` waits for all. The first task that fails cancels the rest, those that run by force, and the
+        ``with`` raises an ExceptionGroup of what has failed.
+        """
+        from .taskgroup import TaskGroup
+
+        return TaskGroup(self)
 
     @property
     def _max_workers(self) -> int:

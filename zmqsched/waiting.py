@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 StandardFuture = concurrent.futures.Future
 
-_DONE = (CANCELLED_AND_NOTIFIED, FINISHED)
+DONE = (CANCELLED_AND_NOTIFIED, FINISHED)
 
 
 def wait(
@@ -107,7 +107,7 @@ class AsCompleted(Generic[T]):
         for future in set(fs):
             with future._condition:
                 self._pending.add(future)
-                if future._state in _DONE:
+                if future._state in DONE:
                     self._waiter.done.put(future)
                 else:
                     future._waiters.append(self._waiter)
