@@ -12,6 +12,7 @@ import time
 import pytest
 from conftest import eventually
 
+import zmqsched
 from zmqsched import Client, LocalCluster, WaitGroup, errors
 
 pytestmark = pytest.mark.timeout(40)
@@ -389,6 +390,21 @@ def test_one_whose_function_has_captured_it_is_named(client, group):
     client.submit(work)
     with pytest.raises(errors.WaitGroupError, match="work: it raised an exception"):
         group.wait(timeout=10)
+
+
+def test_a_task_that_waits_for_the_group_it_was_sent_is_told_too(client, group):
+    def parent(group):
+        def child(group):
+            raise OSError
+
+        zmqsched.get_client().submit(child, group)
+        try:
+            group.wait(timeout=20)
+        except errors.WaitGroupError as error:
+            return str(error)
+
+    group.add()
+    assert "child: it raised an exception" in client.submit(parent, group).result(timeout=30)
 
 
 def test_a_node_that_dies_takes_its_counts_along(clusters, gate):

@@ -93,7 +93,9 @@ class WaitGroup:
             counter is zero after that, and the WaitGroup can be used again.
         """
         client = self._here()._client
-        request, reply = client._request(lambda number: GroupWait(number, self._group))
+        now = worker.now()
+        task = b"" if now is None or now.run is None else now.run.task
+        request, reply = client._request(lambda number: GroupWait(number, self._group, task))
         try:
             with nesting.waiting():
                 error = reply.result(timeout).error
