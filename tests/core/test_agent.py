@@ -180,6 +180,21 @@ def test_what_is_taken_back_waits_in_its_old_order_before_what_came_later():
     assert order == ["b", "c", "d", "late"]
 
 
+def test_what_is_taken_back_from_several_workers_waits_in_its_old_order():
+    place = used_to_short_tasks(2, sloth=True)
+    place.broker_orders(*"abcdefgh")
+    first, second = place.at(1), place.at(2)
+    assert [len(first), len(second)] == [4, 4]
+    place.passes(STUCK_AFTER_S + 0.001)
+    place.gives_back(1)
+    place.gives_back(2)
+    order = []
+    while (label := place.running(1)) is not None:  # the other is busy for long
+        order.append(label)
+        place.finishes(label, took=LONG_S)
+    assert order == [first[0], *sorted([*first[1:], *second[1:]])]
+
+
 def test_while_runs_are_taken_back_their_worker_gets_no_more():
     place = used_to_short_tasks(sloth=True)
     place.broker_orders("a", "b")

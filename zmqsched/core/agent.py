@@ -136,16 +136,17 @@ RESTART_BACKOFF_S = 0.1  # doubled with each worker in a row that dies before it
 
 
 class Held:
-    """A task at this node. ``worker`` is 0 while it waits here; ``orphan``: the session that ordered it is over;
-    ``revoked``: it is not wanted any more; ``limit_s``: how long it may run. ``inputs``: whose results are its arguments,
-    and their names among the functions; of these and its own function it ``lacks`` so many."""
+    """A task at this node. ``number``: in the order they came; ``worker`` is 0 while it waits here; ``orphan``: the session
+    that ordered it is over; ``revoked``: it is not wanted any more; ``limit_s``: how long it may run. ``inputs``: whose
+    results are its arguments, and their names among the functions; of these and its own function it ``lacks`` so many."""
 
     __slots__ = (
-        "attempt", "call", "inputs", "lacks", "limit_s", "options", "orphan", "reported", "revoked", "shape", "task",
-        "too_many", "worker",
+        "attempt", "call", "inputs", "lacks", "limit_s", "number", "options", "orphan", "reported", "revoked", "shape",
+        "task", "too_many", "worker",
     )  # fmt: skip
 
-    def __init__(self, order: Order, shape: Shape) -> None:
+    def __init__(self, order: Order, shape: Shape, number: int) -> None:
+        self.number = number
         self.task = order.task
         self.attempt = order.attempt
         self.shape = shape
@@ -227,6 +228,7 @@ class Agent:
         self._workers: dict[int, Worker] = {}
         self._worker_numbers = 0
         self._held: dict[bytes, Held] = {}
+        self._ordered_so_far = 0
         self._queue: PriorityQueue[Held] = PriorityQueue()
         self._lacking: dict[bytes, list[Held]] = {}  # tasks whose function or input is on its way, by its name
         self._functions = FunctionStore()
@@ -458,7 +460,8 @@ class Agent:
             held.orphan = False
             held.reported = False
             return
-        held = self._held[order.task] = Held(order, shape)
+        self._ordered_so_far += 1
+        held = self._held[order.task] = Held(order, shape, self._ordered_so_far)
         needs = held.needs
         for name in needs:
             self._functions.hold(name)
@@ -616,12 +619,23 @@ class Agent:
 
     def _taken_back(self, worker: Worker, runs: list[Run], now: float) -> None:
         worker.taking_back = False
+        numbers = [worker.runs[run.task].number for run in runs if run.task in worker.runs]
         for run in reversed(runs):
             if run.task not in worker.runs:  # a task answered in its name
                 continue
             if run.function:
                 worker.functions.discard(run.digest)
             self._take_from(worker, run.task, now)
+        self._order_the_front(numbers)
+
+    def _order_the_front(self, numbers: list[int]) -> None:
+        """Runs of several workers may have been taken back, one after the other: first come, first served again."""
+        front = []
+        last = max(numbers, default=0)
+        while self._queue and self._queue.head().number <= last:
+            front.append(self._queue.pop())
+        for held in sorted(front, key=lambda held: held.number, reverse=True):
+            self._queue.push(held.task, held, held.options.rank, first=True)
 
     def _take_from(self, worker: Worker, task: bytes, now: float) -> None:
         """This run was given to the worker and has not begun."""
