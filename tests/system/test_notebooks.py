@@ -56,7 +56,7 @@ async def run_all(notebook, directory, seconds_to_stop):
 async def listen(kernel, said):
     while True:
         message = await kernel.get_iopub_msg()
-        if message["msg_type"] == "stream":
+        if message["msg_type"] == "stream" and message["content"]["name"] == "stdout":
             said.append((message["parent_header"]["msg_id"], message["content"]["text"]))
 
 
@@ -66,7 +66,7 @@ async def run_cells(client, notebook, seconds_to_stop):
             await client.async_execute_cell(cell, index)
             continue
         running = asyncio.create_task(client.async_execute_cell(cell, index))
-        while not cell.outputs:  # noqa: ASYNC110 - nbclient has no event for it
+        while not printed(cell):  # noqa: ASYNC110 - nbclient has no event for it
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)  # what it prints comes before it waits
         began = time.monotonic()
@@ -77,7 +77,8 @@ async def run_cells(client, notebook, seconds_to_stop):
 
 
 def printed(cell):
-    return "".join(output.text for output in cell.outputs if output.output_type == "stream")
+    """Standard output alone: progress bars are on the other."""
+    return "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
 
 
 def value(cell):
