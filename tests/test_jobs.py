@@ -174,7 +174,7 @@ assert job.submit(abs, -1).result(15) == 1
 job.submit(wait_for, sys.argv[1])
 for number in range(5):
     job.submit(pow, 2, number)
-while client.status().counts["accepted"] < 7:
+while client.status().counts["accepted"] < 7 or not client._core._delivered:
     time.sleep(0.01)
 if sys.argv[2] == "killed":
     os.kill(cluster.broker_pid, signal.SIGKILL)
