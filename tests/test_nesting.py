@@ -70,6 +70,10 @@ def test_each_way_to_wait_lends_the_slot(single: Client):
         futures = [client.submit(double, 1), client.submit(double, 2)]
         if how == "wait":
             zmqsched.wait(futures)
+        elif how == "the standard's wait":
+            concurrent.futures.wait(futures)
+        elif how == "the standard's as_completed":
+            return sorted(future.result() for future in concurrent.futures.as_completed(futures))
         elif how == "as_completed":
             return sorted(future.result() for future in zmqsched.as_completed(futures))
         elif how == "await":
@@ -80,7 +84,7 @@ def test_each_way_to_wait_lends_the_slot(single: Client):
             return asyncio.run(both())
         return [future.result(0) for future in futures]
 
-    for how in ("map", "the list", "wait", "as_completed", "await"):
+    for how in ("map", "the list", "wait", "as_completed", "the standard's wait", "the standard's as_completed", "await"):
         assert single.submit(waits, how).result(30) == [2, 4], how
 
 

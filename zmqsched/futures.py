@@ -51,6 +51,7 @@ class Owner(Protocol):
     """What a future, and who works on several, needs of its client."""
 
     _callbacks: Callbacks
+    _nested: bool
 
     @property
     def _held_back(self) -> bool: ...
@@ -82,6 +83,8 @@ class Future(Shown, concurrent.futures.Future[T]):
         super().__init__()
         self._task = task
         self._owner = owner
+        if owner._nested:
+            self._waiters = nesting.Waiters()
 
     def result(self, timeout: float | None = None) -> T:
         """What the task returned; waits for it, at most ``timeout`` seconds.

@@ -18,7 +18,7 @@ import os
 import threading
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import origin, worker
 from .protocol import MAX_DEPTH, GoesOn, Waits, nested_incarnation
@@ -93,3 +93,27 @@ class _Wait:
             if not number:
                 del _waits[self._task]
                 worker.tell(GoesOn(self._task))
+
+
+class Waiters(list[Any]):
+    """Whom a future wakes, in a task. While the standard's ``wait`` and ``as_completed`` are among them, the slot is lent;
+    a waiter with ``lends`` sees to that itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._lent: list[tuple[object, AbstractContextManager[object]]] = []
+
+    def append(self, waiter: Any) -> None:
+        super().append(waiter)
+        if not getattr(waiter, "lends", False):
+            wait = waiting()
+            wait.__enter__()
+            self._lent.append((waiter, wait))
+
+    def remove(self, waiter: Any) -> None:
+        super().remove(waiter)
+        for index, (entered, wait) in enumerate(self._lent):
+            if entered is waiter:
+                del self._lent[index]
+                wait.__exit__(None, None, None)
+                return

@@ -55,8 +55,7 @@ def wait(
     work = FutureWork(fs)
     bar = show(progress, work, "futures", next((future._owner for future in fs if isinstance(future, Future)), None))
     try:
-        with nesting.waiting():
-            return concurrent.futures.wait(fs, timeout, return_when)
+        return concurrent.futures.wait(fs, timeout, return_when)
     except KeyboardInterrupt:
         cancel_all(fs, force=True)
         raise
@@ -182,6 +181,8 @@ class AsCompleted(Generic[T]):
 
 class _Arrivals(_Waiter):
     """What a future calls, with its lock held, when it is done."""
+
+    lends = True  # the slot of a task, and only while it really waits
 
     def __init__(self) -> None:
         super().__init__()
