@@ -114,11 +114,11 @@ def test_a_failed_input_fails_its_dependents_with_the_cause_chained(client: Clie
     direct = client.submit(double, failed)
     second = client.submit(add, direct, 1)
     gate.open()
-    with pytest.raises(DependencyFailed, match=r"its input `fail`.* failed") as caught:
+    with pytest.raises(DependencyFailed, match=r"its input fail-\d+ failed") as caught:
         direct.result(20)
     assert type(caught.value.__cause__) is ValueError
     assert "in fail" in "".join(traceback.format_exception(caught.value)), "the remote traceback"
-    with pytest.raises(DependencyFailed, match=r"its input `double`.* was not run; its input `fail`.* failed") as caught:
+    with pytest.raises(DependencyFailed, match=r"its input double-\d+ was not run; its input fail-\d+ failed") as caught:
         second.result(20)
     assert type(caught.value.__cause__) is ValueError
     with pytest.raises(ValueError, match="no"):

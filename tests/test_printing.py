@@ -17,9 +17,8 @@ from zmqsched.printing import (
     News,
     Screen,
     Source,
-    tag_of,
 )  # fmt: skip
-from zmqsched.protocol import Options, Shape, Words
+from zmqsched.protocol import Options, Shape, Words, tag_of
 
 TASK = bytes(15) + b"\7"
 

@@ -44,7 +44,7 @@ from .maps import Map
 from .options import boolean, short_name
 from .origin import Origin
 from .payload import FunctionPickler, groups, pack_call, references, short_form
-from .printing import Log, Printer, Source, cell_reader, tag_of
+from .printing import Log, Printer, Source, cell_reader
 from .protocol import (
     MAX_HELD,
     ClientHello,
@@ -61,6 +61,7 @@ from .protocol import (
     clipped,
     decode,
     encode,
+    tag_of,
 )
 from .records import NodeList, Status, WorkerList, node_infos, nodes_table, status_of, task_facts, worker_infos
 from .tasks import Tasks

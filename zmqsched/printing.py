@@ -29,7 +29,7 @@ from contextlib import AbstractContextManager
 from time import monotonic
 from typing import Any, NamedTuple, TextIO
 
-from .protocol import MAX_WORDS, Shape, Words
+from .protocol import MAX_WORDS, Words
 
 LOG_BYTES = MAX_WORDS
 PARTIAL_S = 0.3
@@ -283,12 +283,6 @@ def _patience(rest: bytes) -> float:
 def _readable(line: bytes) -> str:
     text = line.decode(errors="replace").rstrip("\r")
     return _SGR_OR_CONTROL.sub(lambda found: found[1] or "", text.rsplit("\r", 1)[-1])
-
-
-def tag_of(task: bytes, shape: Shape | None) -> str:
-    """A task's name and its number among those of its client."""
-    name = "task" if shape is None else shape.options.name or shape.label.rsplit(".", 1)[-1].strip("<>")
-    return f"{''.join(c if c.isprintable() else '?' for c in name)[:40] or 'task'}-{int.from_bytes(task[8:], 'big')}"
 
 
 class Printer:

@@ -120,6 +120,12 @@ class Shape(_Wire):
     label: Name = ""
 
 
+def tag_of(task: bytes, shape: Shape | None) -> str:
+    """A task's name and its number among those of its client."""
+    name = "task" if shape is None else shape.options.name or shape.label.rsplit(".", 1)[-1].strip("<>")
+    return f"{''.join(c if c.isprintable() else '?' for c in name)[:40] or 'task'}-{int.from_bytes(task[8:], 'big')}"
+
+
 class Function(_Wire):
     """What tasks need besides their calls, and may share. Inputs travel to nodes so too, by names that the broker gives."""
 

@@ -196,7 +196,7 @@ def test_a_failed_input_fails_all_that_follow_from_it_once():
     for label in "bcd":
         final = client.final(label)
         assert (final.cause, bytes(final.value)) == ("error", b"the user's error")
-    assert client.final("b").text == f"its input `a` (task {task_id('a').hex()[-8:]}) failed"
+    assert client.final("b").text == f"its input a-{int.from_bytes(task_id('a')[8:])} failed"
     assert client.final("d").text.endswith("was not run; " + client.final("b").text)
     assert not broker.scheduler.book.open_counts()
 

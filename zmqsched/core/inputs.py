@@ -20,7 +20,7 @@ from typing import Generic, TypeVar
 
 from msgspec.structs import replace
 
-from ..protocol import INLINE_MAX, Final, Payload, Shape, payload_bytes
+from ..protocol import INLINE_MAX, Final, Payload, Shape, payload_bytes, tag_of
 from .load import RECORD_BYTES
 
 User = TypeVar("User")
@@ -125,15 +125,10 @@ def _bytes(entry: Input[User]) -> int:
 
 def failed(task: bytes, final: Final, shape: Shape | None) -> Final:
     """The answer to a task that has an input which ended like this. ``shape``: the input's, if it is known."""
-    name = _name(final.task, shape)
+    name = tag_of(final.task, shape)
     if final.verdict == "DependencyFailed":
         first = final.text.rpartition("; ")[2]
         return replace(final, task=task, text=f"its input {name} was not run; {first}")
     how = {"error": "failed", "cancelled": "was cancelled"}.get(final.verdict, f"ended with {final.verdict}")
     value = final.value if payload_bytes(final.value) <= INLINE_MAX else b""
     return Final(task, "DependencyFailed", value, f"its input {name} {how}", final.verdict, final.text)
-
-
-def _name(task: bytes, shape: Shape | None) -> str:
-    known = "" if shape is None else shape.options.name or shape.label
-    return f"`{known}` (task {task.hex()[-8:]})" if known else f"task {task.hex()[-8:]}"
