@@ -441,7 +441,8 @@ OWNER = """
     while sum(future.running() for future in futures) < 2:
         time.sleep(0.01)
     print("ready", flush=True)
-    time.sleep(60)
+    while True:  # not one long sleep: a signal just before it would be seen at its end
+        time.sleep(0.1)
 """
 
 

@@ -158,7 +158,7 @@ def test_what_a_dead_worker_waited_for_is_ended_and_its_task_runs_again(client: 
     gate_task = gate.task
     future = client.submit(parent, str(tmp_path))
     gate.wait_until_begun()
-    assert {worker.state for worker in client.workers()} >= {"waiting"}
+    eventually(lambda: "waiting" in {worker.state for worker in client.workers()})
     os.kill(int((tmp_path / "first").read_text()), signal.SIGKILL)
     assert future.result(20) == "second"
     eventually(lambda: dict(client.status().tasks).get("assigned", 0) == 0)  # though the gate is closed

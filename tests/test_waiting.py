@@ -9,12 +9,14 @@ import asyncio
 import concurrent.futures
 import gc
 import signal
+import sys
 import threading
 import time
 import weakref
 from collections.abc import Iterator
 
 import pytest
+from conftest import eventually
 
 import zmqsched
 from zmqsched.callbacks import Callbacks
@@ -26,6 +28,8 @@ from zmqsched.waiting import cancel_all
 
 class Owner:
     """What a future knows of its client."""
+
+    _nested = False
 
     def __init__(self) -> None:
         self._callbacks = Callbacks()
@@ -449,3 +453,27 @@ def test_callbacks_when_no_thread_can_be_had(owner, monkeypatch):
     assert seen == []
     owner._callbacks.finish()
     assert seen == [future]
+
+
+@pytest.mark.parametrize(
+    "waits",
+    [Future.result, lambda future: zmqsched.wait([future]), lambda future: next(zmqsched.as_completed([future]))],
+    ids=["result", "wait", "as_completed"],
+)
+def test_an_interrupt_that_wakes_another_thread_is_seen_soon(owner, waits):
+    """As one is that comes in the instant before a thread blocks: nothing ends its wait."""
+    future = owner.future("a")
+    me, begins = threading.get_ident(), threading.Event()
+
+    def interrupt() -> None:
+        begins.wait()
+        eventually(lambda: sys._current_frames()[me].f_code.co_name in ("wait", "_arrived"))
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    begins.set()
+    with pytest.raises(KeyboardInterrupt):
+        waits(future)
+    interrupter.join()
+    assert future.cancelled()

@@ -38,7 +38,7 @@ from .core.load import call_bytes
 from .core.requests import DELIVERY_TIMEOUT_S, Requests
 from .display import ANSWER_TIMEOUT_S, Sheet, Shown, as_line
 from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, JobNotFound, ProtocolError, Refused, ZmqschedError
-from .futures import Future
+from .futures import ALERT_S, Future
 from .host import where
 from .maps import Map
 from .options import boolean, short_name
@@ -353,7 +353,7 @@ class Client(Shown, Tasks):
         try:
             with nesting.waiting():
                 while self._waiting >= MAX_WAITING_BYTES:
-                    self._room.wait()
+                    self._room.wait(ALERT_S)
                     self._check_usable(accepted=accepted)
         finally:
             self._blocked -= 1

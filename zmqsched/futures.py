@@ -42,6 +42,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _OPEN = (PENDING, RUNNING)
+# A signal that comes in the instant before a thread blocks on a lock is only seen when that has woken (CPython): so that
+# Ctrl-C is never lost, nothing blocks longer in one go.
+ALERT_S = 0.5
 # Who unpickles which future's answer now: a thread's number, in an object of its own, by the future's id. Entered by
 # ``setdefault``, which is one step for all threads, and so much cheaper than a lock for each future.
 unpackers: dict[int, tuple[int]] = {}
@@ -351,9 +354,9 @@ class Future(Shown, concurrent.futures.Future[T]):
     def _wait(self, until: float | None) -> None:
         """Until something has changed. The standard's futures, too, take a timeout that is no number for none at all."""
         if until is None:
-            self._condition.wait()
+            self._condition.wait(ALERT_S)
         elif (left := until - time.monotonic()) > 0:
-            self._condition.wait(min(left, threading.TIMEOUT_MAX))
+            self._condition.wait(min(left, ALERT_S))
         else:
             raise TimeoutError
 

@@ -40,6 +40,7 @@ from msgspec.structs import replace
 from . import errors, nesting
 from .core.chunking import BUDGET_S, ITEMS, Chunking
 from .errors import ClusterError, NotAccepted, ResultDecodeError, TaskError, TaskTimeout, Unschedulable
+from .futures import ALERT_S
 from .lifetime import FORKED
 from .payload import (
     Chunk,
@@ -641,10 +642,10 @@ class Run:
                 raise TimeoutError
 
     def _wait(self) -> None:
-        left = None if self.plan.until is None else self.plan.until - time.monotonic()
-        if left is None or left > 0:
+        left = math.inf if self.plan.until is None else self.plan.until - time.monotonic()
+        if left > 0:
             with nesting.waiting():
-                self.changed.wait(left if left is None else min(left, threading.TIMEOUT_MAX))
+                self.changed.wait(min(left, ALERT_S))
 
     def _taken_off(self, at: int) -> _Part:
         part = self._ready.pop(at)

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import DependencyFailed
+from .futures import ALERT_S
 from .waiting import DONE, cancel_all
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-LOOK_S = 0.5  # an interrupt in the instant before a wait begins is seen when it ends
 
 
 class _Bodies(threading.local):
@@ -149,7 +149,7 @@ class TaskGroup:
     def _wait(self) -> None:
         with self._changed:
             while self._pending and not (self._failed and not self._cancelled):
-                self._changed.wait(LOOK_S)
+                self._changed.wait(ALERT_S)
         if self._pending:  # the thread of callbacks may be busy
             self._cancel()
             self._wait()

@@ -30,7 +30,7 @@ from .core.events import Tell
 from .errors import WaitGroupError
 from .payload import note_group
 from .protocol import GroupAdd, GroupForget, GroupWait
-from .waiting import cancel_all
+from .waiting import cancel_all, wait_alert
 
 if TYPE_CHECKING:
     from .futures import Future
@@ -97,8 +97,8 @@ class WaitGroup:
         task = b"" if now is None or now.run is None else now.run.task
         request, reply = client._request(lambda number: GroupWait(number, self._group, task))
         try:
-            with nesting.waiting():
-                error = reply.result(timeout).error
+            wait_alert({reply}, timeout)
+            error = reply.result(0).error
         except concurrent.futures.TimeoutError:
             self._give_up(request)
             raise TimeoutError(f"the WaitGroup was not done within {timeout} s") from None

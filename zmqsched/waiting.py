@@ -12,6 +12,7 @@ Rules
 from __future__ import annotations
 
 import concurrent.futures
+import math
 import queue
 import threading
 import time
@@ -22,7 +23,7 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from . import nesting
-from .futures import Future
+from .futures import ALERT_S, Future
 from .progress import FutureWork, show
 
 if TYPE_CHECKING:
@@ -55,13 +56,28 @@ def wait(
     work = FutureWork(fs)
     bar = show(progress, work, "futures", next((future._owner for future in fs if isinstance(future, Future)), None))
     try:
-        return concurrent.futures.wait(fs, timeout, return_when)
+        return wait_alert(fs, timeout, return_when)
     except KeyboardInterrupt:
         cancel_all(fs, force=True)
         raise
     finally:
         if bar is not None:
             bar.close()
+
+
+def wait_alert(
+    fs: set[StandardFuture[T]], timeout: float | None, return_when: str = ALL_COMPLETED
+) -> DoneAndNotDoneFutures[T]:
+    """As ``concurrent.futures.wait``, but no signal is lost on it."""
+    if (timeout is not None and not timeout > ALERT_S) or all(future.done() for future in fs):
+        return concurrent.futures.wait(fs, timeout, return_when)
+    until = math.inf if timeout is None else time.monotonic() + timeout
+    with nesting.waiting():
+        while (now := time.monotonic()) + ALERT_S < until:
+            found = concurrent.futures.wait(fs, ALERT_S, return_when)
+            if time.monotonic() - now < ALERT_S:  # it was not the time that ended it
+                return found
+        return concurrent.futures.wait(fs, until - now, return_when)
 
 
 def as_completed(fs: Iterable[StandardFuture[T]], timeout: float | None = None) -> AsCompleted[T]:
@@ -120,9 +136,7 @@ class AsCompleted(Generic[T]):
             raise StopIteration
         try:
             with nesting.waiting() if self._waiter.done.empty() else nullcontext():
-                future = self._waiter.done.get(timeout=self._left())
-        except queue.Empty:
-            raise self._late() from None
+                future = self._arrived()
         except KeyboardInterrupt:
             cancel_all(self._pending, force=True)
             raise
@@ -165,6 +179,15 @@ class AsCompleted(Generic[T]):
 
     def __del__(self) -> None:
         self.close()
+
+    def _arrived(self) -> StandardFuture[T]:
+        while True:
+            left = self._left()
+            try:
+                return self._waiter.done.get(timeout=ALERT_S if left is None else min(left, ALERT_S))
+            except queue.Empty:
+                if left is not None and left <= ALERT_S:
+                    raise self._late() from None
 
     def _left(self) -> float | None:
         return None if self._until is None else min(max(0.0, self._until - time.monotonic()), threading.TIMEOUT_MAX)
