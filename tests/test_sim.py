@@ -220,6 +220,7 @@ def test_a_node_freezes_its_task_runs_elsewhere_it_thaws_its_late_result_is_drop
           broker > n1: SayHello
           broker > n1: SayHello
           broker > n1: SayHello
+          broker > n1: SayHello
           n1 > broker: NodeHello life 2
           broker > n1: Welcome n3
           n1 > broker: Results a#1
@@ -251,8 +252,8 @@ def test_a_frozen_node_is_the_first_to_finish_and_its_late_result_is_taken():
           broker > n1: Welcome n3
         # 14 s pass
           n1 > broker: Results a#1
-          broker > n2: Revoke a#2
           broker > client: Finals a ok
+          broker > n2: Revoke a#2
         # 4 s pass
           n2 > broker: Results a#2
         """,
@@ -464,8 +465,8 @@ def test_a_node_that_is_not_heard_loses_its_task_and_its_own_answer_is_as_good()
           n1 > broker: NodeHello life 2
           broker > n1: Welcome n3
           n1 > broker: Results a#1
-          broker > n2: Revoke a#2
           broker > client: Finals a ok
+          broker > n2: Revoke a#2
         # 10 s pass
           n2 > broker: Results a#2
         """,
