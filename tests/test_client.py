@@ -571,7 +571,7 @@ def test_only_the_named_exceptions_are_retried(client, tmp_path, retry_on, raise
 
 def test_retries_of_named_exceptions_in_maps_and_views(client, tmp_path):
     view = client.options(retry_on=OSError).options(retries=1)
-    assert sorted(view.map(flaky(tmp_path / "one"), [1, 1])) == [2, 3]
+    assert list(view.map(flaky(tmp_path / "one"), [1])) == [2]
     # Of a chunk only the item that has failed is tried again.
     assert list(view.map(flaky(tmp_path / "two"), [1, 0], chunksize=2)) == [3, 2]
     with pytest.raises(OSError, match="attempt 1 fails"):
