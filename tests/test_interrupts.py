@@ -21,7 +21,8 @@ from zmqsched.config import CONNECTION_FILE, cluster_dir
 
 pytestmark = pytest.mark.timeout(60)
 
-BACK_WITHIN_S = 2.0
+# What is interrupted would go on for minutes. That it takes less than 2 s on a quiet machine, `make bench` measures.
+BACK_WITHIN_S = 20.0
 
 # A prompt: says that it evaluates a line, and what came of it; then reads the next.
 PROMPT = """
