@@ -395,9 +395,10 @@ class Running(_Wire, tag=25):
 class GroupAdd(_Wire, tag=26):
     """Add to WaitGroup counters; ``done()`` is a delta of -1. ``number``: a process numbers its additions from 1, through
     all its sessions, so that one offered again is recognised. ``task``: whose code has said it, if a node tells.
+    No deltas and a task: its attempt at that node is over, without a result.
 
     ``failed``: a task that held these groups has ended without counting down; which, and why. With a delta of -1 the debt
-    was counted down for it, which only a journal says.
+    was counted down for it, and with one of 1 a wait has heard of that, which only a journal says.
     """
 
     deltas: Annotated[list[tuple[Token, Annotated[int, Meta(ge=-(2**31), le=2**31)]]], Meta(max_length=MAX_ITEMS)]

@@ -10,8 +10,10 @@ Rules
   otherwise than with a result (cancelled, timed out, dead, by an exception) and has not counted down more than it added,
   its debt is counted down for it, and ``wait`` raises a WaitGroupError that names it when all others are done. So is that of
   a task that could not be pickled or was not accepted.
-* Not so while there are tasks enough that hold the WaitGroup and may still call ``done``, so that one which owes nothing may
-  fail. A task that waits for this WaitGroup itself is none of them.
+* One ``done`` and no more: what such a task has itself added is for tasks that it was to start, which owe for themselves. If
+  it ends for good between an ``add`` and what was to count that down, ``wait`` goes on waiting.
+* Nor is its debt counted down while there are tasks enough that hold the WaitGroup and may still call ``done``, so that one
+  which owes nothing may fail. A task that waits for this WaitGroup itself is none of them.
 * A task that ends well and forgot its ``done`` is waited for: as in Go, another may have taken over its debt.
 * A counter below zero is an error; while a task that holds the WaitGroup runs, it may still rise again.
 """

@@ -594,6 +594,21 @@ def test_tasks_count_on_groups_through_their_node_which_says_which_task():
     assert place.all(GroupAdd) == [GroupAdd([(token("g"), -1)], 1, task_id("a"))]
 
 
+def test_the_end_of_an_attempt_that_has_counted_and_has_no_result_is_numbered_too():
+    """Its report may end with the session; this is offered to the next, behind what the attempt has counted."""
+    place = Workplace()
+    place.broker_orders("a")
+    place.cut = True
+    place.says(1, GroupAdd([(token("g"), -1)]))
+    place.dies(1)
+    place.cut = False
+    assert place.deaths == []
+    place.broker_forgets()
+    place.broker_welcomes()
+    assert place.deaths == [], "the next broker numbers attempts anew"
+    assert place.all(GroupAdd) == [GroupAdd([(token("g"), -1)], 1, task_id("a")), GroupAdd([], 2, task_id("a"))]
+
+
 def test_an_answer_to_what_was_never_given_is_ignored():
     place = Workplace()
     place.says(1, Done(task_id("nothing"), 1, True, b"", 0.0))

@@ -196,6 +196,49 @@ def test_additions_offered_again_are_known():
     assert counter(broker) == 1
 
 
+def test_an_attempt_whose_death_was_not_reported_does_not_count_with_the_next_at_the_same_node():
+    """The broker dies, and the report with its session; the next one has what the attempt had counted in its journal."""
+    broker = Broker(journal=True)
+    node = broker.node()
+    client = owing(broker, "a", "b")
+    node.counts("a", 2, -3)
+    broker.dies()
+    node.orders.clear()
+    node.comes_back()
+    node.is_over("a")
+    client.comes_back()
+    broker.passes(3)
+    assert node.holds == ["a"]
+    node.counts("a", 2)
+    assert counter(broker) == 4
+    node.counts("a", -3)
+    assert counter(broker) == 1
+    broker.dies()
+    node.comes_back()
+    assert counter(broker) == 1
+    node.finishes("a")
+    node.counts("b", -1)
+    node.finishes("b")
+    assert counter(broker) == 0
+
+
+def test_the_end_of_an_attempt_that_is_offered_again_is_known():
+    """Else it would take what the next attempt has counted."""
+    broker = Broker(journal=True)
+    node = broker.node()
+    client = owing(broker, "a", "b")
+    node.counts("a", -1)
+    node.loses_a_worker(running="a")
+    node.is_over("a")
+    node.counts("a", -1)
+    broker.dies()
+    client.comes_back()
+    node.comes_back()
+    assert counter(broker) == 1
+    node.says(GroupAdd([], 2, task_id("a")), GroupAdd([(token("g"), -1)], 3, task_id("a")))
+    assert counter(broker) == 1
+
+
 def test_a_task_of_a_client_that_is_gone_counts_for_nothing():
     """It comes back, and all is run again."""
     broker = Broker(client_lease_s=5.0)
@@ -345,6 +388,19 @@ def test_a_failure_waits_for_who_may_yet_pay():
     assert "ended without done()" in told(client)[0]
 
 
+def test_what_a_task_has_added_itself_is_waited_for_when_it_ends_without_counting_down():
+    """Whom it was for nobody knows: the task that is to count it down may be on its way from there."""
+    broker = Broker()
+    node = broker.node()
+    client = owing(broker, "a")
+    node.counts("a", 2)
+    node.fails("a")
+    assert counter(broker) == 2
+    assert told(client) == []
+    client.says(GroupAdd([(token("g"), -2)]))
+    assert "a task that held this WaitGroup has ended without done()" in told(client)[0]
+
+
 def test_what_the_client_could_not_send():
     broker = Broker()
     client = broker.client()
@@ -373,6 +429,21 @@ def test_failures_survive_the_broker(settled):
         assert told(client) == []
         node.finishes("watcher")
     assert "ended without done()" in told(client)[0]
+
+
+def test_what_a_wait_has_heard_is_not_told_again_by_the_next_broker():
+    broker = Broker(journal=True)
+    node = broker.node()
+    client = owing(broker, "a")
+    node.fails("a")
+    assert "ended without done()" in told(client)[0]
+    broker.passes(0.1)
+    broker.dies()
+    client.comes_back()
+    node.comes_back()
+    assert not broker.scheduler.book.open_counts()
+    waits(client, 2)
+    assert told(client)[1:] == [""]
 
 
 # --- below zero ----------------------------------------------------------------------------------------------------

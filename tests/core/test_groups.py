@@ -29,7 +29,7 @@ class AgainstGo(RuleBasedStateMachine):
             assert answers == []
             return
         error = NEGATIVE if self.counts[group] < 0 else ""
-        assert answers == [Answer(waiter, error) for waiter in self.waiting[group]]
+        assert answers == [Answer(waiter, error, group) for waiter in self.waiting[group]]
         self.broken[group] |= bool(error) and not answers
         self.waiting[group] = []
         self.counts[group] = 0
@@ -40,10 +40,10 @@ class AgainstGo(RuleBasedStateMachine):
         waiter = Waiter(owner, self.requests)
         answers = self.groups.wait(group, waiter)
         if self.broken[group]:
-            assert answers == [Answer(waiter, NEGATIVE)]
+            assert answers == [Answer(waiter, NEGATIVE, group)]
             self.broken[group] = False
         elif self.counts[group] == 0:
-            assert answers == [Answer(waiter, "")]
+            assert answers == [Answer(waiter, "", group)]
         else:
             assert answers == []
             self.waiting[group].append(waiter)
@@ -73,7 +73,7 @@ def test_everybody_who_waits_is_answered_once():
     ann, ben = Waiter("ann", 1), Waiter("ben", 1)
     assert groups.wait(b"g", ann) == groups.wait(b"g", ben) == []
     assert groups.add(b"g", -1) == []
-    assert groups.add(b"g", -1) == [Answer(ann, ""), Answer(ben, "")]
+    assert groups.add(b"g", -1) == [Answer(ann, "", b"g"), Answer(ben, "", b"g")]
     assert len(groups) == 0
     assert groups.add(b"g", 1) == []
     assert groups.add(b"g", -1) == []
@@ -84,7 +84,7 @@ def test_every_wait_on_a_broken_counter_is_told_so():
     groups = Groups()
     groups.add(b"g", 1)
     groups.wait(b"g", Waiter("ann", 1))
-    assert groups.add(b"g", -2) == [Answer(Waiter("ann", 1), NEGATIVE)]
-    assert groups.wait(b"g", Waiter("ben", 1)) == [Answer(Waiter("ben", 1), "")], "it starts again at zero"
+    assert groups.add(b"g", -2) == [Answer(Waiter("ann", 1), NEGATIVE, b"g")]
+    assert groups.wait(b"g", Waiter("ben", 1)) == [Answer(Waiter("ben", 1), "", b"g")], "it starts again at zero"
     groups.add(b"g", -1)
-    assert groups.wait(b"g", Waiter("ann", 2)) == [Answer(Waiter("ann", 2), NEGATIVE)]
+    assert groups.wait(b"g", Waiter("ann", 2)) == [Answer(Waiter("ann", 2), NEGATIVE, b"g")]

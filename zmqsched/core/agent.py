@@ -141,8 +141,8 @@ class Held:
     results are its arguments, and their names among the functions; of these and its own function it ``lacks`` so many."""
 
     __slots__ = (
-        "attempt", "call", "inputs", "lacks", "limit_s", "number", "options", "orphan", "reported", "revoked", "shape",
-        "task", "too_many", "worker",
+        "attempt", "call", "counted", "inputs", "lacks", "limit_s", "number", "options", "orphan", "reported", "revoked",
+        "shape", "task", "too_many", "worker",
     )  # fmt: skip
 
     def __init__(self, order: Order, shape: Shape, number: int) -> None:
@@ -152,6 +152,7 @@ class Held:
         self.shape = shape
         self.options: Options = shape.options
         self.call: Payload = order.call
+        self.counted = False  # on a WaitGroup
         self.inputs = order.inputs
         self.lacks = 0
         self.worker = 0
@@ -241,6 +242,7 @@ class Agent:
         self._deaths: list[Death] = []
         self._additions = 0  # to WaitGroups, by tasks
         self._stopped: list[Stopped] = []
+        self._taken_down: list[bytes] = []  # tasks that had counted on WaitGroups, when their attempts died or were stopped
         self._lent = 0  # how many workers wait
         self._spares = 0  # and are to end
         self._waiting: list[Attempt] = []
@@ -299,7 +301,7 @@ class Agent:
             return self._uplink.deadline()
         if self._outcomes or self._started or self._returned or self._deaths or self._stopped or self._workers_changed:
             return 0.0
-        if self._waiting or self._resumed:
+        if self._waiting or self._resumed or self._taken_down:
             return 0.0
         if len(self._workers) < self._wanted_workers:
             times.append(self._start_at)
@@ -507,6 +509,8 @@ class Agent:
             if isinstance(message, GroupAdd):
                 self._additions += 1
                 running = next(iter(worker.runs), b"")
+                if running:
+                    worker.runs[running].counted = True
                 self._uplink.send(GroupAdd(message.deltas, self._additions, running))
             elif isinstance(message, Waits | GoesOn):
                 self._turns(worker, message, now)
@@ -582,6 +586,7 @@ class Agent:
         self._task_s = took if self._task_s is None else self._task_s + 0.1 * (took - self._task_s)
         if worker.ending is not None and worker.ending.interrupted and not message.ok:
             self._stopped.append(self._stop_report(worker, held, worker.ending))
+            self._no_longer_counts(held)
         else:
             self._outcomes.append(Outcome(held.task, held.attempt, message.ok, message.value, worker.id, message.retry))
         self._forget(held)
@@ -595,6 +600,7 @@ class Agent:
         if worker.ending is not None and worker.ending.interrupted:
             for held in worker.runs.values():
                 self._stopped.append(self._stop_report(worker, held, worker.ending))
+                self._no_longer_counts(held)
                 self._forget(held)
             if worker.runs:
                 worker.runs.clear()
@@ -604,6 +610,7 @@ class Agent:
                 running = worker.runs.popitem(last=False)[1]
                 ran_s = max(0.0, now - worker.since)
                 self._deaths.append(Death(worker.id, pid, how, running.task, running.attempt, ran_s, remains))
+                self._no_longer_counts(running)
                 self._forget(running)
             self._idle(worker, now)
         elif not worker.spare:
@@ -616,6 +623,11 @@ class Agent:
         self._spares -= worker.spare
         del self._workers[worker.id]
         self._workers_changed = True
+
+    def _no_longer_counts(self, held: Held) -> None:
+        """Its attempt has ended and has no result. The report of that may end with the session; this does not."""
+        if held.counted:
+            self._taken_down.append(held.task)
 
     def _taken_back(self, worker: Worker, runs: list[Run], now: float) -> None:
         worker.taking_back = False
@@ -890,6 +902,10 @@ class Agent:
             for stopped in batches(self._stopped, _stopped_bytes):
                 self._uplink.send(Progress(credit, stopped=stopped))
             self._stopped = []
+        for task in self._taken_down:  # behind the report, which may say that it was the last attempt
+            self._additions += 1
+            self._uplink.send(GroupAdd([], self._additions, task))
+        self._taken_down.clear()
         if self._workers_changed:
             self._workers_changed = False
             self._uplink.send(Workers(self._worker_states()))

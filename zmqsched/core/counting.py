@@ -8,10 +8,14 @@ Rules
   attempt makes them anew. So a task that runs twice never counts twice.
 * The attempt is known by its node's incarnation: a node has at most one of a task. What was counted at a node that was given
   up is kept until that attempt is heard of to be over: it may be adopted, or its result come after all, and then it counts.
+* A node numbers the end of an attempt that has counted, if it has no result, as an addition of nothing: the report of a
+  death may end with the session, and the next attempt may be at the same node. Behind it nothing of the old one follows.
 * A task of an owner that is gone counts for nothing: should the owner come back, it is run again. What is said for a task
   that is answered counts for nothing either.
 * A task that holds a WaitGroup, ends otherwise than with a result and has not counted down has *failed* it (``groups.py``).
   Of a task that was not submitted, or not accepted, its client says so.
+* What has gone wrong is told to the waits of one moment, and that is recorded. So it is lost if the session, or the broker,
+  ends between that and the arrival of the answer: the client asks again, and hears that the counter is zero.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ if TYPE_CHECKING:
 MAX_COUNTED = 10_000  # processes whose last addition to a WaitGroup is remembered
 MAX_HOLDS = 1_000  # WaitGroups that a task counts on
 MAX_REASON = 200  # characters of why a task has failed
+HEARD = "heard"
 
 _NOTHING: dict[bytes, int] = {}
 
@@ -80,6 +85,9 @@ class Counting:
             message = GroupAdd(message.deltas, message.number, failed=message.failed)
             self._book.record(incarnation, message)
             self._add_for_good(message)
+        elif not message.deltas:
+            self._book.record(incarnation, GroupAdd([], message.number))
+            self.over(message.task, incarnation)
         elif (task := self._book.tasks.get(message.task)) is not None:
             self._book.record(incarnation, message)
             self._add_for_now(task, incarnation, message)
@@ -91,7 +99,9 @@ class Counting:
         self.answer(self.groups.wait(message.group, Waiter(session.token, message.request, message.task)))
 
     def answer(self, answers: list[Answer]) -> None:
-        for waiter, error in answers:
+        for group in {answer.group: None for answer in answers if answer.error}:
+            self._book.record(b"", GroupAdd([(group, 1)], failed=HEARD))
+        for waiter, error, _ in answers:
             if self._book.ledger is not None:
                 self._book.ledger.then(Counted(waiter, error))
             else:
@@ -109,6 +119,8 @@ class Counting:
         for group, delta in message.deltas:
             if not message.failed:
                 self.answer(self.groups.add(group, delta))
+            elif delta > 0:
+                self.groups.heard(group)
             elif delta:
                 self.answer(self.groups.lose(group, message.failed))
             else:

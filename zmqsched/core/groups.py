@@ -33,6 +33,7 @@ class Waiter(NamedTuple):
 class Answer(NamedTuple):
     waiter: Waiter
     error: str
+    group: bytes
 
 
 class Groups:
@@ -125,11 +126,16 @@ class Groups:
     def wait(self, group: bytes, waiter: Waiter) -> list[Answer]:
         if group in self._broken:
             self._broken.discard(group)
-            return [Answer(waiter, NEGATIVE)]
+            return [Answer(waiter, NEGATIVE, group)]
         if self._total(group):
             self._waiters.setdefault(group, []).append(waiter)
             return []
-        return [Answer(waiter, _told(self._lost.pop(group, [])))]
+        return [Answer(waiter, _told(self._lost.pop(group, [])), group)]
+
+    def heard(self, group: bytes) -> None:
+        """A wait was answered with what had gone wrong (played from a journal, which has no waits)."""
+        self._broken.discard(group)
+        self._lost.pop(group, None)
 
     def forget(self, owner: Hashable, request: int | None = None) -> None:
         """The waiter gave up, or (without a request) its owner is gone."""
@@ -168,9 +174,9 @@ class Groups:
             self._lost.pop(group, None)
             if not waiters:
                 self._broken.add(group)
-            return [Answer(waiter, NEGATIVE) for waiter in waiters]
+            return [Answer(waiter, NEGATIVE, group) for waiter in waiters]
         error = _told(self._lost.pop(group, [])) if waiters else ""
-        return [Answer(waiter, error) for waiter in waiters]
+        return [Answer(waiter, error, group) for waiter in waiters]
 
     def sanity_check(self) -> None:
         assert all(self._by_hand.values()), "a counter that is zero is kept"

@@ -321,7 +321,11 @@ class SimWorker:
 
     def _counts_down(self, run: Run, plan: Plan) -> None:
         self.node.world.counted_down.add(run.task)
-        for delta in (2, -3) if plan.number % 3 == 0 else (-1,):
+        deltas = (2, -3) if plan.number % 3 == 0 else (-1,)
+        if plan.once:  # of its one attempt all counts that was heard; what it has added and not counted down nobody settles
+            self.node.post(Said(self.number, GroupAdd([(plan.group, delta) for delta in deltas])))
+            return
+        for delta in deltas:
             self.node.post(Said(self.number, GroupAdd([(plan.group, delta)])))
 
     def interrupt(self) -> None:
