@@ -27,9 +27,11 @@ from zmqsched.config import STOPPING_FILE, cluster_dir
 # what has to happen, only for what a bug keeps from happening.
 PATIENCE_S = 15.0
 
-# Who runs the tests in the background (`make test &`) hands an ignored SIGINT down to them, and to the programs that they
-# start and interrupt.
-signal.signal(signal.SIGINT, signal.default_int_handler)
+
+def pytest_configure() -> None:
+    """Who runs the tests in the background (`make test &`) hands an ignored SIGINT down to them, and to the programs that
+    they start and interrupt. (Not at the module's import: workers import it too.)"""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def eventually(fact: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
