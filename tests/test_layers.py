@@ -22,6 +22,7 @@ MAPS = {"maps", "mapping"}
 MAY = {
     "errors": set(),
     "config": {"errors"},
+    "clusterfile": {"errors", "config"},
     "protocol": {"errors", "config"},
     "payload": {"errors", "config", "protocol"},  # its limits and its word for a payload
     "core": CORE_MAY | {"core"},
@@ -67,7 +68,7 @@ MAY = {
     "taskgroup": EDGE_MAY | {"futures", "tasks", "waiting"},
     "waitgroup": EDGE_MAY | {"futures", "tasks", "worker", "waiting", "nesting"},
 }
-ASSEMBLY = {"__init__", "__main__", "cluster", "stopping", "easy", "sim", "cli", "joblib"}
+ASSEMBLY = {"__init__", "__main__", "cluster", "launch", "stopping", "easy", "sim", "cli", "joblib"}
 
 # What the layers must not take from outside, as prefixes of dotted names.
 CORE_NEVER = ("zmq", "time", "threading", "os", "socket", "logging", "pickle", "cloudpickle")
