@@ -407,7 +407,7 @@ def test_the_log_of_one_that_was_killed_outright_goes_with_the_next_down(home):
 def test_a_broker_that_does_not_react(home, monkeypatch):
     home.run("up", "-n", "1", "--detach")
     os.kill(pid_of(home, "zmqsched broker"), signal.SIGSTOP)
-    monkeypatch.setattr("zmqsched.cli.ANSWER_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("zmqsched.cli.look.ANSWER_TIMEOUT_S", 0.2)
     assert "no answer" in home.call("ls")
     monkeypatch.setattr("zmqsched.stopping.ASK_TIMEOUT_S", 0.2)
     home.call("down")

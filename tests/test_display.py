@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from zmqsched import Client, LocalCluster
-from zmqsched.cli import _print_sheet
+from zmqsched.cli.tables import print_sheet
 from zmqsched.display import MAX_ROWS, Sheet, Shown, Table, as_html, as_line, as_text, cell
 from zmqsched.records import NodeInfo, NodeList, Status, WorkerInfo, WorkerList
 
@@ -159,7 +159,7 @@ def test_a_status_says_what_waits_and_why():
 
 def test_the_command_prints_the_same(capsys):
     status = a_status(waiting=[(12, "need gpu, no node has one"), (2, "all 4 slots are taken")])
-    _print_sheet(status._sheet())
+    print_sheet(status._sheet())
     printed = capsys.readouterr().out
     assert "waiting:    12: need gpu, no node has one\nwaiting:    2: all 4 slots are taken\n" in printed
     assert re.sub(r"(?m)^(unfinished|waiting|so far):", r"\1", printed).split() == repr(status).split()

@@ -1,7 +1,7 @@
 """``python -m zmqsched``, and the ``zmqsched`` command.
 
 ``broker`` and ``node`` are started by the dozen and must be up in a moment, so they parse their arguments here and import
-no more than they need; the commands for people are in ``cli.py``.
+no more than they need; the commands for people are in ``cli``.
 """
 
 from __future__ import annotations
