@@ -139,6 +139,9 @@ def test_a_list_of_nodes_is_a_list_and_a_table():
     assert cells_of_text(repr(nodes))[0] == "2 nodes"
     assert "n1    box" in repr(nodes)
     assert "lost for 10 s" in repr(nodes)
+    assert "label" not in repr(nodes), "nobody has named any"
+    (row,) = repr(NodeList([a_node(label="gpu-1", leaves_in_s=61.2)])).splitlines()[3:]
+    assert row.split()[:7] == ["n1", "gpu-1", "box", "7", "alive,", "61", "s"]
     assert repr(NodeList()) == "0 nodes"
 
 

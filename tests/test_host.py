@@ -2,6 +2,7 @@
 
 import os
 import platform
+import time
 
 import pytest
 
@@ -44,6 +45,13 @@ def test_a_cgroups_limit_is_the_memory(bare):
     assert host.usable_memory() == 1048576
     (bare / "memory.max").write_text("max\n")
     assert host.usable_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def test_slurm_says_when_the_allocation_ends():
+    assert host.walltime({}) == 0.0
+    assert 3500 < host.walltime({"SLURM_JOB_END_TIME": str(int(time.time()) + 3600)}) <= 3600
+    assert host.walltime({"SLURM_JOB_END_TIME": str(int(time.time()) - 60)}) == 1.0, "not 0, which is no end"
+    assert host.walltime({"SLURM_JOB_END_TIME": "NONE"}) == 0.0
 
 
 @pytest.mark.parametrize(("shown", "gpus"), [("3,5", ["3", "5"]), ("", []), ("-1", []), ("GPU-abc", ["GPU-abc"])])

@@ -170,7 +170,10 @@ def test_only_the_edges_ever_unpickle():
 
 
 # The modules that read the wall clock, which may step; everything else measures by the monotonic one.
-WALL_CLOCK = {"config": "when a connection file was written; how long ago a directory changed, which is only for tidying"}
+WALL_CLOCK = {
+    "config": "when a connection file was written; how long ago a directory changed, which is only for tidying",
+    "host": "when a batch allocation ends, once: it is said by that clock",
+}
 
 
 def test_the_wall_clock_decides_nothing():

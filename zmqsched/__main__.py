@@ -7,21 +7,25 @@ no more than they need; the commands for people are in ``cli``.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import select
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from .config import ConnectionFile, journal_path
 from .core.policy import DEFAULT_POLICY, POLICIES
+from .core.settings import Care
 from .errors import ZmqschedError
 from .options import resource_argument, size_argument
 from .shell import BROKER_ENVIRONMENT, LEVELS, Starter, allow_many_connections, set_up_logging
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
+
+T = TypeVar("T")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,6 +104,25 @@ def _node(arguments: list[str]) -> int:
     parser.add_argument(
         "--no-echo", action="store_true", help="do not write here too what tasks write to standard error: clients have it"
     )
+    parser.add_argument("--label", type=_label, default="", help="what the launcher calls this node")
+    parser.add_argument(
+        "--walltime",
+        type=_seconds,
+        default=0.0,
+        metavar="SECONDS",
+        help="it will be ended after so long; without it as the batch system says",
+    )
+    parser.add_argument(
+        "--max-tasks-per-worker", type=_tasks, default=0, metavar="N", help="replace a worker when it has run so many tasks"
+    )
+    parser.add_argument("--memory-limit", type=_size, default=0, metavar="SIZE", help="that a worker may use (500M, 2G)")
+    parser.add_argument(
+        "--memory-soft",
+        type=_fraction,
+        default=Care.memory_soft,
+        metavar="FRACTION",
+        help="of the memory limit: beyond it a worker is given no other task and is replaced (%(default)s)",
+    )
     options = parser.parse_args(arguments)
     set_up_logging(options.log_level)
     starter = Starter(options.ready_fd)
@@ -109,7 +132,10 @@ def _node(arguments: list[str]) -> int:
         file = _load(Path(options.connect), options.wait, until_eof=options.until_eof)
         from .node import Node
 
-        node = Node(file, options.slots, dict(options.resource), options.tag, echo=not options.no_echo)
+        node = Node(
+            file, options.slots, dict(options.resource), options.tag, echo=not options.no_echo, label=options.label,
+            walltime_s=options.walltime,
+        )  # fmt: skip
         node.run(starter, until_eof=options.until_eof)
     except ZmqschedError as error:
         return starter.failed(error)
@@ -153,6 +179,28 @@ def _positive(text: str) -> int:
     if not 1 <= number <= 10_000:
         raise argparse.ArgumentTypeError(f"{number} is not between 1 and 10000")
     return number
+
+
+def _tasks(text: str) -> int:
+    return _checked(int(text), lambda number: number >= 1, "at least 1")
+
+
+def _seconds(text: str) -> float:
+    return _checked(float(text), lambda number: 0 < number < math.inf, "a finite number of seconds above 0")
+
+
+def _fraction(text: str) -> float:
+    return _checked(float(text), lambda number: 0 < number <= 1, "above 0 and at most 1")
+
+
+def _label(text: str) -> str:
+    return _checked(text, lambda label: label.isprintable() and len(label) < 256, "a short printable text")
+
+
+def _checked(value: T, right: Callable[[T], bool], what: str) -> T:
+    if not right(value):
+        raise argparse.ArgumentTypeError(f"{value} is not {what}")
+    return value
 
 
 if __name__ == "__main__":

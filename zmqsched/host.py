@@ -15,6 +15,7 @@ import platform
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -51,6 +52,13 @@ def thread_limits(workers: int, environment: Mapping[str, str]) -> dict[str, str
         return {}
     each = str(max(1, usable_cpus() // workers))
     return {name: each for name in THREADS if name not in environment}
+
+
+def walltime(environment: Mapping[str, str]) -> float:
+    """Seconds until the batch system ends this process's allocation, as it says by the wall clock; 0 if it says nothing.
+    Read once, at the start: what follows from it goes by the monotonic clock."""
+    end = environment.get("SLURM_JOB_END_TIME", "")
+    return max(1.0, int(end) - time.time()) if end.isdigit() else 0.0
 
 
 def usable_memory() -> int:

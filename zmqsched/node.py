@@ -59,6 +59,8 @@ class Node:
 
     ``resources`` are added to what is found here, or replace it; ``cpu`` is never below the number of slots, for a slot
     is what runs a task that asks for one. ``echo``: what tasks write to standard error is written to the node's as well.
+    ``label``: what its launcher calls it. ``walltime_s``: it will be ended after so many seconds; 0 is what the batch system
+    has set, if it runs in one.
     """
 
     def __init__(
@@ -69,6 +71,8 @@ class Node:
         tags: Iterable[str] = (),
         *,
         echo: bool = True,
+        label: str = "",
+        walltime_s: float = 0.0,
     ) -> None:
         orphans.adopt()
         slots = slots or host.usable_cpus()
@@ -90,8 +94,9 @@ class Node:
         self._pub = sockets.connect_pub(self._ctx, file.reachable("beats"), keys)
         found, gpus = _resources(slots, resources or {})
         hello = NodeHello(
-            incarnation, 1, host.where(), slots, slots, tuple(sorted(found.items())), tuple(sorted(set(tags)))
-        )
+            incarnation, 1, host.where(), slots, slots, tuple(sorted(found.items())), tuple(sorted(set(tags))),
+            label=label, leaves_in_s=walltime_s or host.walltime(os.environ),
+        )  # fmt: skip
         self._agent = Agent(hello, gpus)
         self._incarnation = hello.incarnation
         self._echo = echo

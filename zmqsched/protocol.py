@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
 MAGIC = b"ZQ"
-MAJOR, MINOR = 1, 1
+MAJOR, MINOR = 1, 2
 
 # Limits. A frame costs ZeroMQ about a microsecond and copying 16 KiB about as much: below that, inline wins.
 INLINE_MAX = 16 * 1024
@@ -299,7 +299,8 @@ def nested_in(node: bytes, client: bytes) -> int | None:
 
 class NodeHello(_Wire, tag=2):
     """``credit`` is how many unfinished tasks the node takes at once, the slots' own included. ``holding``: what it runs for
-    a session that is over."""
+    a session that is over. ``label``: what its launcher calls it. ``leaves_in_s``: when it will be ended, 0 if nobody has
+    said so (a batch system's walltime)."""
 
     incarnation: Token
     life: Count
@@ -309,6 +310,8 @@ class NodeHello(_Wire, tag=2):
     resources: Annotated[tuple[tuple[Name, Amount], ...], Meta(max_length=64)]
     tags: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
     holding: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)] = []
+    label: Name = ""
+    leaves_in_s: Amount = 0.0
 
 
 class Welcome(_Wire, tag=3):
@@ -446,6 +449,8 @@ class NodeReport(_Wire):
     tags: tuple[Name, ...]
     workers: list[WorkerState]
     silent_s: float
+    label: Name = ""
+    leaves_in_s: Amount = 0.0
 
 
 class Report(_Wire, tag=31):
@@ -944,13 +949,15 @@ def _check(body: Message | RecordMessage) -> None:
         _check_names(body)
         if isinstance(body, NodeHello):
             _check_amounts(body.resources)
+            if not math.isfinite(body.leaves_in_s):
+                raise ProtocolError("a node's seconds must be a finite number")
 
 
 def _check_names(hello: ClientHello | NodeHello) -> None:
     """They appear in logs and on terminals, where a line break or an escape sequence could say anything."""
     names = [hello.where.host, hello.where.python, *itertools.chain(*hello.where.versions)]
     if isinstance(hello, NodeHello):
-        names += [*hello.tags, *(name for name, _ in hello.resources)]
+        names += [hello.label, *hello.tags, *(name for name, _ in hello.resources)]
     for name in names:
         if not name.isprintable():
             raise ProtocolError(f"a name has characters that cannot be printed: {name[:40]!a}")

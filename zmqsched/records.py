@@ -15,7 +15,8 @@ class NodeInfo:
     """A node. ``state``: alive, suspect, draining, lost or gone. ``resources``: all it has; ``free``: not taken by tasks.
 
     ``assigned``: unfinished tasks there, running or next in line; ``done``: tasks it has answered. ``silent_s``: seconds
-    since it was last heard of.
+    since it was last heard of. ``label``: what its launcher calls it, "" if nobody has named it. ``leaves_in_s``: seconds
+    until its allocation ends, 0 if it has no end.
     """
 
     id: str
@@ -30,6 +31,8 @@ class NodeInfo:
     free: dict[str, float]
     tags: tuple[str, ...]
     silent_s: float
+    label: str = ""
+    leaves_in_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def status_of(report: Report) -> Status:
 def _node_info(node: NodeReport) -> NodeInfo:
     return NodeInfo(
         node.id, node.where.host, node.where.pid, node.where.python, node.state, node.slots, node.assigned, node.done,
-        dict(node.resources), dict(node.free), node.tags, node.silent_s,
+        dict(node.resources), dict(node.free), node.tags, node.silent_s, node.label, node.leaves_in_s,
     )  # fmt: skip
 
 
@@ -127,7 +130,12 @@ def _node_info(node: NodeReport) -> NodeInfo:
 
 
 def nodes_table(nodes: Sequence[NodeInfo]) -> Table:
-    return Table(("node", "host", "pid", "state", "slots", "tasks", "done", "offers"), [_node_row(node) for node in nodes])
+    columns = ["node", "label", "host", "pid", "state", "slots", "tasks", "done", "offers"]
+    rows = [_node_row(node) for node in nodes]
+    if not any(node.label for node in nodes):
+        columns.remove("label")
+        rows = [(row[0], *row[2:]) for row in rows]
+    return Table(tuple(columns), rows)
 
 
 def workers_table(workers: Sequence[WorkerInfo]) -> Table:
@@ -146,7 +154,10 @@ def task_facts(status: Status) -> list[tuple[str, object]]:
 def _node_row(node: NodeInfo) -> Row:
     offers = [f"{name}={amount:g}" for name, amount in sorted(node.resources.items()) if name not in ("cpu", "memory")]
     state = node.state if node.state in ("alive", "draining") else f"{node.state} for {node.silent_s:.0f} s"
-    return node.id, node.host, node.pid, state, node.slots, node.assigned, node.done, " ".join([*offers, *node.tags])
+    if node.leaves_in_s and node.state not in ("lost", "gone"):
+        state += f", {node.leaves_in_s:.0f} s left"
+    offers += node.tags
+    return node.id, node.label, node.host, node.pid, state, node.slots, node.assigned, node.done, " ".join(offers)
 
 
 def _worker_row(worker: WorkerInfo) -> Row:

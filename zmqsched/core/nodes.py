@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from enum import StrEnum
 from random import Random
 from typing import TYPE_CHECKING
@@ -57,12 +58,15 @@ NODE_MOVES: dict[NodeState, frozenset[NodeState]] = {
 
 class Node:
     __slots__ = (
-        "beat", "credit", "done", "functions", "heard_at", "id", "incarnation", "nested", "pinged_at", "pools",
-        "reserved", "session", "slots", "state", "tags", "tasks", "total", "turn", "used", "version", "where", "workers",
+        "beat", "credit", "done", "functions", "heard_at", "id", "incarnation", "label", "leaves_at", "nested", "pinged_at",
+        "pools", "reserved", "session", "slots", "state", "tags", "tasks", "total", "turn", "used", "version", "where",
+        "workers",
     )  # fmt: skip
 
     def __init__(self, node_id: str, session: int, hello: NodeHello, now: float) -> None:
         self.id = node_id
+        self.label = hello.label
+        self.leaves_at = now + hello.leaves_in_s if hello.leaves_in_s else math.inf
         self.session = session
         self.incarnation = hello.incarnation
         self.where: Host = hello.where

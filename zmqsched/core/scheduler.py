@@ -619,4 +619,5 @@ def _node_report(node: Node, now: float) -> NodeReport:
         done=node.done, resources=tuple(node.total.items()),
         free=tuple((name, total - node.used[name]) for name, total in node.total.items()),
         tags=tuple(sorted(node.tags)), workers=list(node.workers), silent_s=max(0.0, now - node.heard_at),
+        label=node.label, leaves_in_s=0.0 if node.leaves_at == math.inf else max(0.001, node.leaves_at - now),
     )  # fmt: skip

@@ -33,3 +33,14 @@ class Settings:
     keep_results_s: float = KEEP_RESULTS_S
     settle_s: float = 0.0
     max_queued_bytes: int = 1 << 30
+
+
+@dataclass(frozen=True)
+class Care:
+    """What a node's agent is told about its workers: after how many tasks one is replaced (0: never), and how many bytes it
+    may use (0: any). Beyond ``memory_soft`` of these it is given no other task and is replaced when it is idle; beyond
+    all of them it is killed."""
+
+    max_tasks: int = 0
+    memory_limit: int = 0
+    memory_soft: float = 0.8
