@@ -18,7 +18,7 @@ Rules
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,13 +26,32 @@ from ..clusterfile import NodeGroup, State
 from ..config import ConnectionFile
 
 
+def _nothing() -> None:
+    """Nobody waits for news."""
+
+
 @dataclass(frozen=True)
 class Site:
-    """The cluster that nodes are started for. ``file``: the connection file of the role "node"; ``directory``: private, of
-    this cluster, on this host: for logs (``logs/LABEL.log``) and sockets."""
+    """The cluster that nodes are started for. ``path``: where the connection file of the role "node" lies, or will when the
+    broker is up; ``directory``: private, of this cluster, on this host: for logs (``logs/LABEL.log``) and sockets.
+    ``echo``: what tasks write to standard error, and what nodes say, goes to this program's standard error too. ``wake``:
+    for a launcher to call, from any thread, when its ``poll`` has news; without it they are seen a second later."""
 
-    file: ConnectionFile
+    path: Path
     directory: Path
+    echo: bool = False
+    wake: Callable[[], None] = _nothing
+
+    @property
+    def file(self) -> ConnectionFile:
+        """As it is now: a broker that follows another may have other keys.
+
+        Raises
+        ------
+        ConnectionFileError
+            There is none: no broker is up.
+        """
+        return ConnectionFile.load(self.path)
 
     def log_path(self, label: str) -> Path:
         return self.directory / "logs" / f"{label}.log"
@@ -41,12 +60,14 @@ class Site:
 @dataclass(frozen=True)
 class Launched:
     """A node that was asked for. ``why``: why it is pending, or how it ended, with the end of what it wrote to standard
-    error; readable, for an exception. ``where``: host, job id."""
+    error; readable, for an exception; "" if it ended in order. ``where``: host, job id. ``node``: its id at the broker, once
+    it has said that it is ready, if the launcher hears it; otherwise the broker is asked for the label."""
 
     label: str
     state: State
     why: str = ""
     where: str = ""
+    node: str = ""
 
 
 class Launcher(ABC):
