@@ -20,7 +20,7 @@ from .core.policy import DEFAULT_POLICY, POLICIES
 from .core.settings import Care
 from .errors import ZmqschedError
 from .options import resource_argument, size_argument
-from .shell import BROKER_ENVIRONMENT, LEVELS, Starter, allow_many_connections, set_up_logging
+from .shell import BROKER_ENVIRONMENT, LEVELS, Starter, allow_many_connections, file_from_input, set_up_logging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -94,7 +94,12 @@ def _return_memory_by_page(arguments: list[str]) -> None:
 
 def _node(arguments: list[str]) -> int:
     parser = _parser("node", "Run a node: the process that owns this host's workers.")
-    parser.add_argument("--connect", required=True, metavar="FILE", help="the cluster's connection file")
+    parser.add_argument(
+        "--connect",
+        required=True,
+        metavar="FILE",
+        help="the cluster's connection file; -: it is the first line of standard input, and the node ends when that does",
+    )
     parser.add_argument("-n", "--slots", type=_positive, help="workers (default: one for each usable CPU)")
     parser.add_argument(
         "--resource", action="append", default=[], metavar="NAME=AMOUNT", type=_resource, help="offer this; may be repeated"
@@ -126,24 +131,28 @@ def _node(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     set_up_logging(options.log_level)
     starter = Starter(options.ready_fd)
+    until_eof = options.until_eof or options.connect == "-"
     if os.getcwd() not in sys.path:  # as "python -m zmqsched" has it: workers find the modules that lie here
         sys.path.insert(0, os.getcwd())
     try:
-        file = _load(Path(options.connect), options.wait, until_eof=options.until_eof)
+        file = _load(options.connect, options.wait, until_eof=until_eof)
         from .node import Node
 
         node = Node(
             file, options.slots, dict(options.resource), options.tag, echo=not options.no_echo, label=options.label,
             walltime_s=options.walltime,
         )  # fmt: skip
-        node.run(starter, until_eof=options.until_eof)
+        node.run(starter, until_eof=until_eof)
     except ZmqschedError as error:
         return starter.failed(error)
     return 0
 
 
-def _load(path: Path, wait_s: float, *, until_eof: bool) -> ConnectionFile:
-    """The file, which its broker may be about to write."""
+def _load(where: str, wait_s: float, *, until_eof: bool) -> ConnectionFile:
+    """The file, which its broker may be about to write, or the starter gives us."""
+    if where == "-":
+        return file_from_input()
+    path = Path(where)
     until = time.monotonic() + wait_s
     starter = [0] if until_eof else []
     while not path.exists() and time.monotonic() < until:

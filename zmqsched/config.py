@@ -65,7 +65,7 @@ MAX_SOCKET_PATH = 107
 
 _NAME = r"\A[A-Za-z0-9_-][A-Za-z0-9._-]{0,39}\Z"
 # A connection file is about 600 bytes; a mistaken path to something huge should not be read whole.
-_MAX_FILE = 64 * 1024
+MAX_FILE = 64 * 1024
 # `ls` holds a lock for microseconds while it looks, and a remover for milliseconds. A broker is there for good.
 _LOCK_TRIES, _LOCK_PAUSE_S = 25, 0.01
 
@@ -304,6 +304,10 @@ class ConnectionFile(Struct, frozen=True, kw_only=True):
                 draft.unlink()
             raise ConnectionFileError(f"cannot write {target}: {error.strerror}") from None
 
+    def line(self) -> bytes:
+        """The file as one line, for a node's standard input (``--connect -``)."""
+        return msgspec.json.encode(self) + b"\n"
+
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> ConnectionFile:
         """Read and check a connection file.
@@ -314,7 +318,21 @@ class ConnectionFile(Struct, frozen=True, kw_only=True):
             It is missing, damaged, not private, or of another version; one line that says what to do.
         """
         where = Path(path)
-        data = _read_private(where)
+        return cls.parse(_read_private(where), str(where))
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> ConnectionFile:
+        """Check what a connection file holds, however it came here; ``where`` names it in errors.
+
+        Raises
+        ------
+        ConnectionFileError
+            It is damaged, or of another version; one line that says what to do.
+        """
+        if not data:
+            raise ConnectionFileError(f"{where} is empty; restart the cluster to have it anew")
+        if len(data) > MAX_FILE:
+            raise ConnectionFileError(f"{where} is over {MAX_FILE} bytes: not a connection file")
         try:
             raw = msgspec.json.decode(data)
         except (msgspec.MsgspecError, ValueError, RecursionError) as error:
@@ -327,7 +345,7 @@ class ConnectionFile(Struct, frozen=True, kw_only=True):
         loaded._check(where)
         return loaded
 
-    def _check(self, where: Path) -> None:
+    def _check(self, where: str) -> None:
         """What the types cannot say."""
         addresses = [
             (f"addresses.{role}", address)
@@ -345,7 +363,7 @@ class ConnectionFile(Struct, frozen=True, kw_only=True):
             raise ConnectionFileError(f"{where}: {missing} is empty, and a tcp:// address needs all keys")
 
 
-def _check_format(where: Path, raw: Any) -> None:
+def _check_format(where: str, raw: Any) -> None:
     """Before all other fields: those of another version may be others."""
     if not isinstance(raw, dict) or type(raw.get("format")) is not int:
         raise ConnectionFileError(f"{where} is not a connection file: it has no number in the field `format`")
@@ -374,14 +392,9 @@ def _read_private(path: Path) -> bytes:
     try:
         _check_private(path, os.fstat(fd))
         with open(fd, "rb", closefd=False) as file:
-            data = file.read(_MAX_FILE + 1)
+            return file.read(MAX_FILE + 1)
     finally:
         os.close(fd)
-    if not data:
-        raise ConnectionFileError(f"{path} is empty; restart the cluster to have it anew")
-    if len(data) > _MAX_FILE:
-        raise ConnectionFileError(f"{path} is over {_MAX_FILE} bytes: not a connection file")
-    return data
 
 
 def _check_private(path: Path, found: os.stat_result) -> None:

@@ -2,7 +2,8 @@
 
 A process that is started by another says when it is ready, or why it is not, by one JSON line on a descriptor given to it
 (``--ready-fd``; 1 is standard output). With ``--until-eof`` it ends when its standard input does: the starter holds the
-other end, so it ends with the starter, however that ends.
+other end, so it ends with the starter, however that ends. With ``--connect -`` the starter gives it the connection file
+there, too, as the first line.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ import signal
 import socket
 import sys
 import threading
+import time
 from types import FrameType
 
-from .errors import ZmqschedError
+from .config import MAX_FILE, ConnectionFile
+from .errors import ConnectionFileError, ZmqschedError
 
 log = logging.getLogger("zmqsched")
 # What a broker is started with; see __main__.py.
@@ -29,6 +32,8 @@ BROKER_ENVIRONMENT = {"PYTHONMALLOC": "malloc"}
 LEVELS = ("debug", "info", "warning", "error")
 RELAY_MAX = 4 << 20
 RELAY_CLOSE_S = 1.0
+# Whoever starts a node has its connection file at hand.
+FIRST_LINE_S = 4.0
 
 
 class StopSignals:
@@ -55,6 +60,26 @@ class StopSignals:
         numbers = set(self._read.recv(64))
         stops = [sig.name for sig in (signal.SIGINT, signal.SIGTERM) if sig in numbers]
         return stops[0] if stops else ""
+
+
+def file_from_input() -> ConnectionFile:
+    """The connection file that is the first line of standard input. What follows it is of no meaning, and is dropped.
+
+    Raises
+    ------
+    ConnectionFileError
+        The line is none, is not complete within ``FIRST_LINE_S`` seconds or ``MAX_FILE`` bytes, or input ends before.
+    """
+    wanted = "--connect - wants the connection file as one line there"
+    until = time.monotonic() + FIRST_LINE_S
+    data = b""
+    while b"\n" not in data and len(data) <= MAX_FILE:
+        if not select.select([0], [], [], max(0.0, until - time.monotonic()))[0]:
+            raise ConnectionFileError(f"no line came from standard input within {FIRST_LINE_S:g} s; {wanted}")
+        if not (more := os.read(0, MAX_FILE)):
+            raise ConnectionFileError(f"standard input ended before its first line did; {wanted}")
+        data += more
+    return ConnectionFile.parse(data.partition(b"\n")[0], "the first line of standard input")
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
