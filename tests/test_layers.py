@@ -41,6 +41,7 @@ MAY = {
     "shell": CORE_MAY,
     "host": CORE_MAY,
     "version": set(),
+    "commands": set(),
     "listening": {"protocol", "streams"},
     "worker": EDGE_MAY | {"surroundings", "streams"},
     "context": {"protocol", "payload", "worker"},
@@ -173,6 +174,7 @@ def test_only_the_edges_ever_unpickle():
 WALL_CLOCK = {
     "config": "when a connection file was written; how long ago a directory changed, which is only for tidying",
     "host": "when a batch allocation ends, once: it is said by that clock",
+    "commands": "when a command began, for its line in the job log",
 }
 
 
