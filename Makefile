@@ -4,7 +4,9 @@ PYTHON ?= python3
 SEEDS ?= 200
 REPEAT ?= 1
 MESSAGES ?= 1000000
-PACKAGES = iproute2 nftables libfaketime
+# Of Debian, for `make test-system`; and a file of each, by which one sees that it is there.
+PACKAGES = iproute2 nftables libfaketime openssh-client openssh-server tcsh
+FILES = /sbin/ip /usr/sbin/nft /usr/lib/*/faketime/libfaketime.so.1 /usr/bin/ssh /usr/sbin/sshd /usr/bin/tcsh
 PYTEST = -m pytest -q
 # Two processes, each with test modules of its own: most tests wait half of the time.
 TWO = -n 2 --dist loadfile
@@ -62,7 +64,7 @@ test-all: ## run the tests on every CPython from 3.11 on that this machine has
 
 # Debian's packages that the tests of this target need; elsewhere than as root, those that lack theirs skip and say so.
 test-system: .venv/.system ## run the tests that need other packages (joblib, dask, ...) or a system's (two hosts, a clock that steps)
-	@{ command -v ip && command -v nft && ls /usr/lib/*/faketime/libfaketime.so.1; } >/dev/null 2>&1 || test "$$(id -u)" != 0 || \
+	@ls $(FILES) >/dev/null 2>&1 || test "$$(id -u)" != 0 || \
 	    { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(PACKAGES); } >/dev/null
 	@.venv/bin/python $(PYTEST) -m system; code=$$?; \
 	if [ $$code = 5 ]; then echo "no test is marked 'system': nothing was run"; else exit $$code; fi

@@ -60,6 +60,9 @@ CONNECTION_FILE = "connection.json"
 STOPPING_FILE = "stopping"
 # Raised when a field changes its meaning; new fields with defaults leave it alone.
 FILE_FORMAT = 1
+# "tunnel:///PATH": a Unix socket on the host that was given the address, which leads to the broker's TCP socket (through
+# ssh -R), with CURVE from end to end.
+TUNNEL_SCHEME = "tunnel://"
 # sockaddr_un holds 108 bytes and libzmq wants one for the closing zero.
 MAX_SOCKET_PATH = 107
 
@@ -230,12 +233,19 @@ def ipc_path(address: str) -> str:
     return path
 
 
+def tunnel_end(address: str) -> str:
+    """A tunnel's Unix socket on this host, as an ``ipc://`` address."""
+    return f"ipc://{address.removeprefix(TUNNEL_SCHEME)}"
+
+
 def check_address(address: str) -> None:
     """Raise ValueError, saying what is wrong, unless one can connect to this address."""
     if address.startswith("tcp://"):
         split_tcp(address)
     elif address.startswith("ipc://"):
         ipc_path(address)
+    elif address.startswith(TUNNEL_SCHEME):
+        ipc_path(tunnel_end(address))
     else:
         raise ValueError("is neither tcp:// nor ipc://")
 
@@ -358,7 +368,7 @@ class ConnectionFile(Struct, frozen=True, kw_only=True):
             except ValueError as error:
                 raise ConnectionFileError(f"{where}: {role}: {address!r} {error}") from None
         keys = (self.server_key, self.client_public, self.client_secret)
-        if not all(keys) and (any(keys) or any(address.startswith("tcp:") for _, address in addresses)):
+        if not all(keys) and (any(keys) or not all(address.startswith("ipc:") for _, address in addresses)):
             missing = ("server_key", "client_public", "client_secret")[[bool(key) for key in keys].index(False)]
             raise ConnectionFileError(f"{where}: {missing} is empty, and a tcp:// address needs all keys")
 

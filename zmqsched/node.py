@@ -157,7 +157,9 @@ class Node:
             self._step(Tick())
             if not said and self._agent.ready:
                 said = True
-                starter.ready({"pid": os.getpid(), "node": self._agent.name})
+                at = self._sockets.endpoint(self._dealer)
+                log.info("node %s is ready, its broker at %s", self._agent.name, at)
+                starter.ready({"pid": os.getpid(), "node": self._agent.name, "broker": at})
 
     def _step(self, event: AgentEvent) -> None:
         for action in self._agent.handle(event, monotonic()):

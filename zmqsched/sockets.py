@@ -16,6 +16,7 @@ Rules
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import queue
@@ -71,6 +72,8 @@ _UNACKNOWLEDGED_MS = 10_000
 # comes after a pause that grows to the last of these. Together less than what a user should wait.
 _ATTEMPT_MS = 2_000
 _RECONNECT_TCP_MS, _RECONNECT_IPC_MS, _RECONNECT_MAX_MS = 100, 20, 2_000
+# Where there is a tunnel, addresses that do not answer are not waited for as long: one lost packet, not two.
+_BEFORE_TUNNEL_S = 2.0
 
 # What the monitor of a connecting socket says of a handshake that failed. A CURVE server that cannot decrypt what a peer
 # says closes the connection without a word; so does one that dies, but not several times in a row.
@@ -235,6 +238,11 @@ def descriptor(of: Socket) -> int:
     return cast(int, of.getsockopt(zmq.FD))
 
 
+def endpoint(of: Socket) -> str:
+    """The address that a socket is connected to."""
+    return of.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+
 def _readable(one: Socket) -> bool:
     return bool(zmq.zmq_poll([(one, _POLLIN)], 0))  # as asking for EVENTS, which pyzmq wraps in enums
 
@@ -376,6 +384,9 @@ def _connect(made: Socket, addresses: Sequence[str], keys: Keys | None, timeout_
             made.setsockopt(zmq.CONNECT_TIMEOUT, _ATTEMPT_MS)
             _tcp_options(made, address)
             _use_curve(made, keys)
+        elif address.startswith(config.TUNNEL_SCHEME):
+            _use_curve(made, keys)
+            address = config.tunnel_end(address)
         made.connect(address)
     except BaseException:
         made.close(linger=0)
@@ -385,7 +396,7 @@ def _connect(made: Socket, addresses: Sequence[str], keys: Keys | None, timeout_
 
 def _await_handshake(dealer: Socket, events: Socket, deadline: float, timeout_s: float) -> None:
     """Until it is done, or libzmq's monitor says that it cannot be: on the socket itself a refusal looks like silence."""
-    address = dealer.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+    address = endpoint(dealer)
     advice = "The connection file is of another cluster, or of an earlier life of this one: get the present one"
     closed = 0
     while (left_s := deadline - time.monotonic()) > 0:
@@ -411,7 +422,7 @@ def _await_handshake(dealer: Socket, events: Socket, deadline: float, timeout_s:
 
 def _use_curve(made: Socket, keys: Keys | None) -> None:
     if keys is None:
-        raise ValueError("a tcp:// address can only be connected to with the cluster's keys")
+        raise ValueError("only a Unix socket of the broker's own can be connected to without the cluster's keys")
     made.setsockopt(zmq.CURVE_SERVERKEY, keys.server_public)
     made.setsockopt(zmq.CURVE_PUBLICKEY, keys.client_public)
     made.setsockopt(zmq.CURVE_SECRETKEY, keys.client_secret)
@@ -508,8 +519,8 @@ def pick_address(addresses: Sequence[str], timeout_s: float = config.CONNECT_TIM
     """The first of the broker's addresses that answers, host names replaced by the IP address that did.
 
     libzmq itself never says that a name does not exist or nobody listens (pitfall 37), and it tries only one of a
-    name's IP addresses. Unix sockets are tried first and in order; the others all at once, so that an address that
-    swallows packets delays nobody.
+    name's IP addresses. Unix sockets are tried first and in order; then those of TCP all at once, so that an address that
+    swallows packets delays nobody; tunnels, which cost more than any, last.
 
     Raises
     ------
@@ -523,10 +534,16 @@ def pick_address(addresses: Sequence[str], timeout_s: float = config.CONNECT_TIM
                 return _probe_ipc(address, timeout_s)
             except (OSError, ValueError) as error:
                 failed[address] = _reason(error)
-    others = [address for address in dict.fromkeys(addresses) if not address.startswith("ipc://")]
-    answer = _first_answer(others, timeout_s, failed)
+    tunnels = [address for address in addresses if address.startswith(config.TUNNEL_SCHEME)]
+    others = [address for address in dict.fromkeys(addresses) if address.startswith("tcp://")]
+    answer = _first_answer(others, min(timeout_s, _BEFORE_TUNNEL_S) if tunnels else timeout_s, failed)
     if answer is not None:
         return answer
+    for address in tunnels:
+        try:
+            return _probe_tunnel(address, timeout_s)
+        except (OSError, ValueError) as error:
+            failed[address] = _reason(error)
     listed = ", ".join(f"{address} ({why})" for address, why in failed.items()) or "there are none"
     raise BrokerUnreachable(
         f"nobody answers at the broker's addresses: {listed}; is the cluster running (zmqsched ls)? "
@@ -565,6 +582,15 @@ def _probe_ipc(address: str, timeout_s: float) -> str:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(timeout_s)
         probe.connect(config.ipc_path(address))
+    return address
+
+
+def _probe_tunnel(address: str, timeout_s: float) -> str:
+    end = config.tunnel_end(address)
+    found = os.lstat(config.ipc_path(end))
+    if found.st_uid != os.geteuid() or found.st_mode & 0o077:
+        raise PermissionError(errno.EPERM, "open to other users (StreamLocalBindMask in sshd_config)")
+    _probe_ipc(end, timeout_s)
     return address
 
 

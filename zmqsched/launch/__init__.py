@@ -15,6 +15,7 @@ ENTRY_POINTS = "zmqsched.launchers"
 # By the names that a group of nodes says; loaded when one is wanted. Packages add theirs as entry points.
 LAUNCHERS = {
     "local": "zmqsched.launch.local:LocalLauncher",
+    "ssh": "zmqsched.launch.ssh:SSHLauncher",
 }
 
 

@@ -88,10 +88,10 @@ class Children:
         children = [self._children[label] for label in labels if label in self._children]
         for child in children:
             child.kill() if at_once else child.close_input()
-        left = children if at_once else _running(children, STOP_TIMEOUT_S)
+        left = children if at_once else running(children, STOP_TIMEOUT_S)
         for child in left:
             child.kill()
-        stuck = {child.label for child in _running(left, KILL_TIMEOUT_S)}
+        stuck = {child.label for child in running(left, KILL_TIMEOUT_S)}
         for child in children:
             if child.label not in stuck:
                 child.bury()
@@ -113,12 +113,14 @@ class Children:
 
 
 class Child:
-    """One child and what it has said. ``facts``: its line of readiness, empty before."""
+    """One child and what it has said. ``facts``: its line of readiness, empty before; ``spoke``: it has written anything to
+    standard output."""
 
     def __init__(self, label: str, process: subprocess.Popen[bytes], log: Log, wake: Callable[[], None], where: str) -> None:
         self.label = label
         self.pid = process.pid
         self.facts: dict[str, Any] = {}
+        self.spoke = False
         self._process = process
         self._log = log
         self._wake = wake
@@ -129,6 +131,7 @@ class Child:
 
     def said(self, data: bytes) -> None:
         """On standard output, where the first JSON object is its line. Called by the drain's thread, as ``wrote``."""
+        self.spoke = self.spoke or bool(data)
         if self.facts:
             self.wrote(data)
             return
@@ -158,7 +161,7 @@ class Child:
 
     def now(self) -> Launched:
         node = str(self.facts.get("node", ""))
-        code = self._code()
+        code = self.code()
         if code is None or (self._open and time.monotonic() < self._last_words_until()):
             return Launched(self.label, "running" if node else "starting", "", self._where, node)
         return Launched(self.label, "ended", self._how(code), self._where, node)
@@ -177,7 +180,7 @@ class Child:
         how += "" if "node" in self.facts else " before it was ready"
         return f"{how}: {words}" if words else how
 
-    def _code(self) -> int | None:
+    def code(self) -> int | None:
         """Its exit code, without burying it; None while it runs."""
         if self._process.returncode is not None:
             return self._process.returncode
@@ -202,14 +205,14 @@ class Child:
         self._process.kill()
 
     def runs(self) -> bool:
-        return self._code() is None
+        return self.code() is None
 
     def bury(self) -> None:
         self.close_input()
         self._process.wait()
 
 
-def _running(children: Collection[Child], timeout_s: float) -> list[Child]:
+def running(children: Collection[Child], timeout_s: float) -> list[Child]:
     """Those that have not ended by then."""
     until = time.monotonic() + timeout_s
     left = list(children)

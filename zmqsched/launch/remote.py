@@ -1,0 +1,135 @@
+"""What runs at the other end of ``ssh``: shell scripts, fed over standard input.
+
+Rules
+-----
+* The login shell there may be any (``sh``, ``csh``, ``fish``), and only ever sees :data:`COMMAND`, in which nothing of the
+  user's is. The script comes as the first line of input, so neither it nor what is in the environment of a node is on a
+  command line.
+* A script's own input is a node's: the next line is its connection file, and its end ends the node. What the prologue
+  reads is empty, and what it prints goes to standard error.
+* Whatever of a node is left is found by ``ZMQSCHED_LAUNCH=TOKEN`` in the environment, which its children inherit.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from shlex import quote
+
+from ..clusterfile import NodeGroup
+from .base import node_command
+
+# No newline, "!" or nested quote, for csh; "read" takes byte by byte, and leaves what follows the line to the script.
+COMMAND = """exec sh -c 'IFS= read -r s && eval "$(printf %b "$s")"'"""
+MARK = "ZMQSCHED_LAUNCH"
+# sun_path has 108 bytes, and a private directory there may not exist: the socket itself is made with mode 0600.
+TUNNEL = "/tmp/zmqsched-{token}.{role}"
+ROLES = ("work", "beats")
+
+_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+# Reads also on a Python that is too old for the rest.
+_PROBE = """
+import sys
+python, wanted = sys.argv[1:]
+found = "%d.%d" % sys.version_info[:2]
+if found != python: sys.exit(sys.executable + ": is Python " + found)
+try: from zmqsched.version import __version__ as found
+except ImportError as error: sys.exit("%s: %s" % (sys.executable, error))
+if found != wanted: sys.exit(sys.executable + ": has zmqsched " + found)
+"""
+_KILLED_AT_ONCE_S, _GIVEN_UP_S = 2, 4
+
+
+def check(group: NodeGroup) -> None:
+    """Raise ValueError if a shell cannot be told what the group asks for."""
+    for name in group.env:
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"env: {name!r} cannot be the name of an environment variable")
+    texts = [*group.env.values(), *group.prologue, group.cwd, group.python, *group.tags, *group.resources]
+    if any("\0" in text for text in texts):
+        raise ValueError("a zero byte cannot be given to a shell")
+
+
+def line(script: str) -> bytes:
+    """The script as :data:`COMMAND` reads it."""
+    return script.replace("\\", "\\\\").replace("\n", "\\n").encode() + b"\n"
+
+
+def tunnel_path(token: str, role: str) -> str:
+    return TUNNEL.format(token=token, role=role)
+
+
+def node_script(
+    group: NodeGroup, label: str, token: str, python: str, version: str, leftovers: Sequence[tuple[str, int]] = ()
+) -> str:
+    """Runs the node. ``python``, ``version``: the broker's, as "3.11" and zmqsched's own; ``leftovers``: nodes that were
+    here before and may be still, as :func:`sweep_script` takes them."""
+    lines = ["exec 3<&0 4>&1 </dev/null 1>&2", "echo >&4"]  # so that what a login shell has printed ends its line
+    lines += _sweeps(leftovers) if leftovers else []
+    lines += [f"export {name}={quote(value)}" for name, value in {**group.env, MARK: token}.items()]
+    lines += [f"cd {_path(group.cwd)} || {_fail(f'there is no directory {group.cwd} (cwd)')}"] if group.cwd else []
+    lines += group.prologue
+    probe = f'"$python" -c {quote(_PROBE)} {quote(python)} {quote(version)}'
+    install = f"install it there (python{python} -m pip install zmqsched=={version})"
+    if group.python:
+        says = f"{group.python} is not a Python {python} with zmqsched {version}: {install}, or name another one (python)"
+        lines += [f"python={_path(group.python)}", f"{probe} || {_fail(says)}"]
+    else:
+        says = f"no python3 of its PATH is a Python {python} with zmqsched {version}: {install}, or name one (python)"
+        lines += [_SEARCH.format(probe=probe), f'[ "$python" ] || {_fail(says)}']
+    words = [*node_command(group, label, "-", "python")[1:], "--ready-fd=1"]
+    sockets = " ".join(tunnel_path(token, role) for role in ROLES)
+    return "\n".join([*lines, f'"$python" {" ".join(map(quote, words))} <&3 >&4 3<&- 4>&-', _END.format(sockets=sockets)])
+
+
+def sweep_script(nodes: Sequence[tuple[str, int]]) -> str:
+    """Ends what is left of these nodes (token, and the node's pid or 0) on a host. Exit code 3: something could not be
+    killed."""
+    return "\n".join([*_sweeps(nodes), 'exit "$stuck"'])
+
+
+def _sweeps(nodes: Sequence[tuple[str, int]]) -> list[str]:
+    return [_SWEEP, *(f"sweep {quote(token)} {pid}" for token, pid in nodes)]
+
+
+# First the node alone: its nursery then ends what has left the session or the environment of the tasks.
+_SWEEP = f"""
+stuck=0
+left() {{ grep -lsF "{MARK}=$1" /proc/[0-9]*/environ; }}
+sweep() {{
+    n=0
+    while found=$(left "$1"); [ "$found" ]; do
+        [ $n -lt {_GIVEN_UP_S}0 ] || {{ stuck=3; break; }}
+        for file in $found; do
+            pid=${{file#/proc/}}; pid=${{pid%/environ}}
+            if [ $n -ge {_KILLED_AT_ONCE_S}0 ] || [ "$pid" = "$2" ] || [ "$2" = 0 ]; then kill -9 "$pid"; fi
+        done
+        n=$((n + 1)); sleep 0.1
+    done
+    rm -f {TUNNEL.format(token='"$1"', role="*")}
+}}
+"""
+_SEARCH = """
+ifs=$IFS; IFS=:; set -f
+python=
+for directory in $PATH; do
+    python=$directory/python3
+    [ -x "$python" ] && {probe} && break
+    python=
+done
+IFS=$ifs; set +f"""
+# The shell stays, to remove what sshd leaves lying.
+_END = """code=$?
+rm -f {sockets}
+exit $code"""
+
+
+def _fail(error: str) -> str:
+    answer = json.dumps({"error": error, "type": "StartError"})
+    return f"{{ echo {quote(answer)} >&4; exit 1; }}"
+
+
+def _path(path: str) -> str:
+    """As a word, in which "~/" is the home directory there."""
+    return f'"$HOME"/{quote(path[2:])}' if path.startswith("~/") else quote(path)

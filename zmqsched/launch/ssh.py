@@ -1,0 +1,270 @@
+"""Nodes on other hosts, through the system's ``ssh``: port 22 is all it needs.
+
+Rules
+-----
+* OpenSSH does what it does for the user: ``~/.ssh/config``, agents, jump hosts, known hosts. It never asks anything.
+* The remote's standard input is ours: it ends when this process does, however that ends, and with it the node
+  (``remote.py``). When the connection breaks, sshd ends it; when the network is just gone, the node ends by itself after a
+  while without a word from the broker.
+* Each connection offers the node a way back to the broker's sockets for work and beats, and no other: a private Unix socket
+  there (``ssh -R``), which leads to the broker's TCP sockets, so CURVE is spoken from end to end. The node takes it when it
+  reaches none of the broker's addresses, and says so.
+* A node is gone when ``ssh`` has brought its exit code. Where it has not (the connection broke, or the node hung), a second
+  ``ssh`` ends what is left of it there, before anything takes its place.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import secrets
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
+from itertools import cycle
+from shlex import join
+
+import msgspec
+
+from .. import sockets
+from ..clusterfile import NodeGroup
+from ..config import TUNNEL_SCHEME, Addresses, ConnectionFile, split_tcp
+from ..errors import BrokerUnreachable, StartError
+from ..shell import log
+from ..version import __version__
+from . import remote
+from .base import Launched, Launcher, Site
+from .children import STOP_TIMEOUT_S, Children, running
+
+# With a host that is down, or does not say who it is, an error is there within 5 s.
+CONNECT_TIMEOUT_S = 4
+# A network that is gone for half a minute should be found as it was left.
+ALIVE_INTERVAL_S, ALIVE_COUNT = 10, 3
+SWEEP_TIMEOUT_S = 12.0
+MAX_FIRST = 60_000  # bytes; a pipe takes some more without anybody reading
+# The user's own (``ssh_options``) come before these, and of each the first counts.
+OPTIONS = {
+    "BatchMode": "yes",
+    "ConnectTimeout": CONNECT_TIMEOUT_S,
+    "ServerAliveInterval": ALIVE_INTERVAL_S,
+    "ServerAliveCountMax": ALIVE_COUNT,
+    "ControlMaster": "no",  # one that is there is used; one that is made here would outlive us
+    "RemoteCommand": "none",
+    "RequestTTY": "no",
+    "ForwardAgent": "no",
+    "ForwardX11": "no",
+    "ExitOnForwardFailure": "no",  # most nodes need no way back
+}
+_NOT_CONNECTED = 255  # ssh's own exit code; all others are the remote's
+_FIXES = (
+    (
+        "REMOTE HOST IDENTIFICATION HAS CHANGED|host key for .* has changed",
+        "its key is not the one that it had: if you know why, forget the old one (ssh-keygen -R {host})",
+    ),
+    ("Host key verification failed", "its key is not known here: log in once by hand (ssh {host}) and look at it"),
+    ("Permission denied", "it takes none of your keys: ssh-copy-id {host}, or ssh-add, or IdentityFile in ~/.ssh/config"),
+    ("Could not resolve hostname", "no such host: correct the name, or say in ~/.ssh/config which address it means"),
+    ("Connection refused", "no sshd answers there: is it another port? (Port in ~/.ssh/config)"),
+    ("timed out|No route to host|is unreachable", "is it up, and does a firewall let port 22 through?"),
+    ("not responding|Broken pipe|reset by peer|closed by remote", "the connection broke; what ran there runs elsewhere"),
+)
+
+
+@dataclass(frozen=True)
+class _Remote:
+    """Where a label's node was started last. ``token``: by which what is left of it is found there."""
+
+    host: str
+    token: str
+
+    @property
+    def tunnel(self) -> str:
+        """What a node that came back through it has as the broker's address."""
+        return f"ipc://{remote.tunnel_path(self.token, 'work')}"
+
+
+class SSHLauncher(Launcher):
+    """One node on each of the group's hosts; more, in turn, when there are more nodes than hosts."""
+
+    def __init__(self, group: NodeGroup, site: Site) -> None:
+        super().__init__(group, site)
+        if not group.hosts:
+            raise ValueError(f"the nodes {group.name or group.launcher!r} are launched by ssh, and no hosts are named")
+        remote.check(group)
+        self._children = Children(site.wake, echo=site.echo)
+        self._remotes: dict[str, _Remote] = {}
+        self._left: dict[_Remote, int] = {}  # what may be left of nodes whose connection broke: their pids, 0 if unknown
+        self._told: set[str] = set()  # tokens of nodes of which was said that they come back through ssh
+
+    def start(self, labels: Sequence[str]) -> None:
+        file = self.site.file
+        targets = _targets(file)
+        for label in labels:
+            self._note_left(self._remotes)
+            there = _Remote(self._next_host(), secrets.token_hex(8))
+            script = remote.node_script(self.group, label, there.token, *_versions(file), self._left_on([there.host]))
+            first = remote.line(script) + _with_tunnels(file, there.token).line()
+            if len(first) > MAX_FIRST:
+                raise StartError(f"{label}: environment and prologue are over {MAX_FIRST} bytes; put them into a file there")
+            command = self._command(there, targets)
+            self._children.start(label, command, self.site.log_path(label), _environment(), first=first, where=there.host)
+            self._remotes[label] = there
+
+    def poll(self) -> list[Launched]:
+        return [self._worded(one) for one in self._children.poll()]
+
+    def stop(self, labels: Collection[str], *, at_once: bool = False) -> None:
+        labels = [label for label in labels if label in self._remotes]
+        children = [self._children[label] for label in labels]
+        for child in children:
+            child.close_input()
+        if not at_once:
+            running(children, STOP_TIMEOUT_S)
+        self._note_left(labels, ended=False)
+        hosts = {self._remotes.pop(label).host for label in labels}
+        self._children.stop(labels, at_once=True)
+        self._sweep(hosts)
+
+    def preview(self, labels: Sequence[str]) -> list[str]:
+        lines = []
+        targets = {role: f"BROKER:{role.upper()}" for role in remote.ROLES}
+        for label, host in zip(labels, cycle(self.group.hosts), strict=False):
+            there = _Remote(host, "TOKEN")
+            python = ".".join(platform.python_version_tuple()[:2])
+            script = remote.node_script(self.group, label, there.token, python, __version__)
+            lines += [f"# {label}, fed over standard input, and behind it the connection file:"]
+            lines += [f"#   {text}" for text in script.splitlines()]
+            lines += [join(self._command(there, targets))]
+        return lines
+
+    def close(self) -> None:
+        try:
+            self.stop(list(self._remotes))
+        finally:
+            self._children.close()
+
+    # --- starting -----------------------------------------------------------------------------------------------------
+
+    def _next_host(self) -> str:
+        """The first of those that have the fewest nodes."""
+        busy = Counter(there.host for label, there in self._remotes.items() if self._children[label].runs())
+        return min(self.group.hosts, key=lambda host: busy[host])
+
+    def _command(self, there: _Remote, targets: Mapping[str, str]) -> list[str]:
+        words = ["ssh", *self.group.ssh_options]
+        for name, value in OPTIONS.items():
+            words += ["-o", f"{name}={value}"]
+        for role, target in targets.items():
+            words += ["-R", f"{remote.tunnel_path(there.token, role)}:{target}"]
+        return [*words, "--", there.host, remote.COMMAND]
+
+    def _worded(self, one: Launched) -> Launched:
+        there = self._remotes[one.label]
+        child = self._children[one.label]
+        where = there.host
+        if child.facts.get("broker") == there.tunnel:
+            where += ", back through ssh -R"
+            if there.token not in self._told:
+                self._told.add(there.token)
+                log.warning("%s on %s reaches the broker through ssh only, which is slower", one.label, there.host)
+        why = one.why and f"{there.host}: {one.why}"
+        if why and child.code() == _NOT_CONNECTED:
+            fixes = [fix for pattern, fix in _FIXES if re.search(pattern, child.tail)]
+            why += "".join(f"\n{fix.format(host=there.host)}" for fix in fixes[:1])
+        return replace(one, why=why, where=where)
+
+    # --- ending -------------------------------------------------------------------------------------------------------
+
+    def _note_left(self, labels: Iterable[str], *, ended: bool = True) -> None:
+        """Remember the nodes of which ``ssh`` has not said that they have ended. ``ended``: of those only where it has ended
+        itself."""
+        for label in labels:
+            child = self._children[label]
+            code = child.code()
+            begun = child.spoke
+            if begun and (not ended if code is None else code < 0 or code == _NOT_CONNECTED):
+                self._left[self._remotes[label]] = int(child.facts.get("pid", 0))
+
+    def _left_on(self, hosts: Collection[str]) -> list[tuple[str, int]]:
+        return [(there.token, pid) for there, pid in self._left.items() if there.host in hosts]
+
+    def _sweep(self, hosts: Iterable[str]) -> None:
+        """End what may be left of nodes on these hosts, by a connection of its own to each.
+
+        Raises
+        ------
+        StartError
+            It cannot be, or a host cannot be reached; names them.
+        """
+        started = [(host, self._sweeper(host, nodes)) for host in hosts if (nodes := self._left_on([host]))]
+        until = time.monotonic() + SWEEP_TIMEOUT_S
+        failed = []
+        for host, process in started:
+            with process:
+                try:
+                    _, said = process.communicate(timeout=max(0.0, until - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    said = f"no answer in {SWEEP_TIMEOUT_S:g} s"
+            if process.returncode:
+                failed.append(f"{host} ({said.strip() or 'it cannot be killed'})")
+            else:
+                self._left = {there: pid for there, pid in self._left.items() if there.host != host}
+        if failed:
+            raise StartError(
+                f"nodes may be left on {', '.join(failed)}; they end by themselves a minute after the broker did"
+            )
+
+    def _sweeper(self, host: str, nodes: Sequence[tuple[str, int]]) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            self._command(_Remote(host, ""), {}), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            start_new_session=True, env=_environment(), text=True, errors="replace",
+        )  # fmt: skip
+        assert process.stdin is not None
+        process.stdin.write(remote.line(remote.sweep_script(nodes)).decode())
+        return process
+
+
+def _environment() -> dict[str, str]:
+    """Nobody is to be asked for a password, in a window least of all, by a jump host's ssh neither."""
+    return {**os.environ, "SSH_ASKPASS_REQUIRE": "never"}
+
+
+def _versions(file: ConnectionFile) -> tuple[str, str]:
+    """What the broker runs: the minor version of Python, and zmqsched."""
+    return ".".join(file.python.split(".")[:2]), file.zmqsched
+
+
+def _targets(file: ConnectionFile) -> dict[str, str]:
+    """Where the ways back lead: for each role the address of the broker, as seen from here."""
+    found = {}
+    for role in remote.ROLES:
+        addresses = [address for address in getattr(file.addresses, role) if address.startswith("tcp://")]
+        if not addresses:
+            raise StartError(
+                f"the broker of cluster {file.name!r} has Unix sockets only, which other hosts have not: "
+                "start it with --listen (loopback is enough for ssh)"
+            )
+        try:
+            found[role] = sockets.pick_address(addresses).removeprefix("tcp://")
+        except BrokerUnreachable as error:
+            raise StartError(str(error)) from None
+    return found
+
+
+def _with_tunnels(file: ConnectionFile, token: str) -> ConnectionFile:
+    """What a node is given: the addresses that may mean the broker on another host, then the way back."""
+    ways = {
+        role: [address for address in getattr(file.addresses, role) if not _is_loopback(address)]
+        + [f"{TUNNEL_SCHEME}{remote.tunnel_path(token, role)}"]
+        for role in remote.ROLES
+    }
+    return msgspec.structs.replace(file, addresses=Addresses(**ways, status=file.addresses.status))
+
+
+def _is_loopback(address: str) -> bool:
+    return address.startswith("tcp://") and ip_address(split_tcp(address)[0]).is_loopback
