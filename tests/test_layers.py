@@ -69,7 +69,7 @@ MAY = {
     "taskgroup": EDGE_MAY | {"futures", "tasks", "waiting"},
     "waitgroup": EDGE_MAY | {"futures", "tasks", "worker", "waiting", "nesting"},
 }
-ASSEMBLY = {"__init__", "__main__", "cluster", "launch", "stopping", "easy", "sim", "cli", "joblib"}
+ASSEMBLY = {"__init__", "__main__", "cluster", "cleaning", "launch", "stopping", "easy", "sim", "cli", "joblib"}
 
 # What the layers must not take from outside, as prefixes of dotted names.
 CORE_NEVER = ("zmq", "time", "threading", "os", "socket", "logging", "pickle", "cloudpickle")

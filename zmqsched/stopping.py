@@ -48,10 +48,10 @@ def stop_cluster(file: ConnectionFile) -> None:
         (cluster_dir(file.name) / STOPPING_FILE).touch(mode=0o600)
         with contextlib.suppress(psutil.Error):
             processes[0].terminate()
-    for process in _running(processes, END_TIMEOUT_S):
+    for process in still_running(processes, END_TIMEOUT_S):
         with contextlib.suppress(psutil.Error):
             process.kill()
-    if stuck := _running(processes, KILL_TIMEOUT_S):
+    if stuck := still_running(processes, KILL_TIMEOUT_S):
         pids = ", ".join(str(process.pid) for process in stuck)
         raise BrokerUnreachable(f"processes of the cluster {file.name!r} cannot be killed: {pids}")
     if processes:
@@ -86,12 +86,12 @@ def _processes(file: ConnectionFile) -> list[psutil.Process]:
         parent = broker.parent()
     except psutil.Error:
         return []
-    if not _is_zmqsched(broker, "broker"):
+    if not is_zmqsched(broker, "broker"):
         return []
-    starter = [parent] if parent is not None and _is_zmqsched(parent, "up") else []
+    starter = [parent] if parent is not None and is_zmqsched(parent, "up") else []
     # The nursery and the workers are a node's forks: they have its command line.
-    path = str(directory / CONNECTION_FILE)
-    return [*starter, broker, *(one for one in psutil.process_iter() if _is_zmqsched(one, "node", path))]
+    nodes = [one for one in psutil.process_iter() if is_zmqsched(one, "node")]
+    return [*starter, broker, *(one for one in nodes if (path := connection_path(one)) and path.parent == directory)]
 
 
 def _cluster_id(directory: Path) -> str:
@@ -101,17 +101,30 @@ def _cluster_id(directory: Path) -> str:
         return ""
 
 
-def _is_zmqsched(process: psutil.Process, command: str, path: str = "") -> bool:
+def is_zmqsched(process: psutil.Process, command: str) -> bool:
+    """Whether this user runs ``zmqsched COMMAND`` there."""
     try:
         words = process.cmdline()
         mine = process.uids().effective == os.geteuid()
     except psutil.Error:
         return False
-    named = any(Path(first).name == "zmqsched" and second == command for first, second in itertools.pairwise(words))
-    return mine and named and (not path or path in {word.removeprefix("--connect=") for word in words})
+    return mine and any(Path(first).name == "zmqsched" and second == command for first, second in itertools.pairwise(words))
 
 
-def _running(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+def connection_path(node: psutil.Process) -> Path | None:
+    """The connection file that a node was given, absolute; None if it was not by its path."""
+    try:
+        words, directory = node.cmdline(), node.cwd()
+    except psutil.Error:
+        return None
+    for word, following in itertools.pairwise([*words, ""]):
+        option, _, value = word.partition("=")
+        if option == "--connect" and (path := value or following) != "-":
+            return Path(directory, path)
+    return None
+
+
+def still_running(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:
     """Those that have not ended by then."""
     until = time.monotonic() + timeout_s
     while (running := [process for process in processes if _runs(process)]) and time.monotonic() < until:

@@ -16,7 +16,7 @@ import click
 
 from ..errors import ZmqschedError
 from ..version import __version__
-from . import execute, hand, look, stop, up
+from . import clean, execute, hand, look, stop, up
 
 
 def run(arguments: list[str]) -> int:
@@ -54,5 +54,5 @@ def zmqsched() -> None:
     """
 
 
-for _command in (up.up, look.ls, look.status, stop.down, execute.execute, hand.broker, hand.node):
+for _command in (up.up, look.ls, look.status, stop.down, clean.clean, execute.execute, hand.broker, hand.node):
     zmqsched.add_command(_command)

@@ -1,0 +1,169 @@
+"""``zmqsched clean``: nothing is left of a cluster that died as a whole, and nothing is done to one that lives."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+from conftest import Home, alive, eventually
+
+from zmqsched import Client, LocalCluster, cleaning
+from zmqsched.__main__ import main
+from zmqsched.config import CONNECTION_FILE, ClusterLock
+from zmqsched.errors import StartError
+
+ZMQSCHED = [sys.executable, "-m", "zmqsched"]
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+    home = Home()
+    monkeypatch.setenv("ZMQSCHED_DIR", str(home.path))
+    yield home
+    home.remove()
+
+
+def run(*words: str) -> str:
+    """The command, in this process: what it prints. It looks for a moment only."""
+    quick = functools.partial(cleaning.find, watch_s=0.2)
+    with contextlib.redirect_stdout(io.StringIO()) as out, mock.patch.object(cleaning, "find", quick):
+        assert main(list(words)) == 0
+    return out.getvalue()
+
+
+def up(*words: str) -> None:
+    subprocess.run([*ZMQSCHED, "up", "--detach", *words], stdout=subprocess.DEVNULL, timeout=50, check=True)
+
+
+def kill_all(home: Home) -> None:
+    """At once: each is stopped before the first is killed, so nobody can react."""
+    pids = list(home.processes())
+    for number in (signal.SIGSTOP, signal.SIGKILL):
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+    eventually(lambda: not any(map(alive, pids)))
+
+
+def test_without_leftovers_there_is_nothing_to_do(home: Home):
+    assert run("clean") == "nothing is left to clean\n"
+
+
+def test_of_a_cluster_that_was_killed_as_a_whole_nothing_is_left(home: Home):
+    up("-n2")
+    kill_all(home)
+    assert {"default", "default/lock", ".default.log", ".journals/default.journal"} <= home.files()
+    directory, log = home.path / "default", home.path / ".default.log"
+    assert run("clean", "--dry-run") == f"would remove directory {directory}\nwould remove log {log}\n"
+    assert run("clean") == f"removed directory {directory}\nremoved log {log}\n"
+    assert {name for name in home.files() if not name.startswith(".journals")} == set()
+    assert "default.journal" in run("clean", "--journals")
+    assert home.left() == set()
+
+
+HAS_A_CHILD = """
+import subprocess, sys
+from zmqsched import Client
+
+def has_a_child(path):
+    import os, subprocess, time
+    child = subprocess.Popen(["sleep", "600"], start_new_session=True, env={})
+    open(path + ".part", "w").write(f"{os.getpid()} {child.pid}")
+    os.rename(path + ".part", path)
+    time.sleep(600)
+
+Client().submit(has_a_child, sys.argv[1]).result()
+"""
+
+
+def test_a_node_whose_cluster_has_died_is_ended_with_all_that_its_tasks_have_started(home: Home, tmp_path: Path):
+    """Started by hand it waits for the next broker, for ever."""
+    environment = {**os.environ, "ZMQSCHED_DIR": str(home.path)}
+    up("-n1")
+    others = home.processes().keys()
+    connect = ["node", "-n1", "--connect", str(home.path / "default" / CONNECTION_FILE), "--tag=mine"]
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([*ZMQSCHED, *connect], env=environment, **quiet) as node:
+        with Client() as client:
+            eventually(lambda: any("mine" in one.tags for one in client.nodes()))
+        script = HAS_A_CHILD.replace("Client().", 'Client().options(tags=["mine"]).')
+        with subprocess.Popen([sys.executable, "-c", script, tmp_path / "family"], env=environment, **quiet) as user:
+            eventually((tmp_path / "family").exists)
+            user.kill()
+        family = [int(word) for word in (tmp_path / "family").read_text().split()]
+        for pid in others:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert f"removed nodes and workers of the dead cluster default: {node.pid}" in run("clean")
+        assert node.wait(10) == -signal.SIGKILL
+    eventually(lambda: not any(map(alive, family)))
+
+
+def test_what_lives_is_left_alone(home: Home):
+    with LocalCluster(1, name="lives"), Client("lives") as client:
+        before = home.files()
+        assert run("clean", "--journals") == "nothing is left to clean\n"
+        assert home.files() == before
+        assert client.submit(pow, 2, 5).result() == 32
+
+
+def test_a_cluster_without_a_broker_is_dead_only_if_it_stays_so(home: Home):
+    """Between two brokers nobody holds the lock."""
+    ClusterLock.acquire("one").release()
+    began: list[Callable[[], None]] = []
+
+    def another_follows(_: float) -> None:
+        if not began:
+            began.append(ClusterLock.acquire("one").remove)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("zmqsched.cleaning.time.sleep", another_follows)
+        assert cleaning.find() == []
+    began[0]()
+
+
+def test_one_whose_holder_answers_is_not_dead(home: Home):
+    import socket
+
+    ClusterLock.acquire("held").release()
+    assert len(cleaning.find(watch_s=0)) == 1
+    with socket.socket(socket.AF_UNIX) as control:
+        control.bind(str(home.path / "held" / cleaning.CONTROL))
+        control.listen()
+        assert cleaning.find(watch_s=0) == []
+
+
+def test_what_comes_alive_meanwhile_is_left_alone_and_said(home: Home):
+    ClusterLock.acquire("quick").release()
+    (left,) = cleaning.find(watch_s=0)
+    with ClusterLock.acquire("quick") as lock:
+        with pytest.raises(Exception, match="'quick' is running already"):
+            left.remove()
+        lock.remove()
+
+
+def test_what_cannot_be_killed_is_an_error(home: Home, monkeypatch: pytest.MonkeyPatch):
+    path = str(home.path / "gone" / CONNECTION_FILE)
+    program = "import sys, time; print(flush=True); time.sleep(600)"
+    words = [sys.executable, "-c", program, "zmqsched", "node", f"--connect={path}"]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        (left,) = cleaning.find(watch_s=0)
+        assert left.what.endswith(f"of the dead cluster gone: {process.pid}")
+        with monkeypatch.context() as patch:
+            patch.setattr("psutil.Process.kill", lambda _: None)
+            patch.setattr(cleaning, "KILL_TIMEOUT_S", 0.1)
+            with pytest.raises(StartError, match=f"of the dead cluster gone cannot be killed: {process.pid}"):
+                left.remove()
+        left.remove()
+        assert process.wait(10) == -signal.SIGKILL

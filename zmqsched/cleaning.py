@@ -1,0 +1,126 @@
+"""What is left where everything of a cluster died at once, found and removed (``zmqsched clean``).
+
+Rules
+-----
+* A cluster is dead if nobody holds its lock and nobody answers at its control socket (whoever holds a cluster starts another
+  broker when one dies), and that for ``STALE_AFTER_S``: it may be on its way up.
+* A node is a dead cluster's if its connection file is, or was, in its directory; the node's workers have the same command
+  line. One that was started over ``ssh`` has the file from standard input, and ends with that.
+* A directory and a journal are removed by one who holds the cluster's lock: nobody starts it meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from .config import STALE_AFTER_S, ClusterLock, cluster_dir, is_held, journal_path, remove_cluster_dir, runtime_dir
+from .errors import ConnectionFileError, StartError
+from .journal import Journal
+from .stopping import KILL_TIMEOUT_S, connection_path, is_zmqsched, still_running
+
+CONTROL = "control"
+_LOG, _JOURNAL = ".log", ".journal"
+_LOOK_EVERY_S = 0.1
+
+
+class Leftover(NamedTuple):
+    """``what`` it is, in words. ``remove`` raises a ZmqschedError if it cannot be."""
+
+    what: str
+    remove: Callable[[], None]
+
+
+def find(*, journals: bool = False, watch_s: float = STALE_AFTER_S) -> list[Leftover]:
+    """All that is left of this user's dead clusters on this host, in the order in which it is to be removed. ``journals``:
+    those too, with the tasks that the next cluster of their name would go on with. ``watch_s``: for how long a cluster must
+    be dead; if none is, nobody waits."""
+    home = runtime_dir()
+    directories = {entry.name for entry in home.iterdir() if entry.is_dir() and _is_name(entry.name)}
+    logs = {entry.name[1 : -len(_LOG)]: entry for entry in home.glob(f".*{_LOG}")}
+    nodes = _nodes_by_cluster(home)
+    kept = {path.stem: path for path in journal_path("any").parent.glob(f"*{_JOURNAL}")} if journals else {}
+    dead = _dead(directories | logs.keys() | nodes.keys() | kept.keys(), watch_s)
+    return [
+        *(_processes(name, nodes[name]) for name in sorted(dead & nodes.keys())),
+        *(_directory(name) for name in sorted(dead & directories)),
+        *(Leftover(f"log {logs[name]}", logs[name].unlink) for name in sorted(dead & logs.keys())),
+        *(_journal(name, kept[name]) for name in sorted(dead & kept.keys())),
+    ]
+
+
+def _is_name(name: str) -> bool:
+    with contextlib.suppress(ConnectionFileError):
+        return bool(cluster_dir(name))
+    return False
+
+
+def _dead(names: set[str], watch_s: float) -> set[str]:
+    until = time.monotonic() + watch_s
+    while (names := {name for name in names if _is_dead(cluster_dir(name))}) and time.monotonic() < until:
+        time.sleep(_LOOK_EVERY_S)
+    return names
+
+
+def _is_dead(directory: Path) -> bool:
+    return not is_held(directory) and not _is_controlled(directory)
+
+
+def _is_controlled(directory: Path) -> bool:
+    """Whether the process that holds the cluster's nodes is there."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as control:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            control.connect(f"/proc/self/fd/{descriptor}/{CONTROL}")  # the path itself may be too long for a socket
+        finally:
+            os.close(descriptor)
+        return True
+    return False
+
+
+def _nodes_by_cluster(home: Path) -> dict[str, list[psutil.Process]]:
+    """Processes of nodes whose connection file is in a directory of ours, by its name."""
+    found: dict[str, list[psutil.Process]] = {}
+    for process in psutil.process_iter():
+        if is_zmqsched(process, "node") and (path := connection_path(process)) is not None and path.parent.parent == home:
+            found.setdefault(path.parent.name, []).append(process)
+    return {name: nodes for name, nodes in found.items() if _is_name(name)}
+
+
+def _processes(name: str, processes: list[psutil.Process]) -> Leftover:
+    pids = [process.pid for process in processes]
+
+    def remove() -> None:
+        # The nodes first: the nursery of one that dies ends its workers, and whatever their tasks have started.
+        for everybody in (False, True):
+            for process in still_running(processes, 0):
+                with contextlib.suppress(psutil.Error):
+                    if everybody or process.ppid() not in pids:
+                        process.kill()
+            if not still_running(processes, KILL_TIMEOUT_S):
+                return
+        raise StartError(f"processes of the dead cluster {name} cannot be killed: {', '.join(map(str, pids))}")
+
+    return Leftover(f"nodes and workers of the dead cluster {name}: {', '.join(map(str, pids))}", remove)
+
+
+def _directory(name: str) -> Leftover:
+    return Leftover(f"directory {cluster_dir(name)}", lambda: remove_cluster_dir(name))
+
+
+def _journal(name: str, path: Path) -> Leftover:
+    def remove() -> None:
+        lock = ClusterLock.acquire(name)
+        try:
+            Journal(path, name).close(remove=True)
+        finally:
+            lock.remove()
+
+    return Leftover(f"journal {path}", remove)
