@@ -118,12 +118,15 @@ MUTANTS = {
         "",
     ),
     "a task that ended without counting down owes for ever": _one(
-        "counting", "for group, text in self.groups.overdue():", "for group, text in ():"
+        "counting", "for group, text, debts in self.groups.overdue():", "for group, text, debts in ():"
+    ),
+    "what a task has added is owed for ever when it ended without counting that down": _one(
+        "counting", "return max(0, self.counted", "return self.counted.get(group, 0) >= 0 and max(0, 0 * self.counted"
     ),
     "a task that ended without counting down has its debt settled twice": _one(
         "counting",
-        "            self.answer(self.groups.lose(group, text))\n\n",
-        "            self.answer(self.groups.lose(group, text) + self.groups.lose(group, text))\n\n",
+        "            self.answer(self.groups.lose(group, text, debts))\n\n",
+        "            self.answer(self.groups.lose(group, text, debts) + self.groups.lose(group, text, debts))\n\n",
     ),
     "a cancelled task is queued again and runs": _one(
         "book",

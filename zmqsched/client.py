@@ -297,13 +297,13 @@ class Client(Shown, Tasks):
             inputs = inputs_of(found, self) if (found := references()) is not None else ()
             digest, blob = self._functions.pack(fn, retry_on if options.retries else b"", call)
         except errors.TaskError as error:
-            self._fail_groups(str(error))
+            self._fail_groups(task, Shape(b"", options, short_form(fn)), str(error))
             future.set_running_or_notify_cancel()
             future.set_exception(error)
             return future
         held = groups()[:MAX_HELD]
         if inputs and (argument := first_failed(inputs)) is not None:
-            self._fail_groups("an input has failed")
+            self._fail_groups(task, Shape(digest, options, short_form(fn)), "an input has failed")
             fail(future, argument)
             return future
         if held:
@@ -329,11 +329,12 @@ class Client(Shown, Tasks):
         for run in list(self._runs):
             run.stop(why)
 
-    def _fail_groups(self, why: str) -> None:
-        """A task that holds these WaitGroups, and may owe to them, cannot be sent."""
+    def _fail_groups(self, task: bytes, shape: Shape, why: str) -> None:
+        """The task holds these WaitGroups, and may owe to them, and cannot be sent."""
         if held := groups():
             first_line = why.partition("\n")[0]
-            self._post(events.Tell(GroupAdd([(group, 0) for group in held[:MAX_HELD]], failed=clipped(first_line, 500))))
+            failed = clipped(f"{tag_of(task, shape)}: {first_line}", 500)
+            self._post(events.Tell(GroupAdd([(group, 0) for group in held[:MAX_HELD]], failed=failed)))
 
     def _future(self, task: bytes) -> Future[Any]:
         return Future(task, self)

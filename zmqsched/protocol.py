@@ -50,6 +50,7 @@ MAX_DEPTH = (1 << 16) - 1  # of nested tasks; deeper ones count as this deep
 MAX_WORDS = 64 * 1024  # of what a task prints: as much as its future keeps
 MAX_ADVANCE_TEXT = 200
 MAX_HELD = 64  # WaitGroups that a call refers to
+MAX_DELTA = 2**31  # of one addition to a WaitGroup
 # What a task does not need while it waits for others. What it has in memory stays there, and what else it asks for (a
 # licence, a disk) may still be in use.
 LENT = frozenset({"cpu", "gpu"})
@@ -400,11 +401,11 @@ class GroupAdd(_Wire, tag=26):
     all its sessions, so that one offered again is recognised. ``task``: whose code has said it, if a node tells.
     No deltas and a task: its attempt at that node is over, without a result.
 
-    ``failed``: a task that held these groups has ended without counting down; which, and why. With a delta of -1 the debt
-    was counted down for it, and with one of 1 a wait has heard of that, which only a journal says.
+    ``failed``: a task that held these groups has ended without counting down; which, and why. What deltas mean with it is in
+    ``core/counting.py``.
     """
 
-    deltas: Annotated[list[tuple[Token, Annotated[int, Meta(ge=-(2**31), le=2**31)]]], Meta(max_length=MAX_ITEMS)]
+    deltas: Annotated[list[tuple[Token, Annotated[int, Meta(ge=-MAX_DELTA, le=MAX_DELTA)]]], Meta(max_length=MAX_ITEMS)]
     number: Count = 0
     task: Annotated[bytes, Meta(max_length=16)] = b""
     failed: Text = ""

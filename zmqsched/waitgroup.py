@@ -6,14 +6,14 @@ Rules
 -----
 * What a task adds counts once, however often it has to be run: what an attempt has added is taken back when the task is run
   again, because a worker or a node died or for a retry, and the next attempt adds it anew.
-* A task that was sent the WaitGroup, in its arguments or captured by its function, is taken to owe one ``done``. If it ends
-  otherwise than with a result (cancelled, timed out, dead, by an exception) and has not counted down more than it added,
-  its debt is counted down for it, and ``wait`` raises a WaitGroupError that names it when all others are done. So is that of
-  a task that could not be pickled or was not accepted.
-* One ``done`` and no more: what such a task has itself added is for tasks that it was to start, which owe for themselves. If
-  it ends for good between an ``add`` and what was to count that down, ``wait`` goes on waiting.
-* Nor is its debt counted down while there are tasks enough that hold the WaitGroup and may still call ``done``, so that one
-  which owes nothing may fail. A task that waits for this WaitGroup itself is none of them.
+* A task that was sent the WaitGroup, in its arguments or captured by its function, is taken to owe one ``done``, and one
+  more for each that it adds. If it ends otherwise than with a result (cancelled, timed out, dead, by an exception), what it
+  has not counted down of these is counted down for it, and ``wait`` raises a WaitGroupError that names it when all others
+  are done. So is the debt of a task that could not be pickled or was not accepted, and of one that ends unfinished with the
+  task that had submitted it.
+* That is not done while there are tasks enough that hold the WaitGroup and may still call ``done``: those that it was to
+  start may have been started, and one which owes nothing may fail. A task that waits for this WaitGroup itself is none of
+  them.
 * A task that ends well and forgot its ``done`` is waited for: as in Go, another may have taken over its debt.
 * A counter below zero is an error; while a task that holds the WaitGroup runs, it may still rise again.
 """
@@ -31,7 +31,7 @@ from . import nesting, worker
 from .core.events import Tell
 from .errors import WaitGroupError
 from .payload import note_group
-from .protocol import GroupAdd, GroupForget, GroupWait
+from .protocol import MAX_DELTA, GroupAdd, GroupForget, GroupWait
 from .waiting import cancel_all, wait_alert
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ if TYPE_CHECKING:
     from .tasks import Tasks
 
 T = TypeVar("T")
-
-_MAX_DELTA = 2**31
 
 
 class WaitGroup:
@@ -67,8 +65,8 @@ class WaitGroup:
         """Add ``n``, which may be negative, to the counter."""
         if isinstance(n, bool) or not isinstance(n, int):
             raise TypeError(f"add needs an int, not {type(n).__name__}")
-        if abs(n) > _MAX_DELTA:
-            raise ValueError(f"add takes numbers up to {_MAX_DELTA}, not {n}")
+        if abs(n) > MAX_DELTA:
+            raise ValueError(f"add takes numbers up to {MAX_DELTA}, not {n}")
         message = GroupAdd([(self._group, n)])
         if self._tasks is None:
             worker.tell(message)

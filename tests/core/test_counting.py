@@ -5,7 +5,18 @@ from __future__ import annotations
 import pytest
 
 from zmqsched.core.groups import NEGATIVE, Groups, Waiter
-from zmqsched.protocol import GroupAdd, GroupDone, GroupWait, NodeHello, Outcome, Results
+from zmqsched.protocol import (
+    MAX_DELTA,
+    GroupAdd,
+    GroupDone,
+    GroupWait,
+    NodeHello,
+    Options,
+    Outcome,
+    Results,
+    Shape,
+    tag_of,
+)  # fmt: skip
 
 from .builders import Broker, Client, Node, label_of, task_id, token
 
@@ -285,11 +296,11 @@ def is_ended_by_force(broker: Broker, client: Client, node: Node) -> None:
 
 
 ENDS = {
-    dies_for_good: "train failed: 3 workers died running it",
-    raises: "train: it raised an exception",
-    is_cancelled: "train: cancelled before it started",
-    times_out: "train: it ran too long",
-    is_ended_by_force: "train: ended",
+    dies_for_good: "3 workers died running it",
+    raises: "it raised an exception",
+    is_cancelled: "cancelled before it started",
+    times_out: "it ran too long",
+    is_ended_by_force: "ended",
 }
 
 
@@ -300,9 +311,10 @@ def test_a_task_that_ends_without_counting_down_is_named(end, journal):
     node = broker.node()
     client = owing(broker, "a", name="train")
     end(broker, client, node)
-    assert told(client)[0].startswith("a task that held this WaitGroup has ended without done(): train")
-    assert ENDS[end] in told(client)[0]
-    assert "and so on" not in told(client)[0]
+    name = tag_of(task_id("a"), Shape(token("f"), Options(name="train")))
+    (error,) = told(client)
+    assert error.startswith(f"a task that held this WaitGroup has ended without done(): {name}: {ENDS[end]}")
+    assert "and so on" not in error
     waits(client, 2)
     assert told(client)[1:] == [""], "it can be used again"
     assert not broker.scheduler.book.open_counts()
@@ -388,17 +400,119 @@ def test_a_failure_waits_for_who_may_yet_pay():
     assert "ended without done()" in told(client)[0]
 
 
-def test_what_a_task_has_added_itself_is_waited_for_when_it_ends_without_counting_down():
-    """Whom it was for nobody knows: the task that is to count it down may be on its way from there."""
+def loses_its_node(broker: Broker, client: Client, node: Node) -> None:
+    node.freezes()
+    broker.passes(6)
+
+
+@pytest.mark.parametrize("end", [*ENDS, loses_its_node], ids=lambda end: end.__name__)
+@pytest.mark.parametrize("journal", [False, True])
+def test_what_a_task_has_added_itself_is_owed_too_when_it_ends_without_counting_that_down(end, journal):
+    broker = Broker(journal=journal)
+    node = broker.node(slots=2)
+    client = owing(broker, "a", "b", requeue=end is not loses_its_node)
+    node.counts("b", -1)
+    node.finishes("b")
+    for _ in range(3 if end is dies_for_good else 1):
+        node.counts("a", 4, -1)
+        if end is dies_for_good:
+            node.loses_a_worker(running="a")
+    if end is not dies_for_good:
+        end(broker, client, node)
+    (error,) = told(client)
+    assert error.startswith("a task that held this WaitGroup has ended without done()")
+    assert counter(broker) == 0
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_what_a_task_has_added_to_a_group_that_it_was_not_sent_is_owed_too():
     broker = Broker()
     node = broker.node()
-    client = owing(broker, "a")
-    node.counts("a", 2)
+    client = owing(broker)
+    client.submits("a")
+    node.counts("a", 2, -1)
+    waits(client, 2)
+    assert told(client) == [""]
     node.fails("a")
-    assert counter(broker) == 2
-    assert told(client) == []
-    client.says(GroupAdd([(token("g"), -2)]))
+    assert "a task that held this WaitGroup has ended without done()" in told(client)[1]
+
+
+def test_what_it_has_added_is_settled_by_the_tasks_that_it_has_started_if_they_go_on():
+    broker = Broker()
+    node = broker.node(slots=3)
+    client = owing(broker, "parent")
+    node.counts("parent", 2)
+    client.submits("one", "other", holds=["g"])
+    node.fails("parent")
+    assert counter(broker) == 2, "its own debt is counted down"
+    for label in ("one", "other"):
+        assert told(client) == []
+        node.counts(label, -1)
+        node.finishes(label)
     assert "a task that held this WaitGroup has ended without done()" in told(client)[0]
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_nor_is_a_failure_taken_for_what_a_task_that_runs_has_added():
+    """It may be about to submit those whom it has added for."""
+    broker = Broker()
+    node = broker.node(slots=2)
+    client = broker.client()
+    client.submits("watcher", holds=["g"])
+    owing(broker, "parent", client=client)
+    node.counts("parent", 2)
+    node.fails("watcher")
+    assert counter(broker) == 3
+    client.submits("one", "other", holds=["g"])
+    for label in ("parent", "one", "other"):
+        node.counts(label, -1)
+        node.finishes(label)
+    assert told(client) == [""]
+
+
+def test_nor_for_what_was_added_for_tasks_that_are_yet_to_be_submitted():
+    broker = Broker()
+    node = broker.node(slots=2)
+    client = broker.client()
+    client.says(GroupAdd([(token("g"), 1)]))
+    client.submits("a", "watcher", holds=["g"])
+    node.fails("watcher", "a")
+    client.says(GroupAdd([(token("g"), 1)]))
+    assert counter(broker) == 2
+    client.submits("b", holds=["g"])
+    node.counts("b", -1)
+    node.finishes("b")
+    waits(client)
+    assert "ended without done()" in told(client)[0]
+    assert not broker.scheduler.book.open_counts()
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_counter_that_has_become_larger_than_an_addition_may_be_survives_the_broker(anew):
+    broker = Broker(journal=True)
+    node = broker.node(slots=2)
+    client = owing(broker, "a", "b")
+    large = [(token("g"), MAX_DELTA)] * 3
+    client.says(GroupAdd(large))
+    node.counts("a", MAX_DELTA, MAX_DELTA, MAX_DELTA)
+    node.counts("b", MAX_DELTA, MAX_DELTA)
+    node.loses_a_worker(running="b")
+    node.fails("a")
+    assert counter(broker) == 1 + 3 * MAX_DELTA, "that of a is counted down"
+    if anew:
+        ledger = broker.scheduler.book.ledger
+        ledger._slack_bytes = ledger._base = 0
+        broker.passes(2)
+        assert any(commit.anew for commit in broker.disk.commits)
+    broker.dies()
+    client.comes_back()
+    node.comes_back()
+    assert counter(broker) == 1 + 3 * MAX_DELTA
+    client.says(GroupAdd([(group, -delta) for group, delta in large]))
+    node.counts("b", -1)
+    node.finishes("b")
+    waits(client, 2)
+    assert "ended without done()" in told(client)[0]
 
 
 def test_what_the_client_could_not_send():
@@ -484,15 +598,20 @@ def test_a_node_that_counts_on_very_many_groups_is_held_to_a_limit():
 
 def test_overdue_are_so_many_as_nobody_is_left_for():
     groups = Groups()
-    groups.add(b"g", 3)
+    groups.add(b"g", 9)
     for task in (b"1", b"2"):
-        groups.hold(b"g", task)
-        groups.owes(b"g", task, still=True)
+        groups.hold(b"g", task, 2)
     for text in ("x", "y"):
-        groups.fail(b"g", text)
-    assert groups.overdue() == [(b"g", "x")]
-    groups.wait(b"g", Waiter("ann", 1, b"2"))
-    assert groups.overdue() == [(b"g", "x"), (b"g", "y")]
+        groups.fail(b"g", text, 4)
+    assert groups.overdue() == [], "nobody waits"
+    groups.wait(b"g", Waiter("ann", 1))
+    assert groups.overdue() == [(b"g", "x", 4), (b"g", "y", 1)]
+    for request in (2, 3):
+        groups.wait(b"g", Waiter("ann", request, b"2"))
+    assert groups.overdue() == [(b"g", "x", 4), (b"g", "y", 3)]
+    groups.lose(b"g", "y", 3)
+    assert groups.failed() == [(b"g", "x", 4), (b"g", "y", 1)]
+    groups.sanity_check()
 
 
 def test_the_hello_names_what_runs():

@@ -12,6 +12,10 @@ from zmqsched.protocol import (
     Attempt,
     ClientHello,
     GoesOn,
+    Goodbye,
+    GroupAdd,
+    GroupDone,
+    GroupWait,
     Host,
     Options,
     Progress,
@@ -22,7 +26,7 @@ from zmqsched.protocol import (
     nested_incarnation,
 )  # fmt: skip
 
-from .builders import PYTHON, Broker, Client, Node, Workplace, label_of, task_id
+from .builders import PYTHON, Broker, Client, Node, Workplace, label_of, task_id, token
 
 
 def told(place: Workplace, what: str) -> list[str]:
@@ -272,6 +276,46 @@ def test_what_a_task_has_submitted_ends_with_its_worker(node_first):
     assert node.holds == ["b"]
     node.leaves()
     assert not broker.scheduler.book.open_counts()
+
+
+def says_goodbye(broker: Broker, node: Node, client: Client) -> None:
+    client.says(Goodbye("left"))
+
+
+def loses_its_worker(broker: Broker, node: Node, client: Client) -> None:
+    has(node, 2)
+
+
+def loses_its_node(broker: Broker, node: Node, client: Client) -> None:
+    node.freezes()
+    client.freezes()
+    broker.passes(20)
+
+
+@pytest.mark.parametrize("journal", [False, True])
+@pytest.mark.parametrize("end", [says_goodbye, loses_its_worker, loses_its_node], ids=lambda end: end.__name__)
+def test_what_it_has_submitted_and_not_waited_for_is_missed_by_who_waits_for_the_group(end, journal):
+    """The task that had added for it has ended well; nobody will run these again."""
+    broker = Broker(journal=journal, client_lease_s=10.0)
+    node, other = broker.node(), broker.node("other")
+    client = broker.client()
+    client.says(GroupAdd([(token("g"), 3)]))
+    submits = nested(broker, node, 1)
+    submits.submits("a", "b", "c", holds=["g"], name="child")
+    other.counts(other.holds[0], -1)
+    end(broker, node, submits)
+    for holder in (node, other):
+        for label in holder.holds if not holder.frozen else ():
+            holder.stops(label, "cancelled", "ended")
+    if journal:
+        broker.dies()
+        client.comes_back()
+        broker.passes(5)
+    client.says(GroupWait(1, token("g")))
+    error = client.last(GroupDone).error
+    assert error.startswith("2 tasks that held this WaitGroup have ended without done(): child-")
+    assert "whoever had submitted it is gone" in error
+    assert not broker.scheduler.book.counting.groups
 
 
 def test_a_client_of_no_task_is_nobodys():

@@ -343,13 +343,16 @@ class Book:
             if not owner.job:
                 owner.quiet_since = self.now
 
-    def owner_gone(self, owner: Owner, *, force: bool) -> int:
+    def owner_gone(self, owner: Owner, *, force: bool, nested: bool) -> int:
+        """``nested``: it was a task's."""
         self.owners.forget(owner)
         self.load.answers -= sum(map(answer_bytes, (*owner.answers.values(), *owner.unwritten.values())))
         if self.ledger is not None:
             self.ledger.leave(owner.id)
         mine = [task for task in self.tasks.values() if task.owner is owner]
         for task in mine:
+            if nested and task.debts is not None:
+                self.counting.abandon(task, task.debts)
             if task.state is not FINISHED:  # as one is by now whose input was dropped before
                 self._drop(task, "its client is gone", force=force)
         return len(mine)

@@ -10,10 +10,14 @@ Rules
   up is kept until that attempt is heard of to be over: it may be adopted, or its result come after all, and then it counts.
 * A node numbers the end of an attempt that has counted, if it has no result, as an addition of nothing: the report of a
   death may end with the session, and the next attempt may be at the same node. Behind it nothing of the old one follows.
-* A task of an owner that is gone counts for nothing: should the owner come back, it is run again. What is said for a task
-  that is answered counts for nothing either.
-* A task that holds a WaitGroup, ends otherwise than with a result and has not counted down has *failed* it (``groups.py``).
-  Of a task that was not submitted, or not accepted, its client says so.
+* A task of an owner that is gone counts for nothing: should the owner come back, it is run again. But an owner that was in
+  a task will not, and others may wait: then it is as if the task had ended there. What is said for a task that is answered
+  counts for nothing either.
+* A task stands for one debt of each WaitGroup that it was sent, and for what it has added to any, as far as it has not
+  counted that down. If it ends otherwise than with a result, these debts have failed (``groups.py``). Of a task that was
+  not submitted, or not accepted, its client says so.
+* In a journal, ``GroupAdd.failed`` with a positive delta says that so many debts have failed, with a negative one that so
+  many were counted down, and ``HEARD`` that a wait was told. From a client a delta of 0 says that one has failed.
 * What has gone wrong is told to the waits of one moment, and that is recorded. So it is lost if the session, or the broker,
   ends between that and the arrival of the answer: the client asks again, and hears that the counter is zero.
 """
@@ -21,9 +25,11 @@ Rules
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from ..protocol import MAX_ITEMS, Final, GroupAdd, GroupDone, GroupWait
+from ..protocol import MAX_DELTA, MAX_ITEMS, Final, GroupAdd, GroupDone, GroupWait, tag_of
 from .groups import Answer, Groups, Waiter
 from .ledger import Counted
 
@@ -58,10 +64,8 @@ class Debts:
         """What counts now."""
         return self.added.get(self.live, _NOTHING)
 
-    @property
-    def owed(self) -> list[bytes]:
-        """Those it was sent and has not counted down."""
-        return [group for group in self.sent if self.counted.get(group, 0) >= 0]
+    def stands_for(self, group: bytes) -> int:
+        return max(0, self.counted.get(group, 0) + (group in self.sent))
 
 
 class Counting:
@@ -119,12 +123,12 @@ class Counting:
         for group, delta in message.deltas:
             if not message.failed:
                 self.answer(self.groups.add(group, delta))
-            elif delta > 0:
+            elif message.failed == HEARD:
                 self.groups.heard(group)
-            elif delta:
-                self.answer(self.groups.lose(group, message.failed))
+            elif delta < 0:
+                self.answer(self.groups.lose(group, message.failed, -delta))
             else:
-                self.groups.fail(group, message.failed)
+                self.groups.fail(group, message.failed, delta or 1)
 
     def _add_for_now(self, task: Task, incarnation: bytes, message: GroupAdd) -> None:
         debts = task.debts
@@ -138,7 +142,7 @@ class Counting:
                     self._book.counts["additions to too many WaitGroups"] += 1
                     continue
                 debts.holds[group] = None
-                self.groups.hold(group, task.id)
+                self.groups.hold(group, task.id, 0)
             added[group] = added.get(group, 0) + delta
             if debts.live == incarnation:
                 self._apply(task, group, delta)
@@ -148,8 +152,7 @@ class Counting:
     def hold(self, task: Task) -> None:
         task.debts = Debts(task.kind.options.holds)
         for group in task.debts.sent:
-            self.groups.hold(group, task.id)
-            self.groups.owes(group, task.id, still=True)
+            self.groups.hold(group, task.id, 1)
 
     def runs_at(self, task: Task, incarnation: bytes) -> None:
         """This node's attempt is the one that counts."""
@@ -176,7 +179,7 @@ class Counting:
         if task.debts.live == incarnation:
             self.given_up(task)
         added = task.debts.added.pop(incarnation, _NOTHING)
-        if back := [(group, -delta) for group, delta in added.items() if delta]:
+        for back in _steps((group, -delta) for group, delta in added.items()):
             self._book.record(incarnation, GroupAdd(back, task=task_id))
 
     def finish(self, task: Task, debts: Debts, final: Final, *, wanted: bool) -> None:
@@ -184,10 +187,11 @@ class Counting:
         if not wanted:
             self.release(task, debts)
             return
-        if kept := [(group, delta) for group, delta in debts.counted.items() if delta]:
+        for kept in _steps(debts.counted.items()):
             self._book.record(b"", GroupAdd(kept))
-        if final.verdict not in ("ok", "NotAccepted") and debts.owed:
-            self._fail(task, debts.owed, "it raised an exception" if final.verdict == "error" else final.text)
+        if final.verdict not in ("ok", "NotAccepted"):
+            failed = ((group, debts.stands_for(group)) for group in debts.holds)
+            self._fail(task, failed, "it raised an exception" if final.verdict == "error" else final.text)
         for group in debts.holds:
             self.answer(self.groups.release(group, task.id))
 
@@ -198,25 +202,32 @@ class Counting:
         for group in debts.holds:
             self.answer(self.groups.release(group, task.id))
 
-    def _fail(self, task: Task, groups: list[bytes], why: str) -> None:
-        name = task.kind.options.name or task.kind.shape.label or "a task"
-        first_line = why.partition("\n")[0][:MAX_REASON]
-        failed = first_line if first_line.startswith(f"{name} ") else f"{name}: {first_line}"
-        message = GroupAdd([(group, 0) for group in groups], failed=failed)
-        self._book.record(b"", message)
-        self._add_for_good(message)
+    def abandon(self, task: Task, debts: Debts) -> None:
+        """Its owner was in a task that has ended, or died, and will not ask for it again."""
+        final = Final(task.id, "cancelled", text="whoever had submitted it is gone")
+        self.finish(task, debts, final, wanted=True)
+        task.debts = Debts(())
+
+    def _fail(self, task: Task, debts: Iterable[tuple[bytes, int]], why: str) -> None:
+        options, label = task.kind.options, task.kind.shape.label
+        first_line = why.partition("\n")[0].removeprefix(f"{options.name or label} failed: ")
+        failed = f"{tag_of(task.id, task.kind.shape)}: {first_line[:MAX_REASON]}"
+        for step in _steps(debts):
+            message = GroupAdd(step, failed=failed)
+            self._book.record(b"", message)
+            self._add_for_good(message)
 
     def settle(self) -> None:
         """Count down the debts that failed tasks have left."""
-        for group, text in self.groups.overdue():
-            self._book.record(b"", GroupAdd([(group, -1)], failed=text))
-            self.answer(self.groups.lose(group, text))
+        for group, text, debts in self.groups.overdue():
+            for step in _steps([(group, -debts)]):
+                self._book.record(b"", GroupAdd(step, failed=text))
+            self.answer(self.groups.lose(group, text, debts))
 
     def _apply(self, task: Task, group: bytes, delta: int) -> None:
         debts = task.debts
         assert debts is not None
-        if group in debts.sent:
-            self.groups.owes(group, task.id, still=debts.counted.get(group, 0) >= 0)
+        self.groups.hold(group, task.id, debts.stands_for(group))
         self.answer(self.groups.add(group, delta))
 
     def _incarnation(self, task: Task) -> bytes:
@@ -232,24 +243,21 @@ class Counting:
             for group, delta in task.debts.counted.items() if task.debts is not None else ():
                 counters[group] = counters.get(group, 0) - delta
         lost = self.groups.lost()
-        for group, failures in lost.items():
-            counters[group] = counters.get(group, 0) + len(failures)
-        deltas = [(group, count) for group, count in counters.items() if count]
-        said += [(b"", GroupAdd(deltas[at : at + MAX_ITEMS])) for at in range(0, len(deltas), MAX_ITEMS)]
-        said += [(b"", GroupAdd([(group, -1)], failed=text)) for group, failures in lost.items() for text in failures]
+        for group, _, debts in lost:
+            counters[group] = counters.get(group, 0) + debts
+        said += [(b"", GroupAdd(step)) for step in _steps(counters.items())]
+        said += [(b"", GroupAdd(step, failed=text)) for group, text, debts in lost for step in _steps([(group, -debts)])]
         for task in tasks:
             for incarnation, added in task.debts.added.items() if task.debts is not None else ():
-                deltas = [(group, delta) for group, delta in added.items() if delta]
-                said.append((incarnation, GroupAdd(deltas, task=task.id)))
-        failed = self.groups.failed().items()
-        said += [(b"", GroupAdd([(group, 0)], failed=text)) for group, failures in failed for text in failures]
+                said += [(incarnation, GroupAdd(step, task=task.id)) for step in _steps(added.items())]
+        failed = self.groups.failed()
+        said += [(b"", GroupAdd(step, failed=text)) for group, text, debts in failed for step in _steps([(group, debts)])]
         said += [(incarnation, GroupAdd([], number)) for incarnation, number in self.counted.items()]
         return said
 
     def sanity_check(self) -> None:
         self.groups.sanity_check()
-        holders: dict[bytes, set[bytes]] = {}
-        owing: dict[bytes, set[bytes]] = {}
+        holders: dict[bytes, dict[bytes, int]] = {}
         for task in self._book.tasks.values():
             if task.debts is None:
                 assert not task.kind.options.holds, f"{task} holds a WaitGroup unbeknown"
@@ -257,8 +265,17 @@ class Counting:
             incarnation = self._incarnation(task)
             assert task.debts.live in (b"", incarnation), f"{task}: what another node's attempt has counted counts"
             for group in task.debts.holds:
-                holders.setdefault(group, set()).add(task.id)
-            for group in task.debts.owed:
-                owing.setdefault(group, set()).add(task.id)
-        assert holders == self.groups.holders(), "who holds a WaitGroup is off"
-        assert owing == self.groups.owing(), "who owes a WaitGroup is off"
+                holders.setdefault(group, {})[task.id] = task.debts.stands_for(group)
+        assert holders == self.groups.holders(), "who holds a WaitGroup, or for how many debts it stands, is off"
+
+
+def _steps(deltas: Iterable[tuple[bytes, int]]) -> Iterator[list[tuple[bytes, int]]]:
+    """As many as a message may hold, and no more in each than it may say: what has become large was added in many steps."""
+    small = (
+        (group, max(-MAX_DELTA, min(MAX_DELTA, delta - sign * done)))
+        for group, delta in deltas
+        for sign in [1 if delta > 0 else -1]
+        for done in range(0, abs(delta), MAX_DELTA)
+    )
+    while step := list(islice(small, MAX_ITEMS)):
+        yield step

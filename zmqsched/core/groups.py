@@ -7,10 +7,11 @@ Rules
 * ``wait`` is answered when the counter is zero. A counter that goes below zero is broken: every wait on it, present and
   next, is answered with that error (Go panics), and what was added by hand starts again at zero. While a task that holds the
   WaitGroup is unfinished the verdict waits: what tasks and clients say on different ways has no order.
-* A *holder* is an unfinished task that has the WaitGroup. One that was sent it may owe a ``done``, and *owes* until it has
-  counted down. When it ends without, and not well, that is noted. More debts than holders that owe, those apart that wait
-  for this very counter, say that such a failure has left its debt: the debt is *lost*. It is counted down, and ``wait`` is
-  answered with an error that names the task.
+* A *holder* is an unfinished task that has the WaitGroup. It *stands for* so many debts: those that it is to settle, itself
+  or by tasks that it starts. When it ends and not well, they are *failed*. More debts than holders stand for, those apart
+  that wait for this very counter, say that failed ones are nobody's any more: they are *lost*. They are counted down, and
+  ``wait`` is answered with an error that names the tasks.
+* That is done while somebody waits. Before, who adds may yet have to submit whom it adds for.
 """
 
 from __future__ import annotations
@@ -40,10 +41,12 @@ class Groups:
     def __init__(self) -> None:
         self._by_hand: dict[bytes, int] = {}
         self._tasks: dict[bytes, int] = {}  # started by go() and unfinished
-        self._holders: dict[bytes, set[bytes]] = {}
-        self._owing: dict[bytes, set[bytes]] = {}  # holders that have not counted down
-        self._failed: dict[bytes, list[str]] = {}  # of holders that have ended without counting down: which, and why
-        self._lost: dict[bytes, list[str]] = {}  # those of them whose debts were counted down, until a wait has heard it
+        self._holders: dict[bytes, dict[bytes, int]] = {}  # for how many debts each stands
+        self._covered: dict[bytes, int] = {}  # for how many all of them do
+        # Debts of holders that have ended, by which it was and why; and those of them that were counted down, until a wait
+        # has heard it.
+        self._failed: dict[bytes, dict[str, int]] = {}
+        self._lost: dict[bytes, dict[str, int]] = {}
         self._waiters: dict[bytes, list[Waiter]] = {}
         self._broken: set[bytes] = set()
 
@@ -78,50 +81,48 @@ class Groups:
             del self._tasks[group]
         return self._look(group)
 
-    def hold(self, group: bytes, task: bytes) -> None:
-        self._holders.setdefault(group, set()).add(task)
-
-    def owes(self, group: bytes, task: bytes, *, still: bool) -> None:
-        """Whether this holder has not counted down."""
-        if still:
-            self._owing.setdefault(group, set()).add(task)
-        else:
-            _discard(self._owing, group, task)
+    def hold(self, group: bytes, task: bytes, debts: int) -> None:
+        """The task has it, and stands for so many debts."""
+        holders = self._holders.setdefault(group, {})
+        self._covered[group] = self._covered.get(group, 0) + debts - holders.get(task, 0)
+        holders[task] = debts
 
     def release(self, group: bytes, task: bytes) -> list[Answer]:
         """The task holds it no longer."""
-        _discard(self._holders, group, task)
-        _discard(self._owing, group, task)
+        holders = self._holders[group]
+        self._covered[group] -= holders.pop(task)
+        if not holders:
+            del self._holders[group], self._covered[group]
         return self._look(group)
 
-    def fail(self, group: bytes, text: str) -> None:
-        """A holder has ended without counting down."""
+    def fail(self, group: bytes, text: str, debts: int) -> None:
+        """A holder has ended that stood for these."""
         if self._total(group) or group in self._holders:
-            self._failed.setdefault(group, []).append(text)
+            _count(self._failed, group, text, debts)
 
     @property
     def has_failures(self) -> bool:
         return bool(self._failed)
 
-    def overdue(self) -> list[tuple[bytes, str]]:
-        """Debts that nobody is left for, with the failure that has left each."""
+    def overdue(self) -> list[tuple[bytes, str, int]]:
+        """Debts that somebody waits for and nobody is left for, with the failure that has left them."""
         found = []
-        for group, failures in self._failed.items():
-            owing = self._owing.get(group, set())
-            waiting = sum(waiter.task in owing for waiter in self._waiters.get(group, ()))
-            debts = self._by_hand.get(group, 0) - len(owing) + waiting
-            found += [(group, text) for text in failures[: max(0, debts)]]
+        for group in self._failed.keys() & self._waiters.keys():
+            holders = self._holders.get(group, {})
+            waiting = sum(holders.get(task, 0) for task in {waiter.task for waiter in self._waiters[group]})
+            left = self._by_hand.get(group, 0) - self._covered.get(group, 0) + waiting
+            for text, debts in self._failed[group].items():
+                if left > 0:
+                    found.append((group, text, min(debts, left)))
+                    left -= debts
         return found
 
-    def lose(self, group: bytes, text: str) -> list[Answer]:
-        """Count down the debt that this failure has left; a wait will be told."""
-        failures = self._failed.get(group, [])
-        if text in failures:
-            failures.remove(text)
-            if not failures:
-                del self._failed[group]
-        self._lost.setdefault(group, []).append(text)
-        return self.add(group, -1)
+    def lose(self, group: bytes, text: str, debts: int) -> list[Answer]:
+        """Count down debts that this failure has left; a wait will be told."""
+        if text in self._failed.get(group, ()):
+            _count(self._failed, group, text, -debts)
+        _count(self._lost, group, text, debts)
+        return self.add(group, -debts)
 
     def wait(self, group: bytes, waiter: Waiter) -> list[Answer]:
         if group in self._broken:
@@ -130,7 +131,7 @@ class Groups:
         if self._total(group):
             self._waiters.setdefault(group, []).append(waiter)
             return []
-        return [Answer(waiter, _told(self._lost.pop(group, [])), group)]
+        return [Answer(waiter, _told(self._lost.pop(group, {})), group)]
 
     def heard(self, group: bytes) -> None:
         """A wait was answered with what had gone wrong (played from a journal, which has no waits)."""
@@ -152,11 +153,11 @@ class Groups:
     def broken(self) -> list[bytes]:
         return sorted(self._broken)
 
-    def failed(self) -> dict[bytes, list[str]]:
-        return {group: list(failures) for group, failures in self._failed.items()}
+    def failed(self) -> list[tuple[bytes, str, int]]:
+        return [(group, text, debts) for group, failures in self._failed.items() for text, debts in failures.items()]
 
-    def lost(self) -> dict[bytes, list[str]]:
-        return {group: list(failures) for group, failures in self._lost.items()}
+    def lost(self) -> list[tuple[bytes, str, int]]:
+        return [(group, text, debts) for group, failures in self._lost.items() for text, debts in failures.items()]
 
     def _total(self, group: bytes) -> int:
         return self._by_hand.get(group, 0) + self._tasks.get(group, 0)
@@ -175,7 +176,7 @@ class Groups:
             if not waiters:
                 self._broken.add(group)
             return [Answer(waiter, NEGATIVE, group) for waiter in waiters]
-        error = _told(self._lost.pop(group, [])) if waiters else ""
+        error = _told(self._lost.pop(group, {})) if waiters else ""
         return [Answer(waiter, error, group) for waiter in waiters]
 
     def sanity_check(self) -> None:
@@ -184,29 +185,28 @@ class Groups:
         for group in self._by_hand.keys() | self._tasks.keys():
             assert self._total(group) >= 0 or group in self._holders, "a counter below zero is kept"
         assert all(self._total(group) for group in self._waiters), "somebody waits for a counter that is zero"
-        for group, owing in self._owing.items():
-            assert owing, "debtors of nothing are kept"
-            assert owing <= self._holders.get(group, set()), "who does not hold a WaitGroup owes it nothing"
+        covered = {group: sum(holders.values()) for group, holders in self._holders.items()}
+        assert self._covered == covered, "the debts that holders stand for are off"
+        for facts in (self._failed, self._lost):
+            assert all(debts > 0 for failures in facts.values() for debts in failures.values()), "a failure has left nothing"
         assert all(self._total(group) or group in self._holders for group in self._failed), "a failure matters to nobody"
 
-    def holders(self) -> dict[bytes, set[bytes]]:
-        return {group: set(tasks) for group, tasks in self._holders.items()}
-
-    def owing(self) -> dict[bytes, set[bytes]]:
-        return {group: set(tasks) for group, tasks in self._owing.items()}
+    def holders(self) -> dict[bytes, dict[bytes, int]]:
+        return {group: dict(tasks) for group, tasks in self._holders.items()}
 
 
-def _discard(index: dict[bytes, set[bytes]], group: bytes, task: bytes) -> None:
-    tasks = index.get(group)
-    if tasks is not None:
-        tasks.discard(task)
-        if not tasks:
-            del index[group]
+def _count(facts: dict[bytes, dict[str, int]], group: bytes, text: str, debts: int) -> None:
+    failures = facts.setdefault(group, {})
+    failures[text] = failures.get(text, 0) + debts
+    if failures[text] <= 0:
+        del failures[text]
+        if not failures:
+            del facts[group]
 
 
-def _told(lost: list[str]) -> str:
+def _told(lost: dict[str, int]) -> str:
     if not lost:
         return ""
     tasks = "a task that held this WaitGroup has" if len(lost) == 1 else f"{len(lost)} tasks that held this WaitGroup have"
     more = f"; and {len(lost) - NAMED} more" if len(lost) > NAMED else ""
-    return f"{tasks} ended without done(): {'; '.join(lost[:NAMED])}{more}"
+    return f"{tasks} ended without done(): {'; '.join(list(lost)[:NAMED])}{more}"

@@ -34,6 +34,11 @@ class Owner:
         self.open = 0
         self.quiet_since = now  # since when a client has no session, or all of a job is answered
 
+    @property
+    def incarnation(self) -> bytes:
+        """Of a client."""
+        return self.id[len(_CLIENT) :]
+
     def has_answered(self, task: bytes) -> bool:
         return task in self.answers or task in self.unwritten
 

@@ -64,6 +64,7 @@ from ..protocol import (
     Welcome,
     batches,
     shape_bytes,
+    tag_of,
     wire_bytes,
 )  # fmt: skip
 from . import inputs
@@ -355,7 +356,7 @@ class Requests:
         """The broker does not know these."""
         for task in tasks:
             if (shape := self._lapsed.pop(task, None)) is not None:
-                self._fail_groups(shape, "it was not submitted")
+                self._fail_groups(task, shape, "it was not submitted")
 
     def _is_worth_saying_again(self, body: Message) -> TypeGuard[_Ordered]:
         """What the last session did not deliver. What is withdrawn and not answered is said to each new session anyhow."""
@@ -384,19 +385,19 @@ class Requests:
 
     def _answer_here(self, tasks: list[bytes], verdict: Literal["cancelled", "WorkerDied"], why: str) -> None:
         for task in tasks:
-            self._fail_groups(self._open[task].shape, why)
+            self._fail_groups(task, self._open[task].shape, why)
         self._finals([Final(task, verdict, text=why) for task in tasks])
 
     def _fail_groups_of(self, entry: Asked, final: Final, *, fresh: bool) -> None:
         if fresh or final.verdict == "NotAccepted":
-            self._fail_groups(entry.shape, final.text)
+            self._fail_groups(entry.task, entry.shape, final.text)
         else:  # the broker knows that the input has failed, unless it does not know the task
             self._lapsed[entry.task] = entry.shape
 
-    def _fail_groups(self, shape: Shape, why: str) -> None:
-        """A task of this shape was not submitted, or not accepted, so what it owes to WaitGroups is lost."""
+    def _fail_groups(self, task: bytes, shape: Shape, why: str) -> None:
+        """The task was not submitted, or not accepted, so what it owes to WaitGroups is lost."""
         if shape.options.holds:
-            failed = f"{shape.options.name or shape.label or 'a task'}: {why}"
+            failed = f"{tag_of(task, shape)}: {why}"
             self._send_behind(GroupAdd([(group, 0) for group in shape.options.holds], failed=failed))
 
     def _finals(self, finals: list[Final]) -> None:
@@ -410,7 +411,7 @@ class Requests:
             if final.task in self._lapsed and final.task not in passed_on:
                 shape = self._lapsed.pop(final.task)
                 if final.verdict == "NotAccepted":
-                    self._fail_groups(shape, final.text)
+                    self._fail_groups(final.task, shape, final.text)
             entry = self._open.pop(final.task, None)
             if entry is not None:
                 fresh = self._fresh.pop(final.task, None) is not None

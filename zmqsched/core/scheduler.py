@@ -94,6 +94,7 @@ from .functions import function_bytes
 from .ledger import Answered, Consequence, Counted, Ledger, Placed
 from .nodes import ALIVE, DRAINING, GONE, LOST, SUSPECT, Node
 from .offences import Offences
+from .owners import Owner
 from .reasons import SETTLING, UNREAD, Reasons
 from .recovery import replay, snapshot
 from .sessions import Session, Sessions
@@ -315,7 +316,7 @@ class Scheduler:
         ends = self._end_at < math.inf and (now >= self._end_at or self._sessions.empty)
         if ends:  # what clients wanted ends with the cluster, what jobs hold does not
             for owner in [owner for owner in self.book.owners if not owner.job]:
-                self.book.owner_gone(owner, force=False)
+                self._owner_gone(owner, force=False)
         elif now >= self._settled_at:
             self._dispatching.dispatch()
         elif self._settled_at == math.inf:  # the first moment of this broker
@@ -401,9 +402,15 @@ class Scheduler:
         """For good: nobody will ask for its tasks. What runs may end; with ``force`` it is ended. Those of jobs go on."""
         owner = session.follows[0]
         self._close_session(session)
-        dropped = self.book.owner_gone(owner, force=force)
+        dropped = self._owner_gone(owner, force=force)
         who = f"client {session.where.host} pid {session.where.pid}"
         self._out.append(Log("info", f"{who} {why}: {dropped} tasks dropped"))
+
+    def _owner_gone(self, owner: Owner, *, force: bool) -> int:
+        """What was in a task of a node that may be lost will not be back."""
+        nodes = [*self._nodes.values(), *self._former]
+        nested = any(nested_in(node.incarnation, owner.incarnation) is not None for node in nodes)
+        return self.book.owner_gone(owner, force=force, nested=nested)
 
     def _node_joins(self, session: Session, hello: NodeHello, now: float) -> None:
         self._node_numbers += 1
@@ -587,7 +594,7 @@ class Scheduler:
             if not session.node and now - session.heard_at > self.settings.client_lease_s:
                 self._client_gone(session, f"was silent for {now - session.heard_at:.0f} s", force=True)
         for owner in self.book.owners.silent_clients(self.settings.client_lease_s, now):
-            self.book.owner_gone(owner, force=True)
+            self._owner_gone(owner, force=True)
         for owner in self.book.owners.old_jobs(self.settings.keep_results_s, now):
             self.book.owners.forget(owner)
             self.book.record(owner.id, Left())

@@ -105,7 +105,8 @@ class Plan(msgspec.Struct, array_like=True, frozen=True):
     ``once``: it must not run twice. ``retried``: its exception is one of those that a retry may help against. ``limit_s``:
     its time limit, or 0. ``stubborn``: it ignores interrupts. ``inputs``: the numbers of the tasks of the same client whose
     results it has as arguments. ``group``: the WaitGroup that it is sent, if any; ``counts``: whether it counts down on that
-    when it begins, when it ends, or never. ``waits``: for the middle part of its time it waits for others.
+    when it begins, when it ends, or never; "around": it adds when it begins, and counts that down when it ends. ``waits``:
+    for the middle part of its time it waits for others.
     """
 
     number: int
@@ -294,7 +295,9 @@ class SimWorker:
         self._began = world.now
         self._pauses = self.node.pauses
         if plan.counts == "early":
-            self._counts_down(run, plan)
+            self._counts(run, plan, *((2, -3) if plan.number % 3 == 0 else (-1,)))
+        elif plan.counts == "around":
+            self._counts(run, plan, 2)
         world.at(plan.seconds, lambda: self.finish(run, plan))
         if plan.waits:
             world.at(plan.seconds * 0.25, lambda: self._turns(run, Waits(run.task)))
@@ -316,16 +319,15 @@ class SimWorker:
             return
         ok = plan.ends == "value" or (plan.ends == "flaky" and self.node.world.executions[run.task] > 1)
         if plan.counts == "late":
-            self._counts_down(run, plan)
+            self._counts(run, plan, -1)
+        elif plan.counts == "around":
+            self._counts(run, plan, -3)
         self._answer(run, plan, ok=ok)
 
-    def _counts_down(self, run: Run, plan: Plan) -> None:
-        self.node.world.counted_down.add(run.task)
-        deltas = (2, -3) if plan.number % 3 == 0 else (-1,)
-        if plan.once:  # of its one attempt all counts that was heard; what it has added and not counted down nobody settles
-            self.node.post(Said(self.number, GroupAdd([(plan.group, delta) for delta in deltas])))
-            return
+    def _counts(self, run: Run, plan: Plan, *deltas: int) -> None:
         for delta in deltas:
+            if delta < 0:
+                self.node.world.counted_down.add(run.task)
             self.node.post(Said(self.number, GroupAdd([(plan.group, delta)])))
 
     def interrupt(self) -> None:

@@ -122,7 +122,7 @@ class Cluster:
             if not options.job and random.random() < 0.3:
                 group = client.debts.group
                 options = replace(options, holds=(group,))
-                counts = random.choice(("early", "late", "never" if ends in ("error", "death") else "late"))
+                counts = random.choice(("early", "late", "around", "never" if ends in ("error", "death") else "late"))
             waits = random.random() < self._waiting
             plan = Plan(number, seconds, ends, once, retried, options.timeout, stubborn, inputs, group, counts, waits)
             plans.append((plan, options))
