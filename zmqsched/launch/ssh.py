@@ -59,7 +59,7 @@ OPTIONS = {
     "ForwardX11": "no",
     "ExitOnForwardFailure": "no",  # most nodes need no way back
 }
-_NOT_CONNECTED = 255  # ssh's own exit code; all others are the remote's
+NOT_CONNECTED = 255  # ssh's own exit code; all others are the remote's
 _FIXES = (
     (
         "REMOTE HOST IDENTIFICATION HAS CHANGED|host key for .* has changed",
@@ -111,7 +111,7 @@ class SSHLauncher(Launcher):
             if len(first) > MAX_FIRST:
                 raise StartError(f"{label}: environment and prologue are over {MAX_FIRST} bytes; put them into a file there")
             command = self._command(there, targets)
-            self._children.start(label, command, self.site.log_path(label), _environment(), first=first, where=there.host)
+            self._children.start(label, command, self.site.log_path(label), environment(), first=first, where=there.host)
             self._remotes[label] = there
 
     def poll(self) -> list[Launched]:
@@ -155,9 +155,7 @@ class SSHLauncher(Launcher):
         return min(self.group.hosts, key=lambda host: busy[host])
 
     def _command(self, there: _Remote, targets: Mapping[str, str]) -> list[str]:
-        words = ["ssh", *self.group.ssh_options]
-        for name, value in OPTIONS.items():
-            words += ["-o", f"{name}={value}"]
+        words = ssh_words(self.group.ssh_options)
         for role, target in targets.items():
             words += ["-R", f"{remote.tunnel_path(there.token, role)}:{target}"]
         return [*words, "--", there.host, remote.COMMAND]
@@ -172,9 +170,8 @@ class SSHLauncher(Launcher):
                 self._told.add(there.token)
                 log.warning("%s on %s reaches the broker through ssh only, which is slower", one.label, there.host)
         why = one.why and f"{there.host}: {one.why}"
-        if why and child.code() == _NOT_CONNECTED:
-            fixes = [fix for pattern, fix in _FIXES if re.search(pattern, child.tail)]
-            why += "".join(f"\n{fix.format(host=there.host)}" for fix in fixes[:1])
+        if why and child.code() == NOT_CONNECTED and (fix := fix_of(child.tail, there.host)):
+            why += f"\n{fix}"
         return replace(one, why=why, where=where)
 
     # --- ending -------------------------------------------------------------------------------------------------------
@@ -186,7 +183,7 @@ class SSHLauncher(Launcher):
             child = self._children[label]
             code = child.code()
             begun = child.spoke
-            if begun and (not ended if code is None else code < 0 or code == _NOT_CONNECTED):
+            if begun and (not ended if code is None else code < 0 or code == NOT_CONNECTED):
                 self._left[self._remotes[label]] = int(child.facts.get("pid", 0))
 
     def _left_on(self, hosts: Collection[str]) -> list[tuple[str, int]]:
@@ -222,14 +219,24 @@ class SSHLauncher(Launcher):
     def _sweeper(self, host: str, nodes: Sequence[tuple[str, int]]) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             self._command(_Remote(host, ""), {}), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            start_new_session=True, env=_environment(), text=True, errors="replace",
+            start_new_session=True, env=environment(), text=True, errors="replace",
         )  # fmt: skip
         assert process.stdin is not None
         process.stdin.write(remote.line(remote.sweep_script(nodes)).decode())
         return process
 
 
-def _environment() -> dict[str, str]:
+def ssh_words(options: Sequence[str]) -> list[str]:
+    """``ssh`` with the user's own options, and ours."""
+    return ["ssh", *options, *(word for name, value in OPTIONS.items() for word in ("-o", f"{name}={value}"))]
+
+
+def fix_of(said: str, host: str) -> str:
+    """What to do about an ``ssh`` that could not connect, by its own words; "" if that is not known."""
+    return next((fix.format(host=host) for pattern, fix in _FIXES if re.search(pattern, said)), "")
+
+
+def environment() -> dict[str, str]:
     """Nobody is to be asked for a password, in a window least of all, by a jump host's ssh neither."""
     return {**os.environ, "SSH_ASKPASS_REQUIRE": "never"}
 
