@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -134,3 +136,26 @@ def test_a_file_as_a_line_is_the_same_file(brokers):
     assert line.count(b"\n") == 1
     assert ConnectionFile.parse(line, "a line") == brokers.file
     assert msgspec.json.decode(line)["client_secret"] == brokers.file.client_secret
+
+
+ALONE = """
+import sys
+from zmqsched import __main__
+__main__.NODE_ALONE_S = 6.0
+sys.exit(__main__.main(["node", "--connect=-", "--slots=1", "--ready-fd=1"]))
+"""
+
+
+def test_a_node_that_has_not_heard_of_its_broker_for_long_ends(brokers):
+    """When a network is gone, the end of input may never come."""
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", ALONE], stdin=pipe, stdout=pipe, stderr=pipe) as node:
+        node.stdin.write(brokers.file.line())
+        node.stdin.flush()
+        node.stdout.readline()
+        os.kill(brokers.broker_pid, signal.SIGSTOP)
+        try:
+            assert node.wait(timeout=30) == 0
+        finally:
+            os.kill(brokers.broker_pid, signal.SIGCONT)
+        assert b"node ends: the broker has been silent for" in node.stderr.read()

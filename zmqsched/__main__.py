@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from .config import ConnectionFile, journal_path
+from .config import NODE_ALONE_S, ConnectionFile, journal_path
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .core.settings import Care
 from .errors import ZmqschedError
@@ -140,7 +140,7 @@ def _node(arguments: list[str]) -> int:
 
         node = Node(
             file, options.slots, dict(options.resource), options.tag, echo=not options.no_echo, label=options.label,
-            walltime_s=options.walltime,
+            walltime_s=options.walltime, alone_s=NODE_ALONE_S if options.connect == "-" else math.inf,
         )  # fmt: skip
         node.run(starter, until_eof=until_eof)
     except ZmqschedError as error:

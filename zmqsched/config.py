@@ -43,6 +43,9 @@ SUSPECT_AFTER_BEATS = 3
 PING_GRACE_S = 0.5
 # A client that is silent for so long is gone (a notebook's kernel restarts faster), and its open tasks with it.
 CLIENT_LEASE_S = 60.0
+# A node whose starter is on another host ends when it has not heard of the broker for so long: when the network is gone, the
+# end of its standard input may never reach it.
+NODE_ALONE_S = 60.0
 # Results of a job are kept for this long after the last of its tasks was answered.
 KEEP_RESULTS_S = 24 * 3600.0
 # For the probe of all of a broker's addresses together: a user waits this long to read "nobody answers".

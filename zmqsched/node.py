@@ -8,6 +8,7 @@ what ``listening.py`` picks, is written by a thread that does nothing else: whoe
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import secrets
 from collections.abc import Iterable
@@ -60,7 +61,7 @@ class Node:
     ``resources`` are added to what is found here, or replace it; ``cpu`` is never below the number of slots, for a slot
     is what runs a task that asks for one. ``echo``: what tasks write to standard error is written to the node's as well.
     ``label``: what its launcher calls it. ``walltime_s``: it will be ended after so many seconds; 0 is what the batch system
-    has set, if it runs in one.
+    has set, if it runs in one. ``alone_s``: it ends when it has not heard of the broker for so many seconds.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Node:
         echo: bool = True,
         label: str = "",
         walltime_s: float = 0.0,
+        alone_s: float = math.inf,
     ) -> None:
         orphans.adopt()
         slots = slots or host.usable_cpus()
@@ -97,7 +99,7 @@ class Node:
             incarnation, 1, host.where(), slots, slots, tuple(sorted(found.items())), tuple(sorted(set(tags))),
             label=label, leaves_in_s=walltime_s or host.walltime(os.environ),
         )  # fmt: skip
-        self._agent = Agent(hello, gpus)
+        self._agent = Agent(hello, gpus, alone_s=alone_s)
         self._incarnation = hello.incarnation
         self._echo = echo
         self._wires: dict[int, Wires] = {}  # by worker

@@ -5,6 +5,7 @@ The actors have names, tasks have labels ("a", "b"), and every step of a core is
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace as replace_settings
 from random import Random
@@ -622,10 +623,11 @@ class Workplace:
         workers: bool = True,
         joins: bool = True,
         sloth: bool = False,
+        alone_s: float = math.inf,
     ) -> None:
         held = tuple(sorted({"cpu": float(slots), **(resources or {})}.items()))
         self.now = 100.0
-        self.agent = Agent(NodeHello(token("node"), 1, Host("here", 1, PYTHON), slots, slots, held), gpus)
+        self.agent = Agent(NodeHello(token("node"), 1, Host("here", 1, PYTHON), slots, slots, held), gpus, alone_s=alone_s)
         self.pipes: dict[int, list[Run]] = {}
         self.pids: dict[int, int] = {}
         self.born: list[int] = []

@@ -719,6 +719,26 @@ def test_a_silent_broker_is_said_once_and_again_after_it_was_heard():
     assert len([text for text in place.log if "silent" in text]) == 2
 
 
+def test_a_node_that_may_be_forgotten_ends_when_the_broker_has_been_silent_for_long():
+    place = Workplace(alone_s=60.0)
+    place.cut = True
+    place.passes(50.0)
+    place.cut = False
+    place.passes(2.0)
+    place.cut = True
+    place.passes(55.0)
+    assert place.quit is None
+    place.passes(8.0)
+    assert place.quit.startswith("the broker has been silent for 6")
+
+
+def test_while_the_node_itself_stood_still_nobody_was_silent():
+    place = Workplace(alone_s=60.0)
+    place.now += 10_000.0
+    place.passes(2.0)
+    assert place.quit is None
+
+
 def test_a_node_is_ready_when_the_broker_knows_its_workers():
     place = Workplace(joins=False)
     assert not place.agent.ready

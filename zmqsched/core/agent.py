@@ -219,7 +219,9 @@ class Worker:
 
 
 class Agent:
-    def __init__(self, hello: NodeHello, gpus: Iterable[str] = ()) -> None:
+    def __init__(self, hello: NodeHello, gpus: Iterable[str] = (), *, alone_s: float = math.inf) -> None:
+        """``alone_s``: it ends when the broker has been silent for so long."""
+        self._alone_s = alone_s
         self._uplink = Uplink(hello, BEAT_INTERVAL_S, LEASE_S)
         self._host = hello.where.host
         self._slots = hello.slots
@@ -254,7 +256,7 @@ class Agent:
         self._start_at = 0.0
         self._early_deaths = 0
         self._leaving = ""
-        self._silent = False
+        self._silent_since: float | None = None  # by its own clock, which may have stood still
         self._go_at = math.inf
         self._ended = False
         self._out: list[AgentAction] = []
@@ -683,7 +685,7 @@ class Agent:
         if now >= self._beat_at:
             self._beat(now)
         self._notice_silence(now)
-        if self._leaving:
+        if self._leaving and not self._ended:
             self._depart(now)
         self._flush(now)
 
@@ -918,11 +920,13 @@ class Agent:
 
     def _notice_silence(self, now: float) -> None:
         silent_s = now - self._uplink.heard_at
-        if self._silent:
-            self._silent = silent_s > SILENT_AFTER_S
-        elif SILENT_AFTER_S < silent_s < math.inf:
-            self._silent = True
+        if not SILENT_AFTER_S < silent_s < math.inf:
+            self._silent_since = None
+        elif self._silent_since is None:
+            self._silent_since = now
             self._out.append(Log("warning", f"the broker has been silent for {silent_s:.0f} s; still trying"))
+        elif now - self._silent_since >= self._alone_s - SILENT_AFTER_S:
+            self._end(f"the broker has been silent for {silent_s:.0f} s")
 
     def _beat(self, now: float) -> None:
         self._beat_at = now + self._beat_interval_s
