@@ -128,6 +128,12 @@ def _node(arguments: list[str]) -> int:
         metavar="FRACTION",
         help="of the memory limit: beyond it a worker is given no other task and is replaced (%(default)s)",
     )
+    parser.add_argument(
+        "--give-up-after",
+        type=_seconds,
+        metavar="SECONDS",
+        help="end when the broker has been silent for so long (default: 60 with --connect -, else never)",
+    )
     options = parser.parse_args(arguments)
     set_up_logging(options.log_level)
     starter = Starter(options.ready_fd)
@@ -140,7 +146,8 @@ def _node(arguments: list[str]) -> int:
 
         node = Node(
             file, options.slots, dict(options.resource), options.tag, echo=not options.no_echo, label=options.label,
-            walltime_s=options.walltime, alone_s=NODE_ALONE_S if options.connect == "-" else math.inf,
+            walltime_s=options.walltime,
+            alone_s=options.give_up_after or (NODE_ALONE_S if options.connect == "-" else math.inf),
         )  # fmt: skip
         node.run(starter, until_eof=until_eof)
     except ZmqschedError as error:

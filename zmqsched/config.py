@@ -107,13 +107,22 @@ def journal_path(name: str) -> Path:
 
     ``$ZMQSCHED_DIR/.journals``, else ``$XDG_STATE_HOME/zmqsched``, else ``~/.local/state/zmqsched``.
     """
+    return _state_dir() / f"{check_name(name)}.journal"
+
+
+def shared_dir(name: str) -> Path:
+    """What hosts of one cluster hand each other through the file system that they share, as the home directory mostly is:
+    what batch jobs need and are known by, the connection file for the ranks of one program. ``name`` in the directory of
+    journals; made with :func:`make_private`."""
+    return _state_dir() / check_name(name)
+
+
+def _state_dir() -> Path:
     if chosen := os.environ.get("ZMQSCHED_DIR"):
-        directory = Path(chosen).expanduser().absolute() / ".journals"
-    elif state := os.environ.get("XDG_STATE_HOME"):
-        directory = Path(state, "zmqsched")
-    else:
-        directory = Path.home() / ".local" / "state" / "zmqsched"
-    return directory / f"{check_name(name)}.journal"
+        return Path(chosen).expanduser().absolute() / ".journals"
+    if state := os.environ.get("XDG_STATE_HOME"):
+        return Path(state, "zmqsched")
+    return Path.home() / ".local" / "state" / "zmqsched"
 
 
 def make_private(directory: Path) -> None:
@@ -307,15 +316,7 @@ class ConnectionFile(Struct, frozen=True, kw_only=True):
         ConnectionFileError
             It cannot be written there.
         """
-        target = Path(path)
-        draft = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
-        try:
-            _write_private(draft, msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
-            os.replace(draft, target)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                draft.unlink()
-            raise ConnectionFileError(f"cannot write {target}: {error.strerror}") from None
+        replace_private(Path(path), msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
 
     def line(self) -> bytes:
         """The file as one line, for a node's standard input (``--connect -``)."""
@@ -385,6 +386,34 @@ def _check_format(where: str, raw: Any) -> None:
             f"{where} has format {raw['format']}, this zmqsched reads {FILE_FORMAT}: "
             "use the zmqsched version that started the cluster"
         )
+
+
+def replace_private(target: Path, data: bytes) -> None:
+    """Write a file that is readable by this user alone from its first moment on, in the place of one that is there. It is on
+    the disk, under its name, when this returns.
+
+    Raises
+    ------
+    ConnectionFileError
+        It cannot be written there.
+    """
+    draft = target.with_name(f".{target.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        _write_private(draft, data)
+        os.replace(draft, target)
+        _sync_directory(target.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise ConnectionFileError(f"cannot write {target}: {error.strerror}") from None
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _write_private(path: Path, data: bytes) -> None:

@@ -16,6 +16,7 @@ ENTRY_POINTS = "zmqsched.launchers"
 LAUNCHERS = {
     "local": "zmqsched.launch.local:LocalLauncher",
     "ssh": "zmqsched.launch.ssh:SSHLauncher",
+    "slurm": "zmqsched.launch.slurm:SlurmLauncher",
 }
 
 

@@ -1,0 +1,318 @@
+"""Clusters on a real Slurm: jobs are submitted, wait, run, end, are cancelled and requeued, and nothing of them is left."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Home, eventually, processes_knowing
+from slurm import Slurm, running_slurm
+
+from zmqsched import Client, LocalCluster
+from zmqsched.clusterfile import BatchPart, NodeGroup
+from zmqsched.config import (
+    CONNECTION_FILE,
+    ConnectionFile,
+    cluster_dir,
+    is_held,
+    make_private,
+    remove_cluster_dir,
+    shared_dir,
+    this_host,
+)
+from zmqsched.errors import StartError
+from zmqsched.launch.base import Launched, Site
+from zmqsched.launch.jobs import NODE_FILE, Files, Job, cancel_recorded, directory_of, recorded_jobs
+from zmqsched.launch.slurm import SlurmLauncher
+
+pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
+JOIN_S = 60.0
+
+
+@pytest.fixture(scope="session")
+def slurm_of_this_machine(clusters: Home) -> Iterator[Slurm]:
+    yield from running_slurm()
+
+
+@pytest.fixture
+def slurm(slurm_of_this_machine: Slurm, monkeypatch: pytest.MonkeyPatch) -> Iterator[Slurm]:
+    """With no job in it, before and after; programs started now find it."""
+    for name, value in slurm_of_this_machine.environment.items():
+        monkeypatch.setenv(name, value)
+    yield slurm_of_this_machine
+    slurm_of_this_machine.empty()
+
+
+@pytest.fixture(scope="module")
+def site(clusters: Home) -> Iterator[Site]:
+    """A broker with one node of its own, that others can join over loopback."""
+    with LocalCluster(1, listen="127.0.0.1") as cluster:
+        directory = cluster_dir(cluster.name)
+        yield Site(directory / CONNECTION_FILE, directory)
+
+
+@pytest.fixture(scope="module")
+def client(site: Site) -> Iterator[Client]:
+    with Client(site.path) as client:
+        yield client
+
+
+@pytest.fixture
+def launcher(slurm: Slurm, site: Site, client: Client) -> Iterator[Callable[..., SlurmLauncher]]:
+    """Makes launchers, and closes them."""
+    with ExitStack() as stack:
+
+        def made(name: str, **settings: Any) -> SlurmLauncher:
+            batch = {key: settings.pop(key) for key in settings.keys() & set(BatchPart.__struct_fields__)}
+            launcher = SlurmLauncher(NodeGroup(name=name, slots=1, batch=BatchPart(**batch), **settings), site)
+            stack.callback(launcher.close)
+            return launcher
+
+        yield made
+    assert not shared_dir("jobs").exists()
+    eventually(lambda: not nodes(client))
+
+
+def launched(launcher: SlurmLauncher, label: str) -> Launched:
+    """As of now, not of two seconds ago."""
+    launcher._asked_at = -math.inf
+    return {one.label: one for one in launcher.poll()}[label]
+
+
+def nodes(client: Client) -> dict[str, str]:
+    """Ids, by label, of those that Slurm has started."""
+    return {node.label: node.id for node in client.nodes() if node.state == "alive" and node.label}
+
+
+def joined(client: Client, *labels: str) -> dict[str, str]:
+    return eventually(lambda: (found := nodes(client)).keys() == set(labels) and found, JOIN_S)
+
+
+def host() -> str | None:
+    import time
+
+    time.sleep(0.2)
+    return os.environ.get("SLURMD_NODENAME")
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_nodes_are_submitted_joined_used_and_ended(slurm, site, client, launcher, array):
+    many = launcher("many", array=array, time=600)
+    many.start(["many-1", "many-2"])
+    assert {node.state for node in many.poll()} <= {"pending", "starting", "running"}
+    joined(client, "many-1", "many-2")
+    assert len(slurm.jobs()) == (2 if array else 1)
+    assert launched(many, "many-1").state == "running"
+    placed = [client.submit(lambda: host()) for _ in range(6)]
+    assert {future.result(timeout=30) for future in placed} >= {"zs1" if array else "zs2"}
+    assert all(0 < node.leaves_in_s <= 600 for node in client.nodes() if node.label)
+    assert {node.label: node.slots for node in client.nodes() if node.label} == {"many-1": 1, "many-2": 1}
+    many.close()
+    assert slurm.jobs() == {}
+    eventually(lambda: not nodes(client))
+
+
+def test_no_secret_is_where_others_can_read_it(slurm, site, client, launcher):
+    many = launcher("many")
+    many.start(["many-1"])
+    joined(client, "many-1")
+    directory = next(shared_dir("jobs").iterdir())
+    assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert stat.S_IMODE((directory / NODE_FILE).stat().st_mode) == 0o600
+    file = ConnectionFile.load(directory / NODE_FILE)
+    (job,) = slurm.jobs()
+    seen = slurm("scontrol", "show", "job", "--oneliner") + slurm("scontrol", "write", "batch_script", job, "-")
+    for pid in processes_knowing(directory):
+        seen += Path(f"/proc/{pid}/cmdline").read_text() + Path(f"/proc/{pid}/environ").read_text()
+    assert str(directory / NODE_FILE) in seen
+    assert file.client_secret
+    assert file.client_secret not in seen
+
+
+def test_why_a_job_is_pending_is_told(slurm, site, client, launcher):
+    slurm("scontrol", "update", "PartitionName=short", "State=DOWN")
+    many = launcher("many")
+    many.start(["many-1"])
+    pending = eventually(lambda: (now := launched(many, "many-1")).why == "PD: PartitionDown" and now)
+    assert (pending.state, pending.where) == ("pending", "Slurm job " + next(iter(slurm.jobs())))
+    slurm("scontrol", "update", "PartitionName=short", "State=UP")
+    joined(client, "many-1")
+    assert launched(many, "many-1").why == ""
+
+
+def test_what_is_asked_for_beyond_what_is_free_waits_for_resources(slurm, site, client, launcher):
+    first, second = launcher("first", options=("--nodes=2", "--exclusive")), launcher("second", options=("--exclusive",))
+    first.start(["first-1"])
+    eventually(lambda: launched(first, "first-1").state == "running")
+    second.start(["second-1"])
+    eventually(lambda: launched(second, "second-1").why == "PD: Resources")
+
+
+def test_what_sbatch_refuses_is_told_in_its_words_and_nothing_is_left(slurm, site, launcher):
+    many = launcher("many", partition="nosuch")
+    with pytest.raises(StartError, match=r"sbatch failed.*invalid partition specified: nosuch"):
+        many.start(["many-1"])
+    assert many.poll() == []
+    assert recorded_jobs() == []
+
+
+def test_how_a_node_failed_to_start_is_told_in_its_own_words(slurm, site, launcher):
+    many = launcher("many", prologue=("echo there is no module gcc/99 >&2", "exit 3"))
+    many.start(["many-1"])
+    ended = eventually(lambda: (now := launched(many, "many-1")).state == "ended" and now)
+    assert ended.why == f"{ended.where} ended: FAILED, exit code 3\nthere is no module gcc/99"
+
+
+def test_a_python_without_zmqsched_is_told(slurm, site, launcher):
+    many = launcher("many", python="/usr/bin/python3", prologue=("unset PYTHONPATH",))
+    many.start(["many-1"])
+    ended = eventually(lambda: (now := launched(many, "many-1")).state == "ended" and now)
+    assert "none of /usr/bin/python3 has zmqsched" in ended.why
+
+
+def test_environment_directory_and_prologue_of_a_group(slurm, site, client, launcher, tmp_path):
+    many = launcher("many", env={"COLOUR": "it's $HOME"}, cwd=str(tmp_path), prologue=("export SHAPE=$COLOUR!",))
+    many.start(["many-1"])
+    joined(client, "many-1")
+    there = client.options(tags=()).submit(lambda: (host(), os.getcwd(), os.environ.get("SHAPE")))
+    while (found := there.result(timeout=30))[0] is None:  # the node that is here
+        there = client.submit(lambda: (host(), os.getcwd(), os.environ.get("SHAPE")))
+    assert found[1:] == (str(tmp_path), "it's $HOME!")
+
+
+def test_one_of_an_array_is_ended_alone(slurm, site, client, launcher):
+    many = launcher("many", array=True)
+    many.start(["many-1", "many-2", "many-3"])
+    before = joined(client, "many-1", "many-2", "many-3")
+    many.stop(["many-2"])
+    assert joined(client, "many-1", "many-3").items() <= before.items()
+    assert len(slurm.jobs()) == 2
+    assert {one.label for one in many.poll()} == {"many-1", "many-3"}
+    many.stop(["many-1", "many-3"], at_once=True)
+    assert slurm.jobs() == {}
+    assert many.poll() == []
+
+
+def test_one_of_a_joint_job_cannot_be_killed_alone(slurm, site, client, launcher):
+    many = launcher("many")
+    many.start(["many-1", "many-2"])
+    joined(client, "many-1", "many-2")
+    with pytest.raises(StartError, match="many-2 cannot be killed alone"):
+        many.stop(["many-2"], at_once=True)
+    many.stop(["many-2"])
+    assert set(slurm.jobs().values()) == {"RUNNING"}
+    assert [one.label for one in many.poll()] == ["many-1"]
+    many.stop(["many-1"], at_once=True)
+    assert slurm.jobs() == {}
+
+
+def test_a_job_that_somebody_else_cancels_is_told_and_its_tasks_run_elsewhere(slurm, site, client, launcher, gate):
+    many = launcher("many")
+    many.start(["many-1"])
+    joined(client, "many-1")
+    held = [client.submit(gate.task, str(number)) for number in range(2)]
+    gate.wait_until_begun(2)
+    (job,) = slurm.jobs()
+    slurm("scancel", "--full", "--signal=KILL", job)
+    ended = eventually(lambda: (now := launched(many, "many-1")).state == "ended" and now, 30)
+    assert ended.why.startswith(f"Slurm job {job} ended: ")
+    gate.open()
+    assert [future.result(timeout=60) for future in held] == ["0", "1"]
+
+
+def test_a_requeued_job_comes_back_as_a_new_node_of_its_label(slurm, site, client, launcher):
+    many = launcher("many")
+    many.start(["many-1"])
+    before = joined(client, "many-1")
+    (job,) = slurm.jobs()
+    slurm("scontrol", "requeue", job)
+    eventually(lambda: slurm.jobs().get(job) == "PENDING", 30)
+    assert launched(many, "many-1").state == "pending"
+    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+    eventually(lambda: (now := nodes(client)) and now != before, JOIN_S)
+    assert nodes(client).keys() == {"many-1"}
+    assert launched(many, "many-1").state == "running"
+
+
+def test_commands_that_are_not_there_are_named(site, launcher, monkeypatch):
+    many = launcher("many")
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", "/nowhere")
+        with pytest.raises(StartError, match="no command 'sbatch' on this host: start the cluster where"):
+            many.start(["many-1"])
+
+
+KILLED = """
+    import sys, os, signal
+    from pathlib import Path
+    from zmqsched import LocalCluster
+    from zmqsched.clusterfile import BatchPart, NodeGroup
+    from zmqsched.config import cluster_dir
+    from zmqsched.launch.base import Site
+    from zmqsched.launch.slurm import SlurmLauncher
+
+    with LocalCluster(1, listen="127.0.0.1", name="doomed") as cluster:
+        directory = cluster_dir(cluster.name)
+        group = NodeGroup(name="many", slots=1, batch=BatchPart(array=True))
+        SlurmLauncher(group, Site(directory / "connection.json", directory)).start(["many-1", "many-2"])
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_jobs_of_a_driver_that_was_killed_are_cancelled_from_the_records(slurm, tmp_path):
+    slurm("scontrol", "update", "PartitionName=short", "State=DOWN")
+    script = tmp_path / "killed.py"
+    script.write_text(textwrap.dedent(KILLED))
+    assert subprocess.run([sys.executable, script], check=False, timeout=60).returncode == -signal.SIGKILL
+    assert len(slurm.jobs()) == 2
+    (job,) = recorded_jobs("doomed")
+    assert job.labels == ("many-1", "many-2")
+    assert recorded_jobs("other") == []
+    assert cancel_recorded("other") == []
+    assert cancel_recorded("doomed") == [f"Slurm job {job.id}_0", f"Slurm job {job.id}_1"]
+    assert slurm.jobs() == {}
+    assert cancel_recorded("doomed") == []
+    remove_cluster_dir("doomed")
+    assert not shared_dir("jobs").exists()
+
+
+def test_the_next_cluster_of_the_name_cancels_what_its_predecessor_left(slurm, tmp_path):
+    slurm("scontrol", "update", "PartitionName=short", "State=DOWN")
+    script = tmp_path / "killed.py"
+    script.write_text(textwrap.dedent(KILLED))
+    assert subprocess.run([sys.executable, script], check=False, timeout=60).returncode == -signal.SIGKILL
+    before = slurm.jobs().keys()
+    eventually(lambda: not is_held(cluster_dir("doomed")))
+    with LocalCluster(1, listen="127.0.0.1", name="doomed") as cluster:
+        directory = cluster_dir(cluster.name)
+        next_one = SlurmLauncher(NodeGroup(name="many"), Site(directory / CONNECTION_FILE, directory))
+        next_one.start(["many-1"])
+        assert not before & slurm.jobs().keys()
+        assert len(slurm.jobs()) == 1
+        next_one.close()
+
+
+def test_a_submission_that_was_recorded_but_not_answered_is_found_by_its_name(slurm):
+    """The driver was killed between the submission and its record."""
+    slurm("scontrol", "update", "PartitionName=short", "State=DOWN")
+    directory = directory_of("doomed")
+    make_private(directory)
+    labels = ("many-1", "many-2")
+    job = Job(
+        launcher="slurm", cluster="doomed", host=this_host(), pid=1, name="zmqsched-abc123", labels=labels, array=True
+    )  # fmt: skip
+    Files(directory, job.name).write(job)
+    number = slurm("sbatch", "--parsable", f"--job-name={job.name}", "--array=0-1", "--wrap=sleep 100")
+    assert cancel_recorded("doomed") == [f"Slurm job {number}_0", f"Slurm job {number}_1"]
+    assert slurm.jobs() == {}
+    assert not shared_dir("jobs").exists()
