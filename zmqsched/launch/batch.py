@@ -4,8 +4,8 @@ Rules
 -----
 * What is submitted is recorded (``jobs.py``). A job is told the path of a copy of the connection file of the role "node";
   no secret is in a script, on a command line or in an environment.
-* A job's nodes end when the broker says goodbye, and by themselves when it has said nothing for ``config.NODE_ALONE_S``: then
-  its host has died, or nobody followed it.
+* A job's nodes end when the broker says goodbye, and by themselves when it has said nothing for ``NODE_ALONE_S``: then its
+  host has died, or nobody followed it.
 * The site is asked about all jobs in one command, and at most every ``ASK_EVERY_S``.
 """
 
