@@ -65,7 +65,7 @@ OF_BROKER = (
 )  # fmt: skip
 OF_PEERS = (
     protocol.ClientHello, protocol.NodeHello, protocol.Submit, protocol.Cancel, protocol.GroupAdd, protocol.GroupWait,
-    protocol.GroupForget, protocol.Query, protocol.Shutdown, protocol.Drain, protocol.Results, protocol.Progress,
+    protocol.GroupForget, protocol.Query, protocol.Shutdown, protocol.Command, protocol.Results, protocol.Progress,
     protocol.Workers, protocol.Draining, protocol.Beat,
 )  # fmt: skip
 ENDING = (protocol.Shutdown, protocol.Stop, protocol.No, protocol.Goodbye, protocol.ClientHello, protocol.NodeHello)

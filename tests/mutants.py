@@ -189,6 +189,9 @@ MUTANTS = {
     "a node that drains is given new tasks": _one(
         "nodes", "self.state is ALIVE and len", "self.state in (ALIVE, DRAINING) and len"
     ),
+    "a node that is paused is given new tasks": _one(
+        "nodes", "self.state is ALIVE and len", "self.state in (ALIVE, PAUSED) and len"
+    ),
     "a node counts orphans that have ended": _one(
         "agent", "        self._orphans -= held.orphan\n        for name", "        for name"
     ),

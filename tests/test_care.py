@@ -11,8 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import eventually
 
+import zmqsched
 from zmqsched import Client
+from zmqsched.errors import CommandFailed
 
 ZMQSCHED = [sys.executable, "-m", "zmqsched"]
 
@@ -105,3 +108,71 @@ def test_what_a_node_cannot_be_told_is_said(argument, said):
     )
     assert done.returncode == 2
     assert said in done.stderr
+
+
+# --- drain, pause, resume, retire --------------------------------------------------------------------------------------
+
+
+def states(client: Client) -> dict[str, str]:
+    return {node.id: node.state for node in client.nodes()}
+
+
+def test_a_paused_node_starts_nothing_until_it_is_resumed(site, gate):
+    site.broker()
+    site.node("--label=box-1")
+    with site.client() as client:
+        running = client.submit(gate.task)
+        gate.wait_until_begun()
+        client.pause("box-1")
+        waiting = client.submit(abs, -2)
+        assert states(client) == {"n1": "paused"}
+        gate.open()
+        running.result(20)
+        eventually(lambda: client.status().waiting == [(1, "no node takes tasks: n1 is paused")])
+        client.resume("n1")
+        assert waiting.result(20) == 2
+        with pytest.raises(CommandFailed, match=r"there is no node 'n9'; nodes: n1 \(box-1\)"):
+            client.resume("n9")
+
+
+def test_what_a_retired_node_has_not_finished_is_run_elsewhere_and_nobody_is_charged(site, tmp_path):
+    site.broker()
+    first = site.node()
+    with site.client() as client:
+        future = client.submit(stays_once, str(tmp_path / "marks"))
+        eventually(lambda: (tmp_path / "marks").exists())
+        site.node()
+        client.retire("n1", grace=0.5)
+        assert future.result(20) == 2
+        first.wait(20)
+        assert client.status().counts.get("worker deaths", 0) == 0
+
+
+def stays_once(path: str) -> int:
+    """Runs for ever the first time; how many times it has begun."""
+    with open(path, "a+", encoding="utf-8") as marks:
+        marks.write("x")
+        marks.flush()
+        marks.seek(0)
+        begun = len(marks.read())
+    while begun == 1:
+        time.sleep(0.05)
+    return begun
+
+
+def parent() -> int:
+    client = zmqsched.get_client()
+    begun = client.submit(abs, -1).result(20)
+    time.sleep(0.5)  # the node is told to drain meanwhile
+    return begun + client.submit(abs, -2).result(20)
+
+
+def test_the_only_node_drains_while_a_task_there_waits_for_its_own(site):
+    site.broker()
+    node = site.node()
+    with site.client() as client:
+        future = client.submit(parent)
+        eventually(lambda: client.status().counts.get("ok", 0) >= 1)
+        client.drain("n1")
+        assert future.result(20) == 3
+        node.wait(20)

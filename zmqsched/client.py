@@ -22,7 +22,7 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import msgspec
 import zmq
@@ -37,17 +37,28 @@ from .core.events import ClientAction, ClientEvent
 from .core.load import call_bytes
 from .core.requests import DELIVERY_TIMEOUT_S, Requests
 from .display import ANSWER_TIMEOUT_S, Sheet, Shown, as_line
-from .errors import BrokerUnreachable, ClusterLost, ClusterNotFound, JobNotFound, ProtocolError, Refused, ZmqschedError
+from .errors import (
+    BrokerUnreachable,
+    ClusterLost,
+    ClusterNotFound,
+    CommandFailed,
+    JobNotFound,
+    ProtocolError,
+    Refused,
+    ZmqschedError,
+)
 from .futures import ALERT_S, Future
 from .host import where
 from .maps import Map
-from .options import boolean, short_name
+from .options import boolean, seconds, short_name
 from .origin import Origin
 from .payload import FunctionPickler, groups, pack_call, references, short_form
 from .printing import Log, Printer, Source, cell_reader
 from .protocol import (
     MAX_HELD,
     ClientHello,
+    Command,
+    CommandDone,
     Envelope,
     Follow,
     GroupAdd,
@@ -197,6 +208,24 @@ class Client(Shown, Tasks):
     def status(self) -> Status:
         """The cluster at this moment: nodes, tasks by state, why tasks wait, and what has happened so far."""
         return status_of(self._report())
+
+    def drain(self, node: str) -> None:
+        """Have this node, named by its id or its label, finish what it holds, take nothing new, and leave. Returns when it
+        has been told; :class:`CommandFailed` if there is no such node."""
+        self._command(node, "drain")
+
+    def retire(self, node: str, *, grace: float = 30.0) -> None:
+        """As :meth:`drain`, but what has not finished after ``grace`` seconds is run elsewhere; with 0 at once."""
+        self._command(node, "retire", seconds("grace", grace))
+
+    def pause(self, node: str) -> None:
+        """Give this node nothing new: it finishes what runs, hands back what it has not started, and stays.
+        :class:`CommandFailed` if there is no such node, or if it is leaving."""
+        self._command(node, "pause")
+
+    def resume(self, node: str) -> None:
+        """Let a paused node take tasks again. :class:`CommandFailed` if there is no such node, or if it is leaving."""
+        self._command(node, "resume")
 
     def job(self, name: str) -> list[Future[Any]]:
         """The futures of all tasks that any client has submitted under this name (``options(job=name)``), those of one
@@ -397,6 +426,12 @@ class Client(Shown, Tasks):
         except concurrent.futures.TimeoutError:
             self._requests.pop(request, None)
             raise BrokerUnreachable(f"the broker did not answer within {timeout_s:g} s") from None
+
+    def _command(self, node: str, what: Literal["drain", "retire", "pause", "resume"], grace_s: float = 0.0) -> None:
+        """Returns when the broker has told the node."""
+        done = cast(CommandDone, self._ask(lambda request: Command(short_name(node), request, what, grace_s)))
+        if done.error:
+            raise CommandFailed(done.error)
 
     # --- beginning and ending ----------------------------------------------------------------------------------------
 

@@ -106,6 +106,10 @@ class JobNotFound(ClusterError, LookupError):
     """The cluster knows no job of that name: never submitted, or its results were dropped after their time."""
 
 
+class CommandFailed(ClusterError):
+    """A node was not drained, retired, paused or resumed: there is none of that name, or it is leaving, as the text says."""
+
+
 class JournalError(ClusterError):
     """The broker cannot use its journal, and says why; nothing was changed."""
 

@@ -301,7 +301,7 @@ def nested_in(node: bytes, client: bytes) -> int | None:
 class NodeHello(_Wire, tag=2):
     """``credit`` is how many unfinished tasks the node takes at once, the slots' own included. ``holding``: what it runs for
     a session that is over. ``label``: what its launcher calls it. ``leaves_in_s``: when it will be ended, 0 if nobody has
-    said so (a batch system's walltime)."""
+    said so (a batch system's walltime). ``paused``: as somebody has told it in an earlier session."""
 
     incarnation: Token
     life: Count
@@ -313,6 +313,7 @@ class NodeHello(_Wire, tag=2):
     holding: Annotated[list[Attempt], Meta(max_length=MAX_ITEMS)] = []
     label: Name = ""
     leaves_in_s: Amount = 0.0
+    paused: bool = False
 
 
 class Welcome(_Wire, tag=3):
@@ -478,10 +479,22 @@ class Shutdown(_Wire, tag=33):
     """Stop the whole cluster."""
 
 
-class Drain(_Wire, tag=34):
-    """Let this node finish what it runs, give it nothing new, and let it leave."""
+class Command(_Wire, tag=34):
+    """What becomes of a node, named by its id or its label. "drain": it finishes what it holds and leaves; "retire": so too,
+    but what is not finished after ``grace_s`` is run elsewhere. "pause": it takes nothing new and hands back what it has
+    not started, until "resume"."""
 
     node: Name
+    request: Count = 0
+    what: Literal["drain", "retire", "pause", "resume"] = "drain"
+    grace_s: Amount = 0.0
+
+
+class CommandDone(_Wire, tag=49):
+    """``error``: why nothing was done."""
+
+    request: Count
+    error: Text = ""
 
 
 class Unknown(_Wire, tag=35):
@@ -550,9 +563,16 @@ class Revoke(_Wire, tag=41):
 
 
 class Stop(_Wire, tag=42):
-    """Leave the cluster: at once, or when what runs is finished."""
+    """Leave the cluster: at once, or when what runs is finished, after ``grace_s`` in any case (0: take your time)."""
 
     drain: bool
+    grace_s: Amount = 0.0
+
+
+class Pause(_Wire, tag=52):
+    """Take nothing new and hand back what has not started; or (``on=False``) go on."""
+
+    on: bool
 
 
 class Results(_Wire, tag=43):
@@ -717,9 +737,9 @@ class Present(_Wire, tag=83):
 Message: TypeAlias = (
     ClientHello | NodeHello | Welcome | No | SayHello | Ping | Pong | Ack | Goodbye
     | Submit | Functions | NeedFunctions | Cancel | Finals | Running | GroupAdd | GroupWait | GroupForget | GroupDone
-    | Query | Report | Notice | Shutdown | Drain | Follow | JobTasks | StillOpen | Unknown | Hold
+    | Query | Report | Notice | Shutdown | Command | CommandDone | Follow | JobTasks | StillOpen | Unknown | Hold
     | NeedInputs | Inputs
-    | Dispatch | Revoke | Stop | Results | Progress | Workers | Draining | Adopt | Output
+    | Dispatch | Revoke | Stop | Pause | Results | Progress | Workers | Draining | Adopt | Output
     | Beat | Fact
 )  # fmt: skip
 RecordMessage: TypeAlias = Submit | Functions | Finals | Inputs | GroupAdd | Charged | Forgotten | Left | Present

@@ -12,11 +12,11 @@ from .protocol import NodeReport, Report
 
 @dataclass(frozen=True)
 class NodeInfo:
-    """A node. ``state``: alive, suspect, draining, lost or gone. ``resources``: all it has; ``free``: not taken by tasks.
+    """A node. ``state``: alive, suspect, paused, draining, lost or gone.
 
-    ``assigned``: unfinished tasks there, running or next in line; ``done``: tasks it has answered. ``silent_s``: seconds
-    since it was last heard of. ``label``: what its launcher calls it, "" if nobody has named it. ``leaves_in_s``: seconds
-    until its allocation ends, 0 if it has no end.
+    ``resources``: all it has; ``free``: not taken by tasks. ``assigned``: unfinished tasks there, running or next in line;
+    ``done``: tasks it has answered. ``silent_s``: seconds since it was last heard of. ``label``: what its launcher calls it,
+    "" if nobody has named it. ``leaves_in_s``: seconds until its allocation ends, 0 if it has no end.
     """
 
     id: str
@@ -153,7 +153,7 @@ def task_facts(status: Status) -> list[tuple[str, object]]:
 
 def _node_row(node: NodeInfo) -> Row:
     offers = [f"{name}={amount:g}" for name, amount in sorted(node.resources.items()) if name not in ("cpu", "memory")]
-    state = node.state if node.state in ("alive", "draining") else f"{node.state} for {node.silent_s:.0f} s"
+    state = node.state if node.state in ("alive", "paused", "draining") else f"{node.state} for {node.silent_s:.0f} s"
     if node.leaves_in_s and node.state not in ("lost", "gone"):
         state += f", {node.leaves_in_s:.0f} s left"
     offers += node.tags

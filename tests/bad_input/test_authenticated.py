@@ -25,7 +25,7 @@ from zmqsched.protocol import (
     Beat,
     Cancel,
     ClientHello,
-    Drain,
+    Command,
     Envelope,
     Function,
     Goodbye,
@@ -99,7 +99,7 @@ def test_15_an_unknown_type(tag: object):
     refused(pack(tag, 1, 2), "malformed")
 
 
-@pytest.mark.parametrize("body", [Submit([], []), Cancel([]), Query(1), Shutdown(), Drain("n1")])
+@pytest.mark.parametrize("body", [Submit([], []), Cancel([]), Query(1), Shutdown(), Command("n1")])
 def test_16_a_node_that_says_what_clients_say(body: object):
     """Dropped without an answer: who does so is no version of ours, and would not understand one."""
     broker = Broker()

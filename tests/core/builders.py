@@ -341,10 +341,15 @@ class Node(Peer):
         tags: Iterable[str],
         python: str,
         user: str,
+        label: str = "",
+        leaves_in_s: float = 0.0,
     ) -> None:
         self.credit = slots if credit is None else credit
         held = tuple(sorted({"cpu": float(slots), **resources}.items()))
-        hello = NodeHello(token(name), 1, Host(f"{name}-host", 200, python), slots, self.credit, held, tuple(tags))
+        where = Host(f"{name}-host", 200, python)
+        hello = NodeHello(
+            token(name), 1, where, slots, self.credit, held, tuple(tags), label=label, leaves_in_s=leaves_in_s
+        )
         super().__init__(world, name, hello, user)
         self.orders: dict[str, Order] = {}  # what it was given and has not answered
         self.attempts: list[tuple[str, int]] = []  # all it was ever given
@@ -515,8 +520,10 @@ class Broker:
         tags: Iterable[str] = (),
         python: str = PYTHON,
         user: str = "",
+        label: str = "",
+        leaves_in_s: float = 0.0,
     ) -> Node:
-        node = Node(self, name, slots, credit, resources or {}, tags, python, user)
+        node = Node(self, name, slots, credit, resources or {}, tags, python, user, label, leaves_in_s)
         self.peers.append(node)
         node.says_hello()
         return node

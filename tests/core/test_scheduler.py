@@ -19,8 +19,9 @@ from zmqsched.protocol import (
     Attempt,
     Beat,
     Cancel,
+    Command,
+    CommandDone,
     Dispatch,
-    Drain,
     Draining,
     Envelope,
     Finals,
@@ -36,7 +37,6 @@ from zmqsched.protocol import (
     NeedFunctions,
     No,
     NodeHello,
-    Notice,
     Options,
     Outcome,
     Ping,
@@ -1145,7 +1145,7 @@ def test_what_a_client_must_not_say_is_counted_and_ignored(message):
 
 
 @pytest.mark.parametrize(
-    "message", [Submit([], []), Cancel([]), GroupWait(1, token("g")), Query(1), Shutdown(), Drain("n1")]
+    "message", [Submit([], []), Cancel([]), GroupWait(1, token("g")), Query(1), Shutdown(), Command("n1")]
 )
 def test_what_a_node_must_not_say_is_counted_and_ignored(message):
     broker = Broker()
@@ -1215,13 +1215,13 @@ def test_a_draining_node_takes_nothing_new_finishes_and_leaves_without_requeue()
 def test_a_client_can_have_a_node_drained():
     broker = Broker()
     client, node = broker.client(), broker.node()
-    client.says(Drain("n1"))
+    client.says(Command("n1"))
     assert node.last(Stop).drain
     client.submits("a")
     assert node.holds == []
-    client.says(Drain("n99"))
-    assert "n99" in client.last(Notice).text
-    assert "n1" in client.last(Notice).text
+    assert client.last(CommandDone) == CommandDone(0)
+    client.says(Command("n99", 7))
+    assert client.last(CommandDone) == CommandDone(7, "there is no node 'n99'; nodes: n1")
 
 
 def test_a_draining_node_that_dies_is_lost():

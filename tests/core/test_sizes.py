@@ -11,15 +11,15 @@ from zmqsched.protocol import (
     MAX_PARTS,
     MAX_TEXT,
     Attempt,
+    Command,
+    CommandDone,
     Dispatch,
     Done,
-    Drain,
     Envelope,
     Fact,
     Function,
     Functions,
     NeedFunctions,
-    Notice,
     Options,
     Order,
     Payload,
@@ -118,8 +118,8 @@ def test_the_reason_why_nothing_fits_is_readable_however_much_is_wanted_and_offe
     client.submits("b", resources={f"x{n}".ljust(250, "é"): 1.0 for n in range(60)})
     broker.passes(5.0)
     assert client.answers["b"] == "Unschedulable"
-    client.says(Drain("nobody"))
-    assert client.all(Notice)
+    client.says(Command("nobody"))
+    assert "nobody" in client.last(CommandDone).error
 
 
 def test_many_tasks_that_start_at_once_are_told_in_readable_pieces():

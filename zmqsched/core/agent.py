@@ -43,6 +43,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable
 from typing import Literal
 
+from msgspec.structs import replace
+
 from ..config import BEAT_INTERVAL_S, SUSPECT_AFTER_BEATS
 from ..protocol import (
     LENT,
@@ -70,6 +72,7 @@ from ..protocol import (
     Order,
     Outcome,
     Output,
+    Pause,
     Payload,
     Progress,
     Results,
@@ -137,12 +140,13 @@ RESTART_BACKOFF_S = 0.1  # doubled with each worker in a row that dies before it
 
 class Held:
     """A task at this node. ``number``: in the order they came; ``worker`` is 0 while it waits here; ``orphan``: the session
-    that ordered it is over; ``revoked``: it is not wanted any more; ``limit_s``: how long it may run. ``inputs``: whose
-    results are its arguments, and their names among the functions; of these and its own function it ``lacks`` so many."""
+    that ordered it is over; ``revoked``: it is not wanted any more; ``unwanted``: not here, unless it runs; ``limit_s``: how
+    long it may run. ``inputs``: whose results are its arguments, and their names among the functions; of these and its
+    own function it ``lacks`` so many."""
 
     __slots__ = (
         "attempt", "call", "counted", "inputs", "lacks", "limit_s", "number", "options", "orphan", "reported", "revoked",
-        "shape", "task", "too_many", "worker",
+        "shape", "task", "too_many", "unwanted", "worker",
     )  # fmt: skip
 
     def __init__(self, order: Order, shape: Shape, number: int) -> None:
@@ -159,6 +163,7 @@ class Held:
         self.reported = False
         self.orphan = False
         self.revoked = False
+        self.unwanted = False
         self.too_many = False  # that wait for others
         self.limit_s = self.options.timeout or math.inf
 
@@ -256,6 +261,8 @@ class Agent:
         self._start_at = 0.0
         self._early_deaths = 0
         self._leaving = ""
+        self._leave_by = math.inf
+        self._paused = False
         self._silent_since: float | None = None  # by its own clock, which may have stood still
         self._go_at = math.inf
         self._ended = False
@@ -293,12 +300,12 @@ class Agent:
             case Exited(worker):
                 self._exited(self._workers[worker], event, now)
             case Leave(drain, reason):
-                self._leave(drain=drain, reason=reason)
+                self._leave(drain=drain, reason=reason, by=math.inf)
         out, self._out = self._out, []
         return out
 
     def next_deadline(self) -> float:
-        times = [self._uplink.deadline(), self._beat_at, self._go_at]
+        times = [self._uplink.deadline(), self._beat_at, self._go_at, self._leave_by]
         if self._ended:
             return self._uplink.deadline()
         if self._outcomes or self._started or self._returned or self._deaths or self._stopped or self._workers_changed:
@@ -389,8 +396,10 @@ class Agent:
                 self._session_over("the broker gave this node up")
             case No(_, text):
                 self._end(f"refused by the broker: {text}")
-            case Stop(drain):
-                self._leave(drain=drain, reason="told by the broker")
+            case Stop(drain, grace_s):
+                self._leave(drain=drain, reason="told by the broker", by=now + grace_s if grace_s else math.inf)
+            case Pause(on):
+                self._pause(on=on)
             case _:
                 self._offences.note(f"{type(message).__name__} from the broker", "the broker")
 
@@ -444,6 +453,22 @@ class Agent:
         running = [next(iter(worker.runs.values())) for worker in self._workers.values() if worker.runs]
         self._uplink.hold([Attempt(held.task, held.attempt) for held in running])
 
+    def _pause(self, *, on: bool) -> None:
+        """Take nothing new, and hand back what has not begun."""
+        self._paused = on
+        self._uplink.hello = replace(self._uplink.hello, paused=on)
+        self._out.append(Log("info", "paused" if on else "resumed"))
+        if not on:
+            return
+        for held in [held for held in self._held.values() if not held.worker]:
+            self._drop(held)
+            self._returned.append(Attempt(held.task, held.attempt))
+        for worker in self._workers.values():
+            for held in list(worker.runs.values())[1:]:
+                held.unwanted = True
+            if len(worker.runs) > 1 and not worker.taking_back:
+                self._take_back(worker)
+
     def _adopted(self, attempts: list[Attempt]) -> None:
         for attempt in attempts:
             held = self._held.get(attempt.task)
@@ -458,7 +483,7 @@ class Agent:
         held = self._held.get(order.task)
         if held is not None:  # it is here still, from an attempt that was given up: that one answers for both
             held.attempt = order.attempt
-            held.revoked = False
+            held.revoked = held.unwanted = False
             held.limit_s = held.options.timeout or math.inf
             self._orphans -= held.orphan
             held.orphan = False
@@ -657,7 +682,7 @@ class Agent:
         held.worker = 0
         if held.orphan:
             self._forget(held)
-        elif held.revoked:
+        elif held.revoked or held.unwanted:
             self._forget(held)
             self._returned.append(Attempt(held.task, held.attempt))
         else:
@@ -872,9 +897,9 @@ class Agent:
         return min(MAX_PREFETCH * self._slots, int(self._slots * LOOKAHEAD_S / max(self._task_s, stall)))
 
     def _wanted_credit(self, now: float) -> int:
-        if self._leaving:
-            return 0
         room = max(0, self._slots - self._orphans + min(MAX_LENT, self._lent))
+        if self._leaving or self._paused:
+            return room if self._lent else 0  # for what the tasks here wait for
         credit = room + self._prefetch(self._stall(now))
         both_prefetch = min(credit, self._credit) > max(self._slots, room)
         if both_prefetch and 0.5 < credit / self._credit < 2.0:
@@ -940,15 +965,22 @@ class Agent:
     def _worker_states(self) -> list[WorkerState]:
         return [WorkerState(worker.id, worker.pid, worker.state, worker.done) for worker in self._workers.values()]
 
-    def _leave(self, *, drain: bool, reason: str) -> None:
+    def _leave(self, *, drain: bool, reason: str, by: float) -> None:
+        """``by``: when to go even if something still runs."""
         if not drain:
             self._end(reason)
-        elif not self._leaving:
+            return
+        self._leave_by = min(self._leave_by, by)
+        if not self._leaving:
             self._leaving = reason
             self._uplink.send(Draining())
 
     def _depart(self, now: float) -> None:
-        """When nothing is left to do, go as soon as the broker has the last results, or is not there to take them."""
+        """When nothing is left to do, go as soon as the broker has the last results, or is not there to take them. What
+        still runs when the time is up the broker gives to others: nobody is charged with it."""
+        if now >= self._leave_by:
+            self._end(f"{self._leaving}; {len(self._held)} tasks are run elsewhere")
+            return
         if self._held:  # or again: what was under way to this node when it said that it drains
             self._go_at = math.inf
             return

@@ -17,7 +17,7 @@ from ..protocol import Attempt, Dispatch, Function, Functions, Order, Payload, S
 from .book import Book
 from .functions import function_bytes
 from .ledger import Ledger, Placed
-from .nodes import ALIVE, Node
+from .nodes import ALIVE, SUSPECT, Node
 from .tasks import Task, task_bytes
 
 MAX_NODE_FUNCTIONS = 4_096  # digests remembered as sent to a node; past it, functions are sent again
@@ -68,7 +68,7 @@ class Dispatching:
             task = book.tasks.get(task_id)
             if task is None or task.node != node_id or task.attempt != number:
                 continue
-            if task.cancelled or book.nodes[node_id].state is not ALIVE:
+            if task.cancelled or not self._still_takes(book.nodes[node_id], task):
                 book.let_go(task, book.nodes[node_id])
                 book.charge(task)
                 book.requeue(task)
@@ -76,6 +76,9 @@ class Dispatching:
                 wanted.append(task)
         if wanted:
             self._send_orders(book.nodes[node_id], wanted)
+
+    def _still_takes(self, node: Node, task: Task) -> bool:
+        return node.state is ALIVE or (task.kind.lane.nested and node.state is not SUSPECT)
 
     def _send_orders(self, node: Node, tasks: list[Task]) -> None:
         sessions = self._book.sessions

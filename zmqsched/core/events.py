@@ -13,9 +13,10 @@ from typing import Literal, NamedTuple
 from ..protocol import (
     Advance,
     Beat,
+    Command,
+    CommandDone,
     Declined,
     Done,
-    Drain,
     Envelope,
     Fact,
     Final,
@@ -278,7 +279,7 @@ class Withdraw(NamedTuple):
 class Tell(NamedTuple):
     """A message for the broker that has no answer, or one that is asked for by its ``request`` number."""
 
-    message: GroupAdd | GroupWait | GroupForget | Query | Follow | Shutdown | Drain
+    message: GroupAdd | GroupWait | GroupForget | Query | Follow | Shutdown | Command
 
 
 class Began(NamedTuple):
@@ -305,7 +306,7 @@ class Heard(NamedTuple):
 
 
 class Replied(NamedTuple):
-    message: GroupDone | Report | JobTasks
+    message: GroupDone | Report | JobTasks | CommandDone
 
 
 class Warned(NamedTuple):

@@ -4,13 +4,13 @@ States
 ------
 ::
 
-    ALIVE ◄──► SUSPECT          DRAINING ──► GONE
-      │           │                │
-      └───────────┴───► LOST ◄─────┘
-      └───────────┴──────► DRAINING
+    ALIVE ◄──► SUSPECT
+      ▲           ▲
+      └──► PAUSED ┘      from each of them to DRAINING, LOST and GONE, and from DRAINING to LOST and GONE
 
 * ALIVE: heard of within the last beats. SUSPECT: three beats missing, asked by a ping; given nothing new meanwhile.
-  LOST: silent to the ping as well; it holds nothing any more. DRAINING: finishes what it has, takes nothing new.
+  LOST: silent to the ping as well; it holds nothing any more. DRAINING: finishes what it has, takes nothing new. PAUSED: so
+  too, but it stays.
   GONE: left in order. A node that comes back from LOST says hello again and is a new record with a new id.
 * Any message of a node counts as a sign of life, by beat or by work channel.
 * ``credit`` is the node's own word for how many unfinished tasks it takes; the broker never goes beyond it.
@@ -40,16 +40,18 @@ Demand = tuple[tuple[str, float], ...]
 class NodeState(StrEnum):
     ALIVE = "alive"
     SUSPECT = "suspect"
+    PAUSED = "paused"
     DRAINING = "draining"
     LOST = "lost"
     GONE = "gone"
 
 
-ALIVE, SUSPECT, DRAINING, LOST, GONE = NodeState
+ALIVE, SUSPECT, PAUSED, DRAINING, LOST, GONE = NodeState
 
 NODE_MOVES: dict[NodeState, frozenset[NodeState]] = {
-    ALIVE: frozenset({SUSPECT, DRAINING, LOST, GONE}),
-    SUSPECT: frozenset({ALIVE, DRAINING, LOST, GONE}),
+    ALIVE: frozenset({SUSPECT, PAUSED, DRAINING, LOST, GONE}),
+    SUSPECT: frozenset({ALIVE, PAUSED, DRAINING, LOST, GONE}),
+    PAUSED: frozenset({ALIVE, SUSPECT, DRAINING, LOST, GONE}),
     DRAINING: frozenset({LOST, GONE}),
     LOST: frozenset(),
     GONE: frozenset(),
@@ -58,9 +60,9 @@ NODE_MOVES: dict[NodeState, frozenset[NodeState]] = {
 
 class Node:
     __slots__ = (
-        "beat", "credit", "done", "functions", "heard_at", "id", "incarnation", "label", "leaves_at", "nested", "pinged_at",
-        "pools", "reserved", "session", "slots", "state", "tags", "tasks", "total", "turn", "used", "version", "where",
-        "workers",
+        "beat", "credit", "done", "functions", "heard_at", "id", "incarnation", "label", "leaves_at", "lent", "nested",
+        "pinged_at", "pools", "reserved", "session", "slots", "state", "tags", "tasks", "total", "turn", "used", "version",
+        "where", "workers",
     )  # fmt: skip
 
     def __init__(self, node_id: str, session: int, hello: NodeHello, now: float) -> None:
@@ -75,7 +77,7 @@ class Node:
         self.total = dict(hello.resources)
         self.used = dict.fromkeys(self.total, 0.0)
         self.tags = frozenset(hello.tags)
-        self.state = ALIVE
+        self.state = PAUSED if hello.paused else ALIVE
         self.tasks: dict[bytes, Task] = {}
         self.functions: set[bytes] = set()
         self.workers: list[WorkerState] = []
@@ -85,6 +87,7 @@ class Node:
         self.done = 0
         self.turn = 0
         self.version = 0
+        self.lent = 0  # tasks that wait for others
         self.pools: list[Pool] = []
         self.nested: dict[int, int] = {}  # sessions of the clients that its tasks have made: the worker of each
         self.reserved: Lane | None = None  # kept free for this lane's first task, which needs much room
@@ -97,6 +100,11 @@ class Node:
     def open(self) -> bool:
         """Takes new tasks now."""
         return self.state is ALIVE and len(self.tasks) < self.credit
+
+    @property
+    def takes_nested(self) -> bool:
+        """Takes tasks of tasks, though it takes no others: what it holds may wait for them."""
+        return self.state in (PAUSED, DRAINING) and self.lent > 0 and len(self.tasks) < self.credit
 
     def move(self, state: NodeState) -> None:
         if state not in NODE_MOVES[self.state]:
@@ -138,12 +146,14 @@ class Node:
         """The task waits for others: they may have what it does not need meanwhile."""
         if not task.lent:
             task.lent = True
+            self.lent += 1
             self._use(task, -1)
 
     def reclaim(self, task: Task) -> None:
         """It goes on at once, whether there is room or not."""
         if task.lent:
             task.lent = False
+            self.lent -= 1
             self._use(task, 1)
 
     def _use(self, task: Task, times: int) -> None:
@@ -164,6 +174,7 @@ class Pool:
         self._policy = policy
         self._random = random
         self._heap: list[tuple[float, int, int, Node]] = []
+        self._nesting: dict[str, Node] = {}  # those that take tasks of tasks alone, or did
         self._count = itertools.count()
         self._last = 0.0  # the rank of the node found last
 
@@ -177,9 +188,12 @@ class Pool:
 
     def leave(self, node: Node) -> None:
         del self.nodes[node.id]
+        self._nesting.pop(node.id, None)
 
     def offer(self, node: Node) -> None:
         """Enter the node at its present rank; to be called after each change of it."""
+        if node.takes_nested:
+            self._nesting[node.id] = node
         if not node.open:
             return
         entry = (self._policy.rank(node, self._random, self._last), next(self._count), node.version, node)
@@ -205,4 +219,13 @@ class Pool:
             skipped.append(heapq.heappop(heap))
         for entry in skipped:
             heapq.heappush(heap, entry)
-        return found
+        return found or (self._find_nesting(lane) if lane.nested else None)
+
+    def _find_nesting(self, lane: Lane) -> Node | None:
+        """A node that takes nothing but what its tasks may wait for; few are ever there."""
+        for node in list(self._nesting.values()):
+            if not node.takes_nested:
+                del self._nesting[node.id]
+            elif node.fits(lane.demand):
+                return node
+        return None

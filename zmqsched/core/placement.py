@@ -17,7 +17,7 @@ import heapq
 from random import Random
 
 from ..protocol import Shape
-from .nodes import ALIVE, Demand, Node, Pool
+from .nodes import ALIVE, SUSPECT, Demand, Node, Pool
 from .policy import Policy
 from .tasks import ASSIGNED, QUEUED, Kind, Lane, Task
 
@@ -30,7 +30,7 @@ class Placement:
         self._policy = policy
         self._random = random
         self._kinds: dict[Shape, Kind] = {}
-        self._lanes: dict[tuple[Demand, tuple[str, ...]], Lane] = {}
+        self._lanes: dict[tuple[Demand, tuple[str, ...], bool], Lane] = {}
         self._pools: dict[tuple[frozenset[str], frozenset[str]], Pool] = {}
         self._idle: dict[Shape, Kind] = {}  # without tasks, or lately so; the longest idle first
         self._nodes: dict[str, Node] = {}
@@ -51,11 +51,11 @@ class Placement:
     def kind(self, shape: Shape) -> Kind:
         kind = self._kinds.get(shape)
         if kind is None:
-            key = (shape.options.resources, shape.options.tags)
+            key = (shape.options.resources, shape.options.tags, shape.options.depth > 0)
             lane = self._lanes.get(key)
             if lane is None:
-                demand, tags = key
-                lane = self._lanes[key] = Lane(demand, tags, self._pool(demand, tags))
+                demand, tags, nested = key
+                lane = self._lanes[key] = Lane(demand, tags, self._pool(demand, tags), nested=nested)
             lane.kinds += 1
             kind = self._kinds[shape] = Kind(shape, lane)
         return kind
@@ -74,7 +74,7 @@ class Placement:
         del self._kinds[kind.shape]
         lane.kinds -= 1
         if not lane.kinds:
-            del self._lanes[lane.demand, lane.tags]
+            del self._lanes[lane.demand, lane.tags, lane.nested]
             self._ready.pop(id(lane), None)
             lane.pool.blocked.pop(id(lane), None)
             self._drop_if_unused(lane.pool)
@@ -164,7 +164,7 @@ class Placement:
     def reserve(self, now: float) -> None:
         """Keep a node free for each lane that was passed over for long; to be called now and then."""
         for node in list(self._reserved.values()):
-            if node.reserved is None or not node.reserved.tasks:
+            if node.reserved is None or not node.reserved.tasks or node.state not in (ALIVE, SUSPECT):
                 self._release(node)
         taken = {id(node.reserved) for node in self._reserved.values()}
         for lane in self._lanes.values():
@@ -218,6 +218,8 @@ class Placement:
             if lane.tasks:
                 idle = [n.id for n in self._nodes.values() if lane.pool.suits(n) and n.open and n.fits(lane.demand)
                         and (n.reserved is None or lane.may_pass(n.reserved))]  # fmt: skip
+                if lane.nested:
+                    idle += [n.id for n in lane.pool.nodes.values() if n.takes_nested and n.fits(lane.demand)]
                 assert not idle, f"tasks wait for {lane.demand} while {idle} have room"
 
     def sanity_check(self) -> None:
@@ -234,7 +236,7 @@ class Placement:
         for node in self._changed.values():
             for pool in node.pools:
                 pool.offer(node)
-                if pool.blocked and node.open:
+                if pool.blocked and (node.open or node.takes_nested):
                     self._ready.update(pool.blocked)
                     pool.blocked.clear()
         self._changed.clear()

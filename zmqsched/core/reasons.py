@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..protocol import clipped
-from .nodes import ALIVE, DRAINING, SUSPECT, Demand, Node
+from .nodes import ALIVE, DRAINING, PAUSED, SUSPECT, Demand, Node
 from .tasks import ASSIGNED, DELAYED, QUEUED, WAITING, Lane, Task
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ IN_LIMBO = "may have been running when the broker died, and must not run twice: 
 SETTLING = "the broker was started anew and waits for its nodes"
 UNREAD = "the broker's memory is full of results that nobody has read"
 NEXT_IN_LINE = "next in line at their nodes"
-STATES = {DRAINING: "is draining", SUSPECT: "is silent"}
+STATES = {DRAINING: "is draining", SUSPECT: "is silent", PAUSED: "is paused"}
 
 
 class Reasons:
@@ -109,10 +109,12 @@ def why_queued(lane: Lane, nodes: Collection[Node], lost: Sequence[Node]) -> str
     if roomy:
         return _joined(need, "what is free is kept for tasks that have waited longer and need more")
     beyond_a_slot = tuple(pair for pair in lane.demand if pair[1] > (pair[0] == "cpu"))
+    paused = sum(node.state is PAUSED for node in able)
+    besides = f", {paused} node{'s are' if paused > 1 else ' is'} paused" if paused else ""
     if any(node.fits(beyond_a_slot) for node in alive):
         taken = _all_taken(str(sum(node.slots for node in alive)), " slots")
-        return _joined(need, taken + (" at nodes that have it" if need else ""))
-    return _short_of(beyond_a_slot, need, alive)
+        return _joined(need, taken + (" at nodes that have it" if need else "")) + besides
+    return _short_of(beyond_a_slot, need, alive) + besides
 
 
 def _nobody_has(lane: Lane, nodes: Collection[Node]) -> str:

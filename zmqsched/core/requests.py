@@ -31,6 +31,7 @@ from ..protocol import (
     MAX_ITEMS,
     Cancel,
     ClientHello,
+    CommandDone,
     Envelope,
     Final,
     Finals,
@@ -249,6 +250,8 @@ class Requests:
             case GroupDone() | Report():
                 if self._asked.pop(message.request, None) is not None:
                     self._out.append(Replied(message))
+            case CommandDone():
+                self._out.append(Replied(message))
             case Unknown(tasks):
                 self._doubts -= 1
                 self._lapse(tasks)

@@ -32,7 +32,7 @@ from ..protocol import (
     Beat,
     Cancel,
     ClientHello,
-    Drain,
+    Command,
     Draining,
     Envelope,
     Fact,
@@ -72,6 +72,7 @@ from ..protocol import (
 )  # fmt: skip
 from . import outputs
 from .book import Book
+from .commands import Commands
 from .dispatching import Dispatching
 from .events import (
     Arrived,
@@ -92,7 +93,7 @@ from .events import (
 )  # fmt: skip
 from .functions import function_bytes
 from .ledger import Answered, Consequence, Counted, Ledger, Placed
-from .nodes import ALIVE, DRAINING, GONE, LOST, SUSPECT, Node
+from .nodes import ALIVE, DRAINING, GONE, LOST, PAUSED, SUSPECT, Node
 from .offences import Offences
 from .owners import Owner
 from .reasons import SETTLING, UNREAD, Reasons
@@ -114,6 +115,7 @@ class Scheduler:
         self._nodes: dict[str, Node] = {}
         self.book = Book(settings, random, self.counts, self._sessions, self._nodes)
         self._dispatching = Dispatching(self.book)
+        self._commands = Commands(self.book, self._fact)
         self._by_incarnation: dict[bytes, Node] = {}
         self._former: list[Node] = []
         self._expected: set[bytes] | None = None  # incarnations of the nodes that the crashed broker had, if known
@@ -165,7 +167,7 @@ class Scheduler:
         self._sessions.sanity_check()
         self.book.sanity_check()
         for node in self._nodes.values():
-            assert node.state in (ALIVE, SUSPECT, DRAINING), f"{node.id} is {node.state} and kept"
+            assert node.state in (ALIVE, SUSPECT, PAUSED, DRAINING), f"{node.id} is {node.state} and kept"
 
     def restore(self, records: Iterable[Record], now: float) -> None:
         """Play a journal; before the first event."""
@@ -227,8 +229,8 @@ class Scheduler:
                 self.book.still_open(session, tasks)
             case Follow(request, job):
                 self.book.follow(session, request, job)
-            case Drain(node_id):
-                self._drain(session, node_id)
+            case Command():
+                self._commands.obey(session, message)
             case Shutdown():
                 self._shut_down("a client asked for it", now)
             case Goodbye():
@@ -255,7 +257,7 @@ class Scheduler:
             case Output():
                 outputs.pass_on(message, node.id, self.book)
             case Draining():
-                self._start_draining(node)
+                self._commands.start_draining(node)
             case Goodbye(reason):
                 self._node_ends(node, left=True, why=reason or "left")
             case _:
@@ -456,20 +458,6 @@ class Scheduler:
 
     def _may_be_back(self, now: float) -> list[Node]:
         return [node for node in self._former if node.state is LOST and now - node.heard_at < self.settings.await_lost_s]
-
-    def _start_draining(self, node: Node) -> None:
-        if node.state is not DRAINING:
-            node.move(DRAINING)
-            self._fact("draining", node, f"{node.assigned} tasks to finish")
-
-    def _drain(self, session: Session, node_id: str) -> None:
-        node = self._nodes.get(node_id)
-        if node is None:
-            there = ", ".join(self._nodes) or "none"
-            self._sessions.send(session, Notice(clipped(f"there is no node {node_id!r}; nodes: {there}")))
-            return
-        self._start_draining(node)
-        self._sessions.send(self._sessions.of(node), Stop(drain=True))
 
     def _shut_down(self, why: str, now: float) -> None:
         """Tell everybody, and end when all have said goodbye, or after a while."""

@@ -17,8 +17,9 @@ States
   the record is forgotten.
 * Each step to ASSIGNED is a new attempt, numbered from 1; numbers only grow. An answer names its attempt, so a late one
   is recognised rather than reasoned about.
-* A **lane** holds the queued tasks that ask for the same resources and tags: they fit on the same nodes, so one look at
-  the first tells about all. Within a lane: higher priority first, then first come, first served.
+* A **lane** holds the queued tasks that ask for the same resources and tags, tasks of tasks in lanes of their own: they fit
+  on the same nodes, so one look at the first tells about all. Within a lane: higher priority first, then first come,
+  first served.
 * A **kind** is what tasks of one function with equal options share. It lives as long as it has unfinished tasks.
 """
 
@@ -103,15 +104,18 @@ class Task:
 
 
 class Lane:
-    """The queue of one demand.
+    """The queue of one demand. ``nested``: of tasks of tasks, which some nodes take that take no others.
 
     ``passed_over_since``: since when its first task finds no room while others do. ``unservable_since``: when it was noticed
     that no node could ever serve it.
     """
 
-    __slots__ = ("demand", "kinds", "passed_over_since", "pool", "tags", "tasks", "unservable_since")
+    __slots__ = ("demand", "kinds", "nested", "passed_over_since", "pool", "tags", "tasks", "unservable_since")
 
-    def __init__(self, demand: tuple[tuple[str, float], ...], tags: tuple[str, ...], pool: Pool) -> None:
+    def __init__(
+        self, demand: tuple[tuple[str, float], ...], tags: tuple[str, ...], pool: Pool, *, nested: bool = False
+    ) -> None:
+        self.nested = nested
         self.demand = demand
         self.tags = tags
         self.pool = pool

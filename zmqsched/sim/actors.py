@@ -58,10 +58,10 @@ from ..protocol import (
     Adopt,
     Beat,
     ClientHello,
+    Command,
     Declined,
     Dispatch,
     Done,
-    Drain,
     Envelope,
     Finals,
     Follow,
@@ -589,8 +589,8 @@ class SimClient(Peer):
         self.group_zero = self.debts.settled = True
         self.post(Tell(Follow(2, job)))
 
-    def drain(self, node: str) -> None:
-        self.post(Tell(Drain(node)))
+    def say(self, command: Command) -> None:
+        self.post(Tell(command))
 
     def wait_group(self) -> None:
         self._in_group = [task for task in self.plans if self.options[task].group]

@@ -11,7 +11,7 @@ from ..core.nodes import ALIVE
 from ..core.policy import POLICIES
 from ..core.settings import Settings
 from ..core.stops import LOOK_S
-from ..protocol import Options
+from ..protocol import Command, Options
 from .actors import GROUP, SIGNAL_S, Plan, SimBroker, SimClient, SimNode
 from .world import SimulationFailed, World
 
@@ -27,7 +27,7 @@ FAULTS = (
     # of connections
     "reconnect", "late messages", "cut up", "cut down", "cut off",
     # of processes
-    "kill worker", "kill node", "pause node", "drain node", "storm",
+    "kill worker", "kill node", "pause node", "drain node", "hold node", "storm",
     "kill client", "pause client", "pause broker", "crash broker",
     # of memory and disk
     "forget functions", "slow disk", "full disk",
@@ -181,10 +181,15 @@ class Cluster:
             random.choice(self.nodes).pause(random.uniform(0.5, 8.0))
         if world.chance("drain node", 0.5):
             leaver = random.choice(self.nodes)
-            if random.random() < 0.5:
+            name = leaver.core.name
+            retire = Command(name, 0, "retire", random.choice((0.0, 0.1, 2.0)))
+            if random.random() < 0.4:
                 leaver.drain("SIGTERM")
             else:
-                random.choice(self.clients).drain(leaver.core.name)
+                random.choice(self.clients).say(random.choice((Command(name), retire)))
+        if world.chance("hold node"):
+            name = random.choice(self.nodes).core.name
+            random.choice(self.clients).say(Command(name, 0, "pause" if random.random() < 0.7 else "resume"))
         if world.chance("storm", 0.3):
             self._storm()
         self._replace()
@@ -244,6 +249,9 @@ class Cluster:
 
     def _look(self) -> None:
         self._replace()
+        for node in self.nodes:
+            if node.core._paused:
+                self.clients[0].say(Command(node.core.name, 0, "resume"))
         self.finished = not self.complaint()
         self.world.at(LOOK_EVERY_S, self._look)
 
@@ -295,5 +303,6 @@ def _kinds(random: Random) -> list[Options]:
     kinds.append(Options(resources=(("cpu", 2.0),), group=GROUP))
     kinds.append(Options(retries=2, backoff=random.choice((0.01, 3.0)), group=GROUP))
     kinds.append(Options(retries=1, timeout=random.choice((0.01, 0.3, 1.0)), group=GROUP))
+    kinds.append(Options(depth=1, group=GROUP))
     kinds += [Options(requeue=False), Options(requeue=False, priority=1), Options(job=JOB), Options(job=JOB, retries=1)]
     return kinds

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..core.events import Arrived, Publish, SchedulerAction, SchedulerEvent, Send, Tick
-from ..core.nodes import ALIVE, SUSPECT
+from ..core.nodes import ALIVE, DRAINING, PAUSED, SUSPECT
 from ..core.reasons import Reasons
 from ..core.scheduler import Scheduler
 from ..core.tasks import Task
@@ -116,7 +116,8 @@ class Watch:
         session = self._core._sessions.get(token)
         assert session is not None
         node = self._core._nodes[session.node]
-        if node.state is not ALIVE:
+        nested = all(dispatch.shapes[order.shape].options.depth for order in dispatch.orders)
+        if node.state is not ALIVE and not (nested and node.state in (PAUSED, DRAINING)):
             raise SimulationFailed(f"{node.id} is {node.state} and was given tasks")
         if node.assigned > node.credit and not self._core.settings.journal:  # with one, what was placed may wait for it
             raise SimulationFailed(f"{node.id} has {node.assigned} tasks and credit for {node.credit}")
