@@ -289,3 +289,11 @@ def test_a_map_shows_how_far_it_is_and_what_has_failed(client):
 def test_what_a_client_returns_looks_the_same_in_both(client, what):
     shown = getattr(client, what)()
     assert cells_of_text(repr(shown)) == Cells(shown._repr_html_()).cells
+
+
+def test_what_is_shown_says_what_it_shows():
+    class Nothing(Shown):
+        pass
+
+    with pytest.raises(TypeError, match="_sheet"):
+        Nothing()

@@ -11,6 +11,7 @@ Rules
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,11 +43,12 @@ class Sheet:
     facts: Sequence[tuple[str, object]] = ()
 
 
-class Shown:
+class Shown(ABC):
     """What has a sheet: notebooks show it as HTML, IPython in a terminal as the same text."""
 
+    @abstractmethod
     def _sheet(self) -> Sheet:
-        raise NotImplementedError
+        """What is shown."""
 
     def _repr_html_(self) -> str:
         return as_html(sheet_of(self))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Callable
 from random import Random
@@ -107,7 +108,7 @@ class World:
             self.at(delay, lambda: deliver(envelope))
 
 
-class Process:
+class Process(ABC):
     """One process: an inbox, a core, a clock of its own, and turns.
 
     What arrives together is taken in by one turn. Paused, it gathers what comes and handles it at once on waking.
@@ -162,7 +163,7 @@ class Process:
             self.resumed()
             self._wake()
 
-    def resumed(self) -> None:
+    def resumed(self) -> None:  # noqa: B027 - most have nothing more to do
         """For whoever has more to do then."""
 
     def _turn(self) -> None:
@@ -188,16 +189,17 @@ class Process:
             if wake < math.inf:
                 self.world.at(wake - now, self._wake)
 
+    @abstractmethod
     def step(self, event: object, now: float) -> None:
-        raise NotImplementedError
+        """Hand the core an event, and do what it says."""
 
+    @abstractmethod
     def deadline(self) -> float:
         """Of the core, by its own clock."""
-        raise NotImplementedError
 
+    @abstractmethod
     def check(self) -> None:
         """Of the core: its ``sanity_check``."""
-        raise NotImplementedError
 
 
 def _words(body: Message) -> str:
