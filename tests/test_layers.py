@@ -22,7 +22,9 @@ MAPS = {"maps", "mapping"}
 MAY = {
     "errors": set(),
     "config": {"errors"},
-    "clusterfile": {"errors", "config"},
+    "hostlist": set(),
+    "schema": set(),
+    "clusterfile": {"errors", "config", "core", "options", "hostlist", "schema"},
     "protocol": {"errors", "config"},
     "payload": {"errors", "config", "protocol"},  # its limits and its word for a payload
     "core": CORE_MAY | {"core"},

@@ -21,6 +21,7 @@
     │   ├── JobNotFound (LookupError)
     │   ├── JournalError                    the journal is damaged, in use, or of another cluster
     │   ├── ConnectionFileError (ValueError)
+    │   ├── ClusterFileError (ValueError)   what was asked for of a cluster cannot be; with the path of each wrong key
     │   ├── BrokerUnreachable (ConnectionError)
     │   ├── Refused                         the broker said no, and why
     │   └── ClusterLost (concurrent.futures.BrokenExecutor)
@@ -116,6 +117,13 @@ class JournalError(ClusterError):
 
 class ConnectionFileError(ClusterError, ValueError):
     """The connection file is missing, damaged, or not private to this user."""
+
+
+class ClusterFileError(ClusterError, ValueError):
+    """What was asked for of a cluster cannot be, or its file not be read: ``args`` are all the problems, a line each."""
+
+    def __str__(self) -> str:
+        return str(self.args[0]) if len(self.args) < 2 else f"{self.args[0]} (and {len(self.args) - 1} more)"
 
 
 class BrokerUnreachable(ClusterError, ConnectionError):

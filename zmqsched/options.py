@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 
 MAX_NAMES = 64
 MAX_AMOUNT = 2.0**60
+_SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_DURATIONS = [
+    re.compile("(?=.)" + "".join(rf"(?:(?P<{unit}>[0-9]{{1,9}}(\.[0-9]{{1,9}})?){unit})?" for unit in _SECONDS)),
+    re.compile(r"(?:(?P<h>[0-9]{1,9}):)?(?P<m>[0-9]{1,9}):(?P<s>[0-9]{1,2})"),
+    re.compile(r"(?P<d>[0-9]{1,9})-(?P<h>[0-9]{1,2})(?::(?P<m>[0-9]{1,2}))?(?::(?P<s>[0-9]{1,2}))?"),
+]
 
 
 def integer(name: str, value: int, low: int, high: int) -> int:
@@ -98,6 +105,19 @@ def size_argument(text: str) -> int:
     return int(size)
 
 
+def duration_argument(text: str) -> float:
+    """Seconds of a command line: with units (90s, 30m, 1h30m, 2d), or as Slurm writes them with colons (MM:SS, HH:MM:SS) or
+    days before a dash (D-HH, D-HH:MM, D-HH:MM:SS). A bare number is refused: Slurm's are minutes, others' seconds. Raises
+    ValueError."""
+    match = next((match for form in _DURATIONS if (match := form.fullmatch(text))), None)
+    if match is not None:
+        return sum(float(number) * _SECONDS[unit] for unit, number in match.groupdict().items() if number)
+    shown = _short(text)
+    if re.fullmatch(r"[0-9]+(\.[0-9]*)?", text):
+        raise ValueError(f"{shown} has no unit: write it as 90s, 30m, 1h or 2d")
+    raise ValueError(f"{shown} is not a duration: write it as 90s, 30m, 1h, 2d or 1-12:00:00")
+
+
 def task_tags(tags: Iterable[str]) -> tuple[str, ...]:
     if isinstance(tags, str):
         raise TypeError(f"tags is a list of names; write tags=[{tags!r}]")
@@ -115,3 +135,7 @@ def short_name(name: str) -> str:
     if not name.isprintable():
         raise ValueError(f"a name is printable text on one line, not {name[:40]!r}")
     return name[:255]
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:40] + "...")
