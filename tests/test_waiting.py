@@ -299,7 +299,7 @@ def test_an_interrupt_cancels_what_was_waited_for(owner, wait):
 def test_interrupted_twice_the_cluster_knows_already(owner, monkeypatch):
     futures = owner.futures("ab")
 
-    def again(self):
+    def again(self, states):
         raise KeyboardInterrupt("the second")
 
     monkeypatch.setattr(Future, "_turn_cancelled", again)

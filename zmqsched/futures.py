@@ -13,7 +13,9 @@ Rules
 * An interrupt (KeyboardInterrupt in the main thread) of an unpickling leaves the future as it was before; one of a wait for
   the task cancels the task, also if it runs.
 * As an argument of a call it stands for what its task returns (``arguments.py``); then the packed form is kept.
-* What of the standard looks into a future finds there what it knows: ``_state``, ``_waiters``, ``_condition``.
+* What of the standard looks into a future finds there what it knows: ``_state``, ``_waiters``, ``_condition``. The condition
+  is made when somebody wants it, for it costs half as much as all else of a submission and most futures are done by then.
+  As long as there is none, the state changes under the lock under which it would be made; then under the condition alone.
   ``concurrent.futures.wait`` asks for exceptions while it holds the locks of all its futures: then the verdict answers.
 """
 
@@ -21,6 +23,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import os
 import pickle
 import threading
 import time
@@ -48,6 +51,9 @@ ALERT_S = 0.5
 # Who unpickles which future's answer now: a thread's number, in an object of its own, by the future's id. Entered by
 # ``setdefault``, which is one step for all threads, and so much cheaper than a lock for each future.
 unpackers: dict[int, tuple[int]] = {}
+# Held for an instant, while a state changes or a condition is made. A signal's handler may cancel what it has interrupted.
+_settling = threading.RLock()
+os.register_at_fork(after_in_child=_settling._at_fork_reinit)  # type: ignore[attr-defined]  # as the standard's pools do
 
 
 class Owner(Protocol):
@@ -82,12 +88,23 @@ class Future(Shown, concurrent.futures.Future[T]):
     _progress: tuple[float, str] | None = None
     _cell: dict[str, Any] | None = None  # where in a notebook it was made
 
+    _made: threading.Condition | None = None
+
     def __init__(self, task: bytes, owner: Owner) -> None:
-        super().__init__()
+        self._state = PENDING  # in place of the standard's __init__, which makes a condition
+        self._result = self._exception = None
+        self._waiters = nesting.Waiters() if owner._nested else []
+        self._done_callbacks: list[Callable[[Future[T]], object]] = []
         self._task = task
         self._owner = owner
-        if owner._nested:
-            self._waiters = nesting.Waiters()
+
+    @property
+    def _condition(self) -> threading.Condition:  # type: ignore[override]  # that nobody else sets
+        if self._made is None:
+            with _settling:
+                if self._made is None:
+                    self._made = threading.Condition()
+        return self._made
 
     def result(self, timeout: float | None = None) -> T:
         """What the task returned; waits for it, at most ``timeout`` seconds.
@@ -146,12 +163,9 @@ class Future(Shown, concurrent.futures.Future[T]):
             if force:  # it may have started nevertheless
                 self._owner._withdraw([self._task], force=True)
             return True
-        if super().cancel():
-            self.set_running_or_notify_cancel()
-        elif not (force and self._turn_cancelled()):
+        if not self._turn_cancelled(_OPEN if force else (PENDING,)):
             return False
-        else:
-            self._invoke_callbacks()  # type: ignore[attr-defined]  # typeshed leaves it out
+        self._invoke_callbacks()  # type: ignore[attr-defined]  # typeshed leaves it out
         self._owner._withdraw([self._task], force=force)
         return True
 
@@ -222,36 +236,37 @@ class Future(Shown, concurrent.futures.Future[T]):
     def _answer(self, final: Final) -> bool:
         """The final answer has come. True if there are callbacks to run."""
         if final.verdict == "cancelled":
-            return self._turn_cancelled() and bool(self._done_callbacks)  # type: ignore[attr-defined]
-        return self._end(final, None)
+            return self._turn_cancelled(_OPEN) and bool(self._done_callbacks)
+        return self._end(FINISHED, final, None, _OPEN) and bool(self._done_callbacks)
 
     def _fail(self, error: BaseException) -> bool:
         """No answer will come, and why. True if there are callbacks to run."""
-        return self._end(None, error)
+        return self._end(FINISHED, None, error, _OPEN) and bool(self._done_callbacks)
 
-    def _end(self, final: Final | None, error: BaseException | None) -> bool:
-        with self._condition:
-            if self._state not in _OPEN:
+    def _turn_cancelled(self, states: tuple[str, ...]) -> bool:
+        """What the standard's future does when it is cancelled, callbacks apart; if it is in one of these states."""
+        return self._end(CANCELLED_AND_NOTIFIED, None, None, states)
+
+    def _end(self, state: str, final: Final | None, error: BaseException | None, states: tuple[str, ...]) -> bool:
+        """It is over, unless it is in none of these states: say so, and tell who waits."""
+        with _settling:
+            if self._made is None:
+                if self._state not in states:
+                    return False
+                self._final, self._exception, self._state = final, error, state
+                return True
+        with self._made:
+            if self._state not in states:
                 return False
-            self._final, self._exception = final, error
-            self._state = FINISHED
+            self._final, self._exception, self._state = final, error, state
             for waiter in self._waiters:
-                if final is not None and final.verdict == "ok":
+                if state == CANCELLED_AND_NOTIFIED:
+                    waiter.add_cancelled(self)
+                elif final is not None and final.verdict == "ok":
                     waiter.add_result(self)
                 else:
                     waiter.add_exception(self)
-            self._condition.notify_all()
-        return bool(self._done_callbacks)  # type: ignore[attr-defined]
-
-    def _turn_cancelled(self) -> bool:
-        """What the standard's future does when it is cancelled, callbacks apart; also from a state in which it refuses."""
-        with self._condition:
-            if self._state not in _OPEN:
-                return False
-            self._state = CANCELLED_AND_NOTIFIED
-            for waiter in self._waiters:
-                waiter.add_cancelled(self)
-            self._condition.notify_all()
+            self._made.notify_all()
         return True
 
     def log(self) -> str:
@@ -267,7 +282,7 @@ class Future(Shown, concurrent.futures.Future[T]):
     def _call_back(self) -> None:
         """Run the callbacks. Never raises."""
         self._await_answer(None)
-        for callback in self._done_callbacks:  # type: ignore[attr-defined]  # typeshed leaves it out
+        for callback in self._done_callbacks:
             try:
                 callback(self)
             except BaseException:
@@ -275,7 +290,7 @@ class Future(Shown, concurrent.futures.Future[T]):
 
     def _disown(self, error: RuntimeError) -> None:
         """This process is a fork of the future's: whoever asks is told."""
-        self._condition = threading.Condition()
+        self._made = None
         self._waiters = []
         if self._state in _OPEN:
             self._exception, self._state = error, FINISHED

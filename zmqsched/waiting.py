@@ -103,7 +103,7 @@ def cancel_all(futures: Iterable[StandardFuture[Any]], *, force: bool = False) -
         owner._withdraw([future._task for future in theirs], force=force)
     for owner, theirs in found.items():
         for future in theirs:
-            if future._turn_cancelled() and future._done_callbacks:  # type: ignore[attr-defined]  # typeshed leaves it out
+            if future._turn_cancelled((PENDING, RUNNING)) and future._done_callbacks:
                 owner._callbacks.put(future._call_back)
     for other in others:
         other.cancel()
