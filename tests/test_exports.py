@@ -10,7 +10,7 @@ import zmqsched
 from zmqsched import errors
 
 PUBLIC = [
-    "Client", "Future", "LocalCluster", "Map", "WaitGroup", "__version__", "as_completed", "errors", "get_client",
+    "Client", "Cluster", "Future", "LocalCluster", "Map", "WaitGroup", "__version__", "as_completed", "errors", "get_client",
     "get_task", "map", "starmap", "wait",
 ]  # fmt: skip
 
@@ -22,8 +22,8 @@ def test_these_names_and_no_others():
 
 
 def test_what_is_not_there_is_an_attribute_error():
-    with pytest.raises(AttributeError, match="no attribute 'Cluster'"):
-        zmqsched.Cluster  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'Clusters'"):
+        zmqsched.Clusters  # noqa: B018
 
 
 def imported(statement: str) -> set[str]:

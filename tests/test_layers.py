@@ -50,6 +50,8 @@ MAY = {
     "nesting": {"protocol", "worker", "origin"},
     "display": set(),
     "records": CORE_MAY | {"display"},
+    "control": CORE_MAY,
+    "readiness": CORE_MAY | {"records"},
     "callbacks": set(),
     "printing": {"protocol"},
     "futures": CORE_MAY | {"payload", "callbacks", "display", "printing", "nesting"},
@@ -71,7 +73,9 @@ MAY = {
     "taskgroup": EDGE_MAY | {"futures", "tasks", "waiting"},
     "waitgroup": EDGE_MAY | {"futures", "tasks", "worker", "waiting", "nesting"},
 }
-ASSEMBLY = {"__init__", "__main__", "cluster", "cleaning", "launch", "stopping", "easy", "sim", "cli", "joblib"}
+ASSEMBLY = {
+    "__init__", "__main__", "cluster", "brokers", "fleet", "cleaning", "launch", "stopping", "easy", "sim", "cli", "joblib",
+}  # fmt: skip
 
 # What the layers must not take from outside, as prefixes of dotted names.
 CORE_NEVER = ("zmq", "time", "threading", "os", "socket", "logging", "pickle", "cloudpickle")

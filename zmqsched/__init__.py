@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .client import Client
-    from .cluster import LocalCluster
+    from .cluster import Cluster, LocalCluster
     from .context import get_task
     from .easy import map, starmap  # noqa: A004 - zmqsched.map is the point
     from .futures import Future
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from .waiting import as_completed, wait
 
 __all__ = [
-    "Client", "Future", "LocalCluster", "Map", "WaitGroup", "__version__", "as_completed", "errors", "get_client",
+    "Client", "Cluster", "Future", "LocalCluster", "Map", "WaitGroup", "__version__", "as_completed", "errors", "get_client",
     "get_task", "map", "starmap", "wait",
 ]  # fmt: skip
 
 _HOMES = {
     "Client": "client",
+    "Cluster": "cluster",
     "Future": "futures",
     "LocalCluster": "cluster",
     "Map": "maps",

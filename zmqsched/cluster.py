@@ -1,10 +1,10 @@
-"""Clusters on this machine: a broker and nodes as child processes.
+"""Clusters that this process starts: a broker here, and groups of nodes, here or elsewhere.
 
-Nothing is left behind: the children read their standard input, which ends when this process does, however it ends; each
-removes what it made. The children are sessions of their own, so a Ctrl-C in a terminal or notebook does not reach them.
+Nothing is left behind: broker and nodes end when their standard input does, which this process holds, however it ends; a
+batch system's jobs are ended by ids that were recorded. The children are sessions of their own, so a Ctrl-C in a terminal or
+notebook does not reach them.
 
-A broker that dies is followed by another: with a journal that one knows the tasks, without one the clients submit again
-what is unanswered. One that keeps dying is given up.
+A broker that dies is followed by another (``brokers.py``). Who watches the nodes is in ``fleet.py``.
 """
 
 from __future__ import annotations
@@ -12,42 +12,221 @@ from __future__ import annotations
 import atexit
 import contextlib
 import itertools
-import json
 import os
-import select
-import signal
-import subprocess
-import sys
 import threading
-import time
 import weakref
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
-from typing import IO, Any
+from typing import Any, Self
+
+from msgspec.structs import replace
 
 from . import errors
-from .config import CONNECTION_FILE, STOPPING_FILE, ConnectionFile, check_name, cluster_dir, is_held, remove_cluster_dir
+from .brokers import START_TIMEOUT_S, STOP_TIMEOUT_S, KeptBroker, check_free, wait_until_ready
+from .clusterfile import BrokerPart, ClusterFile, NodeGroup
+from .config import CONNECTION_FILE, ConnectionFile, check_name, cluster_dir, remove_cluster_dir
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .display import Sheet, Shown, as_line
-from .errors import StartError, ZmqschedError
+from .errors import StartError
+from .fleet import Fleet
 from .host import thread_limits, usable_cpus
+from .launch.base import Launched, Site
+from .launch.local import LocalLauncher
+from .launch.reach import LOOPBACK, own_addresses
 from .options import amounts, boolean, integer, task_tags
-from .shell import BROKER_ENVIRONMENT, log
+from .readiness import wait_for_nodes
 from .sockets import listen_address
 
-START_TIMEOUT_S = 20.0
+__all__ = ["START_TIMEOUT_S", "STOP_TIMEOUT_S", "Cluster", "LocalCluster", "check_free", "wait_until_ready"]
+
+# A host that is asked by ssh may have to be waited for.
+ELSEWHERE_TIMEOUT_S = 60.0
 MAX_WORKERS = 10_000
 MAX_QUEUED = 1 << 60
-STOP_TIMEOUT_S = 3.0
 # A broker that dies more often than so is not followed by another: whatever kills it would go on.
 MAX_RESTARTS, RESTARTS_WITHIN_S = 5, 60.0
 
 _numbers = itertools.count(1)
-_running: weakref.WeakSet[LocalCluster] = weakref.WeakSet()
+_running: weakref.WeakSet[Cluster] = weakref.WeakSet()
 
 
-class LocalCluster(Shown):
+class Cluster(Shown):
+    """A broker on this host, and nodes wherever its file says; ends with this object or program.
+
+    When it is made, the broker is ready and each node has joined that does not wait in a batch system's queue. Nodes that
+    failed are in ``failures``, and told of in the log.
+
+    Parameters
+    ----------
+    wanted
+        What ``cluster.toml`` holds.
+    echo
+        What tasks write to standard error is on this program's, too: for a program that runs a cluster whose tasks come from
+        others.
+
+    Raises
+    ------
+    ValueError
+        There is no such launcher, or two groups have one name.
+    ClusterExists
+        A running cluster has that name.
+    StartError
+        The broker or all of the nodes did not start; their own words say why.
+    """
+
+    # Whether it is enough that some nodes have joined.
+    _all_or_nothing = False
+
+    def __init__(self, wanted: ClusterFile, *, echo: bool = False) -> None:
+        self.wanted = wanted
+        self.name = check_name(wanted.name)
+        self._pid = os.getpid()
+        self._closed = False
+        self._changed: Callable[[], None] = _nothing
+        self._lock = threading.Lock()
+        directory = cluster_dir(self.name)
+        path = directory / CONNECTION_FILE
+        check_free(self.name)
+        left = path.exists()
+        changed = _told(weakref.ref(self))
+        self._broker = KeptBroker(self.name, _broker_options(wanted), MAX_RESTARTS, RESTARTS_WITHIN_S, changed)
+        self._fleet: Fleet | None = None
+        try:
+            site = Site(path, directory, boolean("echo", echo))
+            self._fleet = Fleet(_sharing_cpus(wanted.nodes), site, self._broker, changed)
+            # Local nodes start beside the broker and wait for its file: a start costs one interpreter's time, not two.
+            # Unless there is one that a broker left which was killed: they would find nobody behind it.
+            if left:
+                self._broker.wait_until_ready()
+            self._fleet.start(local=True)
+            if not left:
+                self._broker.wait_until_ready()
+            self._fleet.start(local=False)
+            elsewhere = any(group.launcher != "local" for group in wanted.nodes)
+            self._fleet.wait_for_first(ELSEWHERE_TIMEOUT_S if elsewhere else START_TIMEOUT_S)
+            self._check_started()
+        except BaseException:
+            self.close()
+            raise
+        self._fleet.serve()
+        self._end = weakref.finalize(self, _let_go, self._pid, self.name, self._broker, self._fleet)
+        self._end.atexit = False
+        _running.add(self)
+
+    def close(self) -> None:
+        """Stop everything, and wait for it: no process, file or socket is left. Idempotent; nothing in a forked child, whose
+        cluster it is not."""
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        _close(self.name, self._broker, self._fleet)
+
+    def _check_started(self) -> None:
+        assert self._fleet is not None
+        failures = list(self._fleet.failures)
+        if failures and (self._all_or_nothing or not any(one.state != "ended" for one in self._fleet.now())):
+            words = "\n".join(f"  {one.label}{f' ({one.where})' if one.where else ''}: {one.why}" for one in failures)
+            raise StartError(f"nodes of cluster {self.name!r} did not start:\n{words}")
+
+    # --- what is known of it --------------------------------------------------------------------------------------
+
+    @property
+    def file(self) -> ConnectionFile:
+        """How to reach the broker, the one that is there now."""
+        return self._broker.file
+
+    @property
+    def broker_pid(self) -> int:
+        """The broker's process, the one that is there now."""
+        return self._broker.pid
+
+    @property
+    def broker_death(self) -> str:
+        """How the broker ended, if it did and none has followed it; "" while one runs, and after :meth:`close`."""
+        return self._broker.death
+
+    @property
+    def failures(self) -> list[Launched]:
+        """The nodes started by this process that could not start, or ended unasked: ``label``, ``where``, and ``why`` with
+        the end of what they wrote. The last hundred."""
+        return list(self._nodes_here.failures)
+
+    def nodes(self) -> list[Launched]:
+        """The nodes that this process has started, each with its ``label``, ``state`` (pending, starting, running, ended),
+        ``why``, ``where``, and as ``node`` its id at the broker, once that is known."""
+        return self._nodes_here.now()
+
+    # --- more and fewer nodes -------------------------------------------------------------------------------------
+
+    def scale(self, group: str, n: int) -> None:
+        """Have ``n`` nodes in this group from now on. New ones are asked for when this returns; those that are to go finish
+        their tasks first, idle ones go before others.
+
+        Raises
+        ------
+        ValueError
+            There is no such group, or no such number.
+        StartError
+            None of the new ones can be started.
+        """
+        self._nodes_here.scale(group, n)
+
+    def adapt(self, group: str, min: int, max: int) -> None:  # noqa: A002 - as they are called in cluster.toml
+        """Keep between ``min`` and ``max`` nodes in this group from now on, by what is queued and who is idle
+        (``core/adapting.py``); until ``scale`` is called."""
+        self._nodes_here.adapt(group, min, max)
+
+    def wait_for_nodes(self, n: int, timeout: float | None = None) -> None:
+        """Return when ``n`` nodes are alive.
+
+        Raises
+        ------
+        TimeoutError
+            They are not, after ``timeout`` seconds; says of each missing node its state and the reason.
+        StartError
+            Nodes have failed, so that no ``n`` can come; their own words say why.
+        """
+        fleet = self._nodes_here
+        wait_for_nodes(n, timeout, lambda: fleet.status().nodes, fleet.asked)
+
+    @property
+    def _nodes_here(self) -> Fleet:
+        if self._fleet is None:
+            raise StartError(f"the cluster {self.name!r} did not start")
+        return self._fleet
+
+    # --- as an object ---------------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    _repr_pretty_ = Shown._repr_pretty_  # beside __repr__, for IPython takes of each class what it finds there
+
+    def __repr__(self) -> str:
+        return as_line(self._sheet())
+
+    def _sheet(self) -> Sheet:
+        facts: list[tuple[str, object]] = [("state", self.broker_death or ("closed" if self._closed else "running"))]
+        if not self._closed:
+            facts += [("broker pid", self.broker_pid), *self._node_facts(), ("use it", f"zmqsched.Client({self.name!r})")]
+        return Sheet(f"zmqsched.{type(self).__name__} {self.name!r}", facts=facts)
+
+    def _node_facts(self) -> list[tuple[str, object]]:
+        states = [one.state for one in self.nodes()]
+        return [("nodes", ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "none")]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise TypeError(
+            f"a {type(self).__name__} cannot be pickled: it owns processes; elsewhere use Client({self.name!r})"
+        )
+
+
+class LocalCluster(Cluster):
     """A broker and its nodes on this machine, over Unix sockets that only this user can reach.
 
     Parameters
@@ -85,6 +264,8 @@ class LocalCluster(Shown):
         A process did not start; its own words say why.
     """
 
+    _all_or_nothing = True
+
     def __init__(
         self,
         n_workers: int | None = None,
@@ -110,222 +291,101 @@ class LocalCluster(Shown):
             listen_address(listen)
         if not isinstance(policy, str) or policy not in POLICIES:
             raise ValueError(f"there is no policy {policy!r}; there are {', '.join(sorted(POLICIES))}")
-        self.name = check_name(name or f"local-{os.getpid()}-{next(_numbers)}")
-        self._path = cluster_dir(self.name) / CONNECTION_FILE
-        self._pid = os.getpid()
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._lock = threading.Lock()
-        self._fate = ""
-        self._changed: Callable[[], None] = _nothing
-        self._closing = os.eventfd(0, os.EFD_CLOEXEC)
-        weakref.finalize(self, os.close, self._closing).atexit = False  # close() still needs it then
-        offers = [f"--resource={key}={amount}" for key, amount in amounts(resources or {}).items()]
-        offers += [f"--tag={tag}" for tag in task_tags(tags)]
-        offers += [] if boolean("echo", echo) else ["--no-echo"]
-        self._broker = ["broker", f"--name={self.name}", f"--policy={policy}"]
-        self._broker += ["--listen", listen] if listen is not None else []
-        self._broker += _journal_option(name is not None if journal is None else journal)
-        self._broker += [f"--max-queued={max_queued}"] if max_queued is not None else []
-        starting: list[tuple[subprocess.Popen[bytes], IO[bytes]]] = []
-        try:
-            check_free(self.name)
-            # Nodes start beside the broker and wait for its file: a start costs one interpreter's time, not two.
-            left = self._path.exists()
-            starting.append(self._start_broker())
-            self._processes.append(starting[-1][0])
-            # Unless there is one that a broker left which was killed: they would find nobody behind it.
-            ready = [wait_until_ready(*starting[0])] if left else []
-            for index in range(n_nodes):
-                slots = n_workers // n_nodes + (index < n_workers % n_nodes)
-                starting.append(_start(_node_command(self._path, slots, offers), _node_environment(n_workers)))
-                self._processes.append(starting[-1][0])
-            ready += [wait_until_ready(process, pipe) for process, pipe in starting[len(ready) :]]
-        except BaseException:
-            self.close()
-            raise
-        finally:
-            for _, pipe in starting:
-                pipe.close()
-        self.broker_pid: int = ready[0]["pid"]
-        self.node_pids: list[int] = [facts["pid"] for facts in ready[1:]]
-        self.file = ConnectionFile.load(self._path)
-        threading.Thread(target=_supervise, args=(weakref.ref(self),), name="zmqsched cluster", daemon=True).start()
-        _running.add(self)
+        broker = BrokerPart(
+            listen=() if listen is None else (listen,), policy=policy, max_queued=max_queued or 0,
+            journal=_journal(name is not None if journal is None else journal),
+        )  # fmt: skip
+        offers = NodeGroup(resources=amounts(resources or {}), tags=tuple(task_tags(tags)))
+        # Where the workers cannot be divided evenly, some nodes have one more.
+        slots, more = divmod(n_workers, n_nodes)
+        groups = [replace(offers, name="local", count=n_nodes - more, slots=slots)]
+        groups += [replace(offers, name="local-plus", count=more, slots=slots + 1)] if more else []
+        name = name or f"local-{os.getpid()}-{next(_numbers)}"
+        super().__init__(ClusterFile(name=name, broker=broker, nodes=tuple(groups)), echo=echo)
+        self.node_pids: list[int] = [
+            group.launcher.pid(label)
+            for group in self._nodes_here.groups.values()
+            if isinstance(group.launcher, LocalLauncher)
+            for label in group.members
+        ]
 
-    def close(self) -> None:
-        """Stop everything, and wait for it: no process, file or socket is left. Idempotent; nothing in a forked child, whose
-        cluster it is not."""
-        if os.getpid() != self._pid:
-            return
-        os.eventfd_write(self._closing, 1)
-        with self._lock:
-            processes, self._processes = self._processes, []
-        for process in reversed(processes):  # nodes first: they say goodbye
-            _close_input(process)
-        until = time.monotonic() + STOP_TIMEOUT_S
-        for process in processes:
-            try:
-                process.wait(max(0.1, until - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        if processes and processes[0].returncode < 0:  # a broker that was killed leaves its directory
-            with contextlib.suppress(errors.ClusterExists):
-                remove_cluster_dir(self.name)
-
-    @property
-    def broker_death(self) -> str:
-        """How the broker ended, if it did and none has followed it; "" while one runs, and after :meth:`close`."""
-        return self._fate if self._processes else ""
-
-    def __enter__(self) -> LocalCluster:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    _repr_pretty_ = Shown._repr_pretty_  # beside __repr__, for IPython takes of each class what it finds there
-
-    def __repr__(self) -> str:
-        return as_line(self._sheet())
-
-    def _sheet(self) -> Sheet:
-        facts: list[tuple[str, object]] = [("state", self._fate or ("running" if self._processes else "closed"))]
-        if self._processes:
-            nodes = ", ".join(map(str, self.node_pids))
-            facts += [("broker pid", self.broker_pid), ("node pids", nodes), ("use it", f"zmqsched.Client({self.name!r})")]
-        return Sheet(f"zmqsched.LocalCluster {self.name!r}", facts=facts)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        raise TypeError(f"a LocalCluster cannot be pickled: it owns processes; elsewhere use Client({self.name!r})")
-
-    def _start_broker(self) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-        return _start(self._broker, {**os.environ, **BROKER_ENVIRONMENT})
-
-    def _follow(self, died: str) -> None:
-        """The broker died: start the next, or say why there is none."""
-        process, pipe = self._start_broker()
-        with self._lock:
-            if not self._processes:  # closed meanwhile
-                pipe.close()
-                _close_input(process)
-                process.kill()
-                process.wait()
-                return
-            _close_input(self._processes[0])
-            self._processes[0] = process
-        try:
-            facts = wait_until_ready(process, pipe)
-        except ZmqschedError as error:
-            if process.returncode is None or process.returncode >= 0:  # killed before it was ready, it is one death more
-                self._give_up(f"{died}, and no other could be started: {error}")
-            return
-        self.broker_pid = facts["pid"]
-        self.file = ConnectionFile.load(self._path)
-        log.warning("zmqsched: the broker of cluster %s died (%s); pid %d follows it", self.name, died, self.broker_pid)
-        self._changed()
-
-    def _give_up(self, why: str) -> None:
-        self._fate = why
-        self._changed()
-
-
-def _supervise(reference: weakref.ref[LocalCluster]) -> None:
-    """Until the cluster is closed, given up, or forgotten."""
-    deaths: deque[float] = deque(maxlen=MAX_RESTARTS)
-    while (cluster := reference()) is not None and (processes := cluster._processes):
-        broker, closing = processes[0], cluster._closing
-        del cluster, processes
-        closed = _wait_for_end(broker.pid, closing)
-        cluster = reference()
-        if closed or cluster is None:
-            return
-        code = broker.wait()
-        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-        often = len(deaths) == MAX_RESTARTS and time.monotonic() - deaths[0] < RESTARTS_WITHIN_S
-        if code == 0 or often or (cluster_dir(cluster.name) / STOPPING_FILE).exists():
-            cluster._give_up(f"{how}, the {MAX_RESTARTS + 1}th within {RESTARTS_WITHIN_S:.0f} s" if often else how)
-            return
-        deaths.append(time.monotonic())
-        cluster._follow(how)
-
-
-def _wait_for_end(child: int, closing: int) -> bool:
-    """Wait until the child has ended, or (True) the cluster is closed."""
-    process = os.pidfd_open(child)
-    try:
-        return closing in select.select([process, closing], [], [])[0]
-    finally:
-        os.close(process)
+    def _node_facts(self) -> list[tuple[str, object]]:
+        return [("node pids", ", ".join(map(str, self.node_pids)))]
 
 
 def _nothing() -> None:
     """Nobody else wants to know."""
 
 
-def _journal_option(journal: bool | str | os.PathLike[str]) -> list[str]:
+def _told(reference: weakref.ref[Cluster]) -> Callable[[], None]:
+    """What tells a cluster of a change, without keeping it."""
+
+    def changed() -> None:
+        if (cluster := reference()) is not None:
+            cluster._changed()
+
+    return changed
+
+
+def _journal(journal: bool | str | os.PathLike[str]) -> bool | str:
     if not isinstance(journal, bool | str | os.PathLike):
         raise TypeError(f"journal is True, False or a file's path, not {journal!r}")
-    if journal is True:
-        return ["--journal"]
-    # Absolute: a broker that follows another is started where this program is by then.
-    return [f"--journal={os.path.abspath(journal)}"] if journal else []
+    return journal if isinstance(journal, bool) else os.fspath(journal)
 
 
-def _start(command: list[str], environment: dict[str, str]) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
-    read, write = os.pipe()
-    with os.fdopen(write, "wb"):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "zmqsched", *command, "--until-eof", "--log-level=error", f"--ready-fd={write}"],
-            stdin=subprocess.PIPE,
-            pass_fds=[write],
-            start_new_session=True,
-            env=environment,
-        )
-    return process, os.fdopen(read, "rb")
+def _broker_options(wanted: ClusterFile) -> list[str]:
+    part = wanted.broker
+    options = [f"--policy={part.policy}"]
+    options += [f"--listen={address}" for address in _listens(wanted)[:1]]
+    options += [f"--max-queued={part.max_queued}"] if part.max_queued else []
+    if part.journal is True:
+        options.append("--journal")
+    elif part.journal:  # absolute: a broker that follows another is started where this program is by then
+        options.append(f"--journal={os.path.abspath(part.journal)}")
+    return options
 
 
-def _node_command(path: Path, slots: int, offers: list[str]) -> list[str]:
-    return ["node", "--connect", str(path), "--wait", str(START_TIMEOUT_S), "--slots", str(slots), *offers]
+def _listens(wanted: ClusterFile) -> list[str]:
+    """The addresses where the broker is to listen for other hosts."""
+    part = wanted.broker
+    elsewhere = [group for group in wanted.nodes if group.launcher != "local"]
+    addresses = list(part.listen)
+    if not addresses and elsewhere:
+        addresses = own_addresses(host for group in elsewhere for host in group.hosts)
+    if not addresses and part.port:
+        addresses = [LOOPBACK]
+    if not part.port:
+        return addresses
+    return [f"[{address}]:{part.port}" if ":" in address else f"{address or LOOPBACK}:{part.port}" for address in addresses]
 
 
-def _node_environment(n_workers: int) -> dict[str, str]:
-    """Workers must find the modules this program finds: its own directory, and what it added to ``sys.path``. A node knows
-    nothing of the others here, so how the CPUs are divided among all of their workers is said here as well."""
-    here = [entry or os.getcwd() for entry in sys.path if not entry.endswith(".zip")]
-    threads = thread_limits(n_workers, os.environ)
-    return {**os.environ, **threads, "PYTHONPATH": os.pathsep.join(dict.fromkeys(here))}
+def _sharing_cpus(groups: Iterable[NodeGroup]) -> list[NodeGroup]:
+    """A node knows nothing of the others here, so how the CPUs are divided among the threads of all local workers is said in
+    the environment."""
+    groups = list(groups)
+    local = [group for group in groups if group.launcher == "local"]
+    workers = sum((group.slots or usable_cpus()) * max(1, group.count) for group in local)
+    return [
+        replace(group, env={**thread_limits(workers, {**os.environ, **group.env}), **group.env}) if group in local else group
+        for group in groups
+    ]
 
 
-def check_free(name: str) -> None:
-    """Raise ClusterExists if a running cluster has this name."""
-    if is_held(cluster_dir(name)):
-        raise errors.ClusterExists(
-            f"a cluster named {name!r} is running already: stop it (zmqsched down {name}) or choose another name"
-        )
+def _close(name: str, broker: KeptBroker, fleet: Fleet | None) -> None:
+    if fleet is not None:  # nodes first: they say goodbye
+        fleet.begin_to_close()
+    broker.begin_to_close()
+    if fleet is not None:
+        fleet.close()
+    broker.close()
+    with contextlib.suppress(errors.ClusterExists):  # what a broker that was killed has left
+        remove_cluster_dir(name)
 
 
-def wait_until_ready(
-    process: subprocess.Popen[bytes], pipe: IO[bytes], timeout_s: float = START_TIMEOUT_S
-) -> dict[str, Any]:
-    """The line by which a child says that it is ready, or the exception that says why it is not."""
-    with pipe:
-        if not select.select([pipe], [], [], timeout_s)[0]:
-            raise StartError(f"{process.args!r} was not ready within {timeout_s:.0f} s")
-        line = pipe.readline()
-    if not line:
-        raise StartError(f"{process.args!r} ended with exit code {process.wait()} before it was ready; see its words above")
-    facts: dict[str, Any] = json.loads(line)
-    if "error" in facts:
-        kind = getattr(errors, facts["type"], StartError)
-        raise kind(facts["error"]) if issubclass(kind, ZmqschedError) else StartError(facts["error"])
-    return facts
-
-
-def _close_input(process: subprocess.Popen[bytes]) -> None:
-    if process.stdin:
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.close()
+def _let_go(pid: int, name: str, broker: KeptBroker, fleet: Fleet) -> None:
+    """Nobody has the cluster any more: it ends, and nobody waits for that."""
+    if os.getpid() == pid:
+        threading.Thread(target=_close, args=(name, broker, fleet), name="zmqsched close", daemon=True).start()
 
 
 @atexit.register

@@ -21,8 +21,6 @@ from ..shell import Starter, StopSignals
 from .background import start_detached
 from .names import log_path, path_of, remove_own_log
 
-# A node that ends this shortly before its broker was not lost: the cluster is being stopped.
-STOPPING_S = 1.0
 MAX_COUNT = 10_000
 
 
@@ -134,7 +132,6 @@ def _stay_up(wanted: _Wanted, starter: Starter) -> int:
         tags=wanted.tags, listen=wanted.listen, journal=wanted.keeps_journal, max_queued=wanted.max_queued, echo=True,
     ) as cluster:  # fmt: skip
         stop = StopSignals(until_eof=False)  # from here on nothing is interrupted, the clean-up least of all
-        signal.signal(signal.SIGCHLD, _nothing)
         cluster._changed = stop.wake
         _greet(wanted, cluster.file)
         starter.ready({"pid": os.getpid(), "file": str(path_of(cluster.file))})
@@ -173,10 +170,6 @@ def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _nothing(*_: object) -> None:
-    """A handler must exist for the wake-up descriptor of StopSignals to be written."""
-
-
 def _greet(wanted: _Wanted, file: ConnectionFile) -> None:
     nodes = "1 node" if wanted.nodes == 1 else f"{wanted.nodes} nodes"
     workers = "1 worker" if wanted.workers == 1 else f"{wanted.workers} workers"
@@ -191,28 +184,9 @@ def _greet(wanted: _Wanted, file: ConnectionFile) -> None:
 
 
 def _watch(cluster: LocalCluster, stop: StopSignals) -> str:
-    """Until the cluster is to end: a signal's name, or how the broker ended. Nodes that die meanwhile are told of."""
-    nodes = list(cluster.node_pids)
-    while True:
-        if how := cluster.broker_death:
-            return "zmqsched down" if how == "exit code 0" else how
-        dead = {pid: how for pid in nodes if (how := _ended(pid))}
-        ready = select.select(stop.descriptors, [], [], STOPPING_S if dead else None)[0]
-        for descriptor in ready:
+    """Until the cluster is to end: a signal's name, or how the broker ended."""
+    while not (how := cluster.broker_death):
+        for descriptor in select.select(stop.descriptors, [], [])[0]:
             if why := stop.read(descriptor):
                 return why
-        if ready:  # another child ended: the broker perhaps
-            continue
-        for pid, how in dead.items():
-            nodes.remove(pid)
-            print(f"zmqsched: node process {pid} ended ({how}); {len(nodes)} left", file=sys.stderr, flush=True)
-
-
-def _ended(child: int) -> str:
-    """How a child of this process ended, "" if it did not. It stays a zombie, for its owner to wait for."""
-    found = os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-    if found is None:
-        return ""
-    if found.si_code == os.CLD_EXITED:
-        return f"exit code {found.si_status}"
-    return f"killed by {signal.Signals(found.si_status).name}"
+    return "zmqsched down" if how == "exit code 0" else how

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from ..errors import StartError
@@ -22,6 +21,8 @@ LAUNCHERS = {
 
 def launcher_names() -> list[str]:
     """All that there are, of this package and of others that are installed; sorted."""
+    from importlib.metadata import entry_points  # takes longer to load than all that is started locally needs
+
     return sorted({*LAUNCHERS, *entry_points(group=ENTRY_POINTS).names})
 
 
@@ -41,6 +42,8 @@ def find_launcher(name: str) -> type[Launcher]:
         module, _, attribute = home.partition(":")
         built_in: type[Launcher] = getattr(import_module(module), attribute)
         return built_in
+    from importlib.metadata import entry_points
+
     found = entry_points(group=ENTRY_POINTS, name=name)
     if not found:
         raise ValueError(f"there is no launcher {name!r}; there are {', '.join(launcher_names())}")

@@ -21,6 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from ..clusterfile import NodeGroup, State
 from ..config import ConnectionFile
@@ -71,7 +72,10 @@ class Launched:
 
 
 class Launcher(ABC):
-    """Starts and ends the nodes of one group. Called from one thread at a time."""
+    """Starts and ends the nodes of one group. Called from one thread at a time. ``queues``: its nodes wait for their turn,
+    perhaps for days, so a cluster is ready when they are asked for, not when they have joined."""
+
+    queues: ClassVar[bool] = False
 
     def __init__(self, group: NodeGroup, site: Site) -> None:
         self.group = group

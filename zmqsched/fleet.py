@@ -1,0 +1,446 @@
+"""The nodes of a cluster, group by group: asked for, watched, drained and ended. One thread of the cluster's does it.
+
+Rules
+-----
+* A launcher is called by one thread at a time. It says how its nodes are; whether one has joined, the broker says, unless
+  the launcher has heard it from the node.
+* A node that ends unasked is told of once. In a group of fixed size no other takes its place, for what has ended it might
+  end the next: ``scale`` makes up for it. A group that adapts is kept at its least number, with pauses that grow.
+* Nobody is ended with work: a node that is to go is drained by the broker, and stopped by its launcher when it has left.
+* The broker is asked only while something depends on it: who has joined, who is idle, who has left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import select
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from .brokers import KeptBroker
+from .clusterfile import NodeGroup
+from .control import Request, Server
+from .core.adapting import Adapting, Demand
+from .errors import CommandFailed, StartError, ZmqschedError
+from .launch import find_launcher
+from .launch.base import Launched, Launcher, Site
+from .readiness import Asked
+from .records import NodeInfo, Status
+from .shell import log
+
+LOOK_EVERY_S = 1.0
+# While somebody waits for nodes that only the broker can tell of.
+ASK_EVERY_S = 0.2
+# A broker answers in milliseconds, or is being replaced.
+ANSWER_S = 3.0
+# What launchers have to end their nodes.
+CLOSE_TIMEOUT_S = 5.0
+MAX_NODES = 10_000
+MAX_FAILURES = 100
+HERE = ("alive", "suspect", "paused", "draining")
+
+
+@dataclass
+class _Member:
+    """A node that was asked for. ``leaving``: it was told to."""
+
+    launched: Launched
+    joined: bool = False
+    leaving: bool = False
+
+    @property
+    def ended(self) -> bool:
+        return self.launched.state == "ended"
+
+
+class Group:
+    """The nodes of one launcher, by label."""
+
+    def __init__(self, wanted: NodeGroup, name: str, site: Site) -> None:
+        self.name = name
+        self.wanted = wanted
+        self.launcher: Launcher = find_launcher(wanted.launcher)(wanted, site)
+        self.members: dict[str, _Member] = {}
+        self.adapting = Adapting(wanted.scale.min, wanted.scale.max) if wanted.scale else None
+        self._numbers = itertools.count(1)
+
+    def first(self) -> int:
+        """How many nodes it begins with."""
+        named = self.wanted.count or len(self.wanted.hosts) or (self.wanted.batch.nodes if self.launcher.queues else 0)
+        if self.adapting:
+            return min(max(named if self.wanted.count else 0, self.adapting.least), self.adapting.most)
+        return named or 1
+
+    def start(self, number: int) -> None:
+        labels = [f"{self.name}-{next(self._numbers)}" for _ in range(number)]
+        if not labels:
+            return
+        self.launcher.start(labels)
+        for label in labels:
+            self.members[label] = _Member(Launched(label, "pending"))
+
+    def stop(self, labels: Collection[str]) -> None:
+        if labels:
+            self.launcher.stop(labels)
+        for label in labels:
+            self.members.pop(label, None)
+
+    def staying(self) -> dict[str, _Member]:
+        return {label: one for label, one in self.members.items() if not one.leaving and not one.ended}
+
+
+class Fleet:
+    """All nodes that this process has asked for."""
+
+    def __init__(self, groups: Sequence[NodeGroup], site: Site, broker: KeptBroker, changed: Callable[[], None]) -> None:
+        """``changed`` is called, from the fleet's thread, when a node has ended unasked."""
+        self.failures: deque[Launched] = deque(maxlen=MAX_FAILURES)
+        self._site = replace(site, wake=self._news)
+        self._broker = broker
+        self._changed = changed
+        self._lock = threading.RLock()
+        self._client: Any = None
+        self._status: Status  # as the broker was last asked
+        self._nodes: dict[str, NodeInfo] = {}  # its nodes that are there, by label
+        self._shown: list[Launched] = []
+        self._closed = False
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        weakref.finalize(self, os.close, self._wake).atexit = False
+        self._thread: threading.Thread | None = None
+        self._closings: list[threading.Thread] = []
+        self.groups: dict[str, Group] = {}
+        for wanted in groups:
+            name = wanted.name or wanted.launcher
+            if name in self.groups:
+                raise ValueError(f"two groups of nodes are named {name!r}: give each a name of its own")
+            self.groups[name] = Group(wanted, name, self._site)
+
+    # --- beginning ------------------------------------------------------------------------------------------------
+
+    def start(self, *, local: bool) -> None:
+        """Ask for the first nodes, of the local groups or of the others.
+
+        A launcher that can start none of a group's nodes is told of as a failure; the other groups go on.
+        """
+        for group in self.groups.values():
+            if (group.wanted.launcher == "local") is local:
+                try:
+                    group.start(group.first())
+                except StartError as error:
+                    self._failed(Launched(group.name, "ended", str(error)))
+
+    def wait_for_first(self, timeout_s: float) -> None:
+        """Until each node has joined or failed, of those that do not wait in a queue."""
+        until = time.monotonic() + timeout_s
+        while coming := self._coming():
+            if time.monotonic() >= until:
+                for launched in coming:
+                    self._failed(replace(launched, why=f"was not ready within {timeout_s:g} s"))
+                return
+            heard = any(one.state == "running" for one in coming)  # but not that it is ready: the broker knows
+            waiter = select.poll()
+            waiter.register(self._wake, select.POLLIN)
+            waiter.poll(1000 * (ASK_EVERY_S if heard else LOOK_EVERY_S))
+            self._look(ask=heard)
+
+    def serve(self) -> None:
+        """From now on the thread does the rest, and the control socket is there."""
+        self._thread = threading.Thread(target=self._run, name="zmqsched cluster", daemon=True)
+        self._thread.start()
+
+    def _coming(self) -> list[Launched]:
+        groups = [group for group in self.groups.values() if not group.launcher.queues]
+        return [one.launched for group in groups for one in group.members.values() if not one.joined and not one.ended]
+
+    # --- what is asked of it --------------------------------------------------------------------------------------
+
+    def now(self) -> list[Launched]:
+        """How the nodes are, with their ids at the broker as far as they are known here."""
+        shown = list(self._shown)
+        labels = {one.label for one in shown}
+        return shown + [one for one in list(self.failures) if one.label not in labels]
+
+    def scale(self, name: str, number: int) -> None:
+        """Have so many nodes in this group, from now on whatever the demand.
+
+        Raises
+        ------
+        ValueError
+            There is no such group, or no such number.
+        StartError
+            None of the new ones can be started.
+        """
+        group = self._group(name)
+        _check_number("n", number, 0)
+        with self._lock:
+            self._check_open()
+            group.adapting = None
+            staying = group.staying()
+            group.start(number - len(staying))
+            if number < len(staying):
+                self._ask()
+                order = list(staying)[::-1]  # of equals the latest
+                order.sort(key=self._burden)
+                self._dismiss(group, order[: len(staying) - number])
+            self._show()
+        self._news()
+
+    def adapt(self, name: str, least: int, most: int) -> None:
+        """Keep the group between ``least`` and ``most`` nodes from now on (``core/adapting.py``)."""
+        group = self._group(name)
+        _check_number("min", least, 0)
+        _check_number("max", most, max(1, least))
+        with self._lock:
+            self._check_open()
+            group.adapting = Adapting(least, most)
+        self._news()
+
+    def asked(self) -> Asked:
+        """What :func:`wait_for_nodes` wants to know."""
+        grows = any(group.adapting and len(group.staying()) < group.adapting.most for group in self.groups.values())
+        return Asked([asdict(one) for one in self.now()], grows)
+
+    def status(self) -> Status:
+        """What the broker says.
+
+        Raises
+        ------
+        ZmqschedError
+            It does not answer.
+        """
+        with self._lock:
+            if self._client is None or not self._client.usable:
+                from .client import Client  # a cluster that needs none starts without it
+
+                self._client = Client(self._broker.file, timeout=ANSWER_S, output=False)
+            client = self._client
+        status: Status = client.status()
+        return status
+
+    def answer(self, request: Request) -> Request:
+        """What the control socket says to a request."""
+        match request:
+            case {"do": "nodes"}:
+                return self.asked()._asdict()
+            case {"do": "scale", "group": str(name), "n": int(number)}:
+                self.scale(name, number)
+                return {}
+            case {"do": "adapt", "group": str(name), "min": int(least), "max": int(most)}:
+                self.adapt(name, least, most)
+                return {}
+            case {"do": "log", "label": str(label)}:
+                return {"path": self._log_of(label)}
+            case {"do": "facts"}:
+                groups = {name: len(group.staying()) for name, group in self.groups.items()}
+                return {"name": self._broker.name, "pid": os.getpid(), "broker": self._broker.pid, "groups": groups}
+        raise ValueError(f"this cluster's process does not know the request {str(request)[:200]}")
+
+    def _log_of(self, label: str) -> str:
+        known = {one.label for one in self.now()}
+        if label not in known:
+            raise ValueError(f"no node {label!r} was started here; there are {', '.join(sorted(known)) or 'none'}")
+        return str(self._site.log_path(label))
+
+    def _group(self, name: str) -> Group:
+        if name not in self.groups:
+            raise ValueError(f"there is no group of nodes {name!r}; there are {', '.join(self.groups) or 'none'}")
+        return self.groups[name]
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StartError(f"the cluster {self._broker.name!r} is closed")
+
+    # --- the thread -----------------------------------------------------------------------------------------------
+
+    def _news(self) -> None:
+        """To be called from any thread: look again."""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_write(self._wake, 1)
+
+    def _run(self) -> None:
+        server = Server(self._site.directory, self.answer)
+        look_at = time.monotonic()
+        while not self._closed:
+            waiter = select.poll()
+            for descriptor, events in {self._wake: select.POLLIN, **server.descriptors()}.items():
+                waiter.register(descriptor, events)
+            ready = {descriptor for descriptor, _ in waiter.poll(max(0.0, 1000 * (look_at - time.monotonic())))}
+            server.serve(ready)
+            if self._wake in ready or time.monotonic() >= look_at:
+                look_at = time.monotonic() + LOOK_EVERY_S
+                server.look()
+                self._turn()
+        server.close()
+
+    def _turn(self) -> None:
+        groups = self.groups.values()
+        with self._lock:
+            if self._closed:
+                return
+            try:
+                asked = any(group.adapting or any(one.leaving for one in group.members.values()) for group in groups)
+                self._look(ask=asked)
+                if asked:
+                    self._see_off()
+                    self._adapt()
+            except ZmqschedError as error:  # the broker is being replaced, or a command of the site failed
+                log.debug("zmqsched: cluster %s: %s", self._broker.name, error)
+            self._show()
+
+    def _look(self, *, ask: bool) -> None:
+        """How are they?"""
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(self._wake)
+        for group in self.groups.values():
+            for launched in group.launcher.poll():
+                self._saw(group, launched)
+        self._show()
+        if ask:
+            self._ask()
+
+    def _saw(self, group: Group, launched: Launched) -> None:
+        one = group.members.get(launched.label)
+        if one is None or (one.ended and launched.state == "ended"):
+            return
+        one.launched = replace(launched, node=launched.node or one.launched.node)
+        if launched.node:
+            self._joined(group, one)
+        if one.ended and launched.why and not one.leaving:
+            if group.adapting:
+                group.adapting.failed(time.monotonic())
+            self._failed(launched)
+
+    def _joined(self, group: Group, one: _Member) -> None:
+        if not one.joined and group.adapting:
+            group.adapting.joined()
+        one.joined = True
+
+    def _failed(self, launched: Launched) -> None:
+        self.failures.append(launched)
+        where = f" ({launched.where})" if launched.where else ""
+        name = self._broker.name
+        if launched.state == "ended":
+            why = f"{launched.why} ({sum(len(group.staying()) for group in self.groups.values())} left)"
+            log.warning("zmqsched: node %s%s of cluster %s ended: %s", launched.label, where, name, why)
+        else:
+            log.warning("zmqsched: node %s%s of cluster %s %s", launched.label, where, name, launched.why)
+        self._changed()
+
+    def _ask(self) -> None:
+        """Who has joined, and what do they do?"""
+        self._status = self.status()
+        self._nodes = {node.label: node for node in self._status.nodes if node.label and node.state in HERE}
+        for group in self.groups.values():
+            for label, one in group.members.items():
+                if node := self._nodes.get(label):
+                    one.launched = replace(one.launched, node=node.id)
+                    self._joined(group, one)
+
+    def _show(self) -> None:
+        self._shown = [one.launched for group in self.groups.values() for one in group.members.values()]
+
+    # --- more and fewer -------------------------------------------------------------------------------------------
+
+    def _adapt(self) -> None:
+        """Each group in turn: what one starts, the next need not."""
+        here = [node for node in self._status.nodes if node.state in ("alive", "suspect")]
+        tasks = self._status.tasks.get("queued", 0) + self._status.tasks.get("assigned", 0)
+        groups = [group for group in self.groups.values() if group.adapting]
+        for group in groups:
+            assert group.adapting is not None
+            staying = group.staying()
+            coming = {label: 0 for label in staying if label not in self._nodes}
+            busy = {label: self._nodes[label].assigned for label in staying if label in self._nodes}
+            demand = Demand(tasks, sum(node.slots for node in here) + self._slots_coming())
+            step = group.adapting.decide(time.monotonic(), demand, self._slots_of(group), busy, coming)
+            self._dismiss(group, step.leave)
+            group.stop([label for label, one in group.members.items() if one.ended])
+            try:
+                group.start(step.start)
+            except StartError as error:
+                group.adapting.failed(time.monotonic())
+                self._failed(Launched(group.name, "ended", str(error)))
+
+    def _slots_coming(self) -> int:
+        return sum(
+            self._slots_of(group) for group in self.groups.values() for label in group.staying() if label not in self._nodes
+        )
+
+    def _slots_of(self, group: Group) -> int:
+        """Of each of its nodes, as far as one can know before there is one."""
+        known = [self._nodes[label].slots for label in group.members if label in self._nodes]
+        return group.wanted.slots or max(known, default=1)
+
+    def _burden(self, label: str) -> tuple[bool, int]:
+        """Who is to leave goes by this: what has not joined first, then by unfinished tasks."""
+        node = self._nodes.get(label)
+        return node is not None, node.assigned if node else 0
+
+    def _dismiss(self, group: Group, labels: Collection[str]) -> None:
+        """Have them leave: what has not joined now, the others when they have finished."""
+        group.stop([label for label in labels if label not in self._nodes])
+        for label in labels:
+            if one := group.members.get(label):
+                one.leaving = True
+        self._see_off()
+
+    def _see_off(self) -> None:
+        """Those that are leaving: drain who has not heard it, stop who has left."""
+        for group in self.groups.values():
+            left = []
+            for label, one in group.members.items():
+                node = self._nodes.get(label)
+                if one.leaving and (node is None or one.ended):
+                    left.append(label)
+                elif one.leaving and node is not None and node.state != "draining":
+                    with contextlib.suppress(CommandFailed):  # it has left just now
+                        self._client.drain(node.id)
+            group.stop(left)
+
+    # --- ending ---------------------------------------------------------------------------------------------------
+
+    def begin_to_close(self) -> None:
+        """End all nodes, each launcher's beside the others'."""
+        if self._closed:
+            return
+        self._closed = True
+        self._news()
+        for group in self.groups.values():
+            closing = threading.Thread(target=self._close_group, args=(group,), name="zmqsched close", daemon=True)
+            closing.start()
+            self._closings.append(closing)
+
+    def close(self) -> None:
+        """Return when they have ended, or after some seconds say who has not."""
+        self.begin_to_close()
+        until = time.monotonic() + CLOSE_TIMEOUT_S
+        for closing in self._closings:
+            closing.join(max(0.0, until - time.monotonic()))
+            if closing.is_alive():
+                log.warning("zmqsched: cluster %s: some nodes do not end; left behind", self._broker.name)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(max(0.0, until - time.monotonic()))
+        if self._client is not None:
+            self._client.shutdown(wait=False)
+
+    def _close_group(self, group: Group) -> None:
+        has_lock = self._lock.acquire(timeout=CLOSE_TIMEOUT_S)  # who holds it longer hangs in a command of the site
+        try:
+            group.launcher.close()
+        except (ZmqschedError, OSError) as error:
+            log.warning("zmqsched: cluster %s: group %s: %s", self._broker.name, group.name, error)
+        finally:
+            if has_lock:
+                self._lock.release()
+
+
+def _check_number(name: str, number: int, least: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= MAX_NODES:
+        raise ValueError(f"{name} is a number of nodes from {least} to {MAX_NODES}, not {number!r}")

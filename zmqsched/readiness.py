@@ -1,0 +1,77 @@
+"""Waiting until nodes are there, with the reason of each that is not."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from .errors import StartError
+from .records import NodeInfo
+
+LOOK_EVERY_S = 0.1
+# After the nodes' own failures: one look more, for what the broker has heard meanwhile.
+_INDENT = "\n    "
+
+
+class Asked(NamedTuple):
+    """What is known of the nodes that somebody has asked for: each with ``label``, ``state``, ``why``, ``where`` and
+    ``node``; and whether more may be asked for without anybody's saying so."""
+
+    nodes: list[dict[str, Any]]
+    may_grow: bool
+
+
+def wait_for_nodes(
+    number: int, timeout: float | None, nodes: Callable[[], Iterable[NodeInfo]], asked: Callable[[], Asked | None]
+) -> None:
+    """Return when so many nodes are alive. ``nodes``: what the broker says; ``asked``: what the launching process says, None
+    if there is none here.
+
+    Raises
+    ------
+    TimeoutError
+        They are not, after ``timeout`` seconds: says what is there, and of each missing node its state and reason.
+    StartError
+        So many nodes cannot come any more, for some have failed; their own words say why.
+    """
+    if isinstance(number, bool) or not isinstance(number, int) or number < 0:
+        raise ValueError(f"n is a number of nodes, not {number!r}")
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0):
+        raise ValueError(f"timeout is None or a number of seconds, not {timeout!r}")
+    until = math.inf if timeout is None else time.monotonic() + timeout
+    while True:
+        launched = asked()  # before the broker is asked: who has failed by now has not joined later
+        alive = [node for node in nodes() if node.state == "alive"]
+        if len(alive) >= number:
+            return
+        if launched is not None and _out_of_reach(number, alive, launched):
+            raise StartError(f"{_so_many(number, alive)}, and no more can come{_told(alive, launched.nodes)}")
+        if (rest := until - time.monotonic()) <= 0:
+            missing = _told(alive, launched.nodes) if launched else ""
+            raise TimeoutError(f"{_so_many(number, alive)} after {timeout:g} s{missing}")
+        time.sleep(min(LOOK_EVERY_S, rest))
+
+
+def _out_of_reach(number: int, alive: list[NodeInfo], launched: Asked) -> bool:
+    joined = {node.label for node in alive}
+    coming = [one for one in launched.nodes if one["state"] != "ended" and one["label"] not in joined]
+    failed = any(one["state"] == "ended" and one["why"] for one in launched.nodes)
+    return failed and not launched.may_grow and len(alive) + len(coming) < number
+
+
+def _so_many(number: int, alive: list[NodeInfo]) -> str:
+    return f"{len(alive)} of {number} nodes are there"
+
+
+def _told(alive: list[NodeInfo], launched: Iterable[Mapping[str, Any]]) -> str:
+    """Of each that is missing its state and reason, on lines of their own."""
+    joined = {node.label for node in alive}
+    lines = []
+    for one in launched:
+        if one["label"] not in joined:
+            where = f" ({one['where']})" if one["where"] else ""
+            why = f": {one['why']}" if one["why"] else ""
+            lines.append(f"\n  {one['label']}{where} {one['state']}{why}".replace("\n", _INDENT).replace(_INDENT, "\n  ", 1))
+    return ":" + "".join(lines) if lines else ""
