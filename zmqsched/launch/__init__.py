@@ -16,6 +16,8 @@ LAUNCHERS = {
     "local": "zmqsched.launch.local:LocalLauncher",
     "ssh": "zmqsched.launch.ssh:SSHLauncher",
     "slurm": "zmqsched.launch.slurm:SlurmLauncher",
+    "pbs": "zmqsched.launch.pbs:PBSLauncher",
+    "sge": "zmqsched.launch.sge:SGELauncher",
 }
 
 

@@ -114,8 +114,9 @@ class CommandFailed(StartError):
     """A command of the batch system failed; its own words say why."""
 
 
-def run(*words: str, environment: Mapping[str, str] | None = None) -> str:
-    """What the command says on standard output.
+def run(*words: str, environment: Mapping[str, str] | None = None, forgiven: str = "") -> str:
+    """What the command says on standard output. ``forgiven``: what it says on standard error of jobs that it no longer
+    knows; of the others it has said something all the same.
 
     Raises
     ------
@@ -136,7 +137,7 @@ def run(*words: str, environment: Mapping[str, str] | None = None) -> str:
         raise CommandFailed(f"{words[0]} cannot be run: {error.strerror}") from None
     except subprocess.TimeoutExpired:
         raise CommandFailed(f"{words[0]} did not answer within {COMMAND_TIMEOUT_S:.0f} s") from None
-    if done.returncode:
+    if done.returncode and not (forgiven and forgiven in done.stderr):
         said = (done.stderr.strip() or done.stdout.strip() or "it did not say why")[-2000:]
         raise CommandFailed(f"{words[0]} failed (exit code {done.returncode}): {said}")
     return done.stdout

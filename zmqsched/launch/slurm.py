@@ -88,14 +88,10 @@ class Slurm(BatchSystem):
         return [] if group.slots else ['--slots="${SLURM_CPUS_PER_TASK:-$SLURM_CPUS_ON_NODE}"']
 
     def states(self, ids: Sequence[str]) -> dict[str, Seen]:
-        try:
-            said = run(
-                "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%r"
-            )
-        except CommandFailed as error:
-            if "Invalid job id" in str(error):  # what it says if it knows none of them
-                return {}
-            raise
+        said = run(
+            "squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}", "--format=%i|%T|%r",
+            forgiven="Invalid job id",
+        )  # fmt: skip
         return dict(_seen(line) for line in said.splitlines())
 
     def fate(self, job_id: str) -> str | None:
