@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shlex
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 import sshd
 from conftest import PATIENCE_S, Home, eventually
 from sshd import Hosts
 
-from zmqsched import Client
+from zmqsched import Client, LocalCluster
 from zmqsched.clusterfile import NodeGroup
+from zmqsched.config import CONNECTION_FILE, cluster_dir
+from zmqsched.errors import StartError
+from zmqsched.launch import remote
 from zmqsched.launch.base import Launched, Site
 from zmqsched.launch.ssh import SSHLauncher
 
@@ -34,7 +40,6 @@ def hosts() -> Iterator[Hosts]:
         for host in hosts.hosts:
             eventually(lambda host=host: not host.processes())
             assert host.home.files() == set()
-            assert list(Path("/tmp").glob("zmqsched-*.work")) == []
 
 
 class Here:
@@ -58,13 +63,21 @@ class Here:
         self._launchers.append(made)
         return made
 
+    def sockets(self, launcher: SSHLauncher) -> list[Path]:
+        """The ends there of all ways back to the broker."""
+        return [
+            Path(remote.tunnel_path(there.token, role)) for there in launcher._remotes.values() for role in remote.ROLES
+        ]
+
     def log(self, label: str) -> str:
         return self.site.log_path(label).read_text()
 
     def close(self) -> None:
         self.client.shutdown(wait=False, cancel_futures=True)
         for launcher in self._launchers:
+            sockets = self.sockets(launcher)
             launcher.close()
+            assert not [path for path in sockets if path.exists()]
         with self._broker:
             self._broker.stdin.close()
             assert self._broker.wait(timeout=PATIENCE_S) == 0
@@ -95,8 +108,6 @@ def all_run(launcher: SSHLauncher) -> bool:
 
 
 def where() -> str:
-    import os
-
     return os.uname().nodename
 
 
@@ -118,3 +129,177 @@ def test_nodes_on_several_hosts(hosts, clusters):
         assert states(launcher) == {"g-1": "running", "g-3": "running"}
         launcher.close()
         assert hosts.hosts[0].processes() == {}
+
+
+NASTY = "it's \"so\" $HOME `id` !! \\n %s\n  second line\n"
+
+
+@pytest.mark.parametrize("shell", ["", "tcsh"])
+def test_what_the_group_says_arrives_as_it_is_whatever_the_login_shell(shell, hosts, clusters, tmp_path):
+    hosts.add("alpha", shell=shell)
+    (there := tmp_path / "it's a \"place\"").mkdir()
+    with broker(hosts, clusters) as here:
+        launcher = here.launcher(
+            "alpha",
+            env={"NASTY": NASTY, "EMPTY": ""},
+            cwd=str(there),
+            tags=("a tag's",),
+            resources={"big disk": 2.0},
+            prologue=("read -r mine || echo nothing to read", "echo '{\"node\": \"forged\"}'", 'export LATER="$NASTY"'),
+        )
+        launcher.start(["g-1"])
+        eventually(lambda: all_run(launcher))
+        assert one(launcher).node == "n1"
+
+        def look() -> tuple[object, ...]:
+            return os.environ["NASTY"], os.environ["LATER"], os.environ["EMPTY"], os.getcwd()
+
+        view = here.client.options(tags=["a tag's"], resources={"big disk": 1})
+        assert view.submit(look).result(timeout=20) == (NASTY, NASTY, "", str(there))
+        assert "nothing to read" in here.log("g-1")
+        assert "forged" in here.log("g-1")
+
+
+def test_nothing_secret_is_on_a_command_line_in_an_environment_or_a_log(hosts, clusters):
+    hosts.add("alpha")
+    with broker(hosts, clusters) as here:
+        launcher = here.launcher("alpha", env={"PASSWORD": "sesame"})
+        launcher.start(["g-1"])
+        eventually(lambda: all_run(launcher))
+        secret = here.site.file.client_secret.encode()
+        for entry in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                command, environment = (entry / "cmdline").read_bytes(), (entry / "environ").read_bytes()
+                assert secret not in command + environment
+                assert b"sesame" not in command
+        assert secret.decode() not in here.log("g-1") + hosts.hosts[0].log()
+
+
+def test_the_first_python3_that_fits_is_taken(hosts, clusters, tmp_path):
+    hosts.add("alpha")
+    other = tmp_path / "bin"
+    other.mkdir()
+    (other / "python3").write_text(f'#!/bin/sh\nexec {os.path.realpath(sys.executable)} -I "$@"\n')  # has no zmqsched
+    (other / "python3").chmod(0o755)
+    with broker(hosts, clusters) as here:
+        path = f"PATH={shlex.quote(str(other))}:{shlex.quote(str(Path(sys.executable).parent))}:$PATH"
+        launcher = here.launcher("alpha", python="", prologue=(path,))
+        launcher.start(["g-1"])
+        eventually(lambda: all_run(launcher))
+        taken = here.client.submit(lambda: __import__("sys").executable).result(timeout=20)
+        assert Path(taken).parent == Path(sys.executable).parent
+        assert "No module named 'zmqsched'" in here.log("g-1")
+
+
+# What goes wrong is said within seconds, with the host's name, ssh's own words, and what to do.
+
+
+def failure(here: Here, launcher: SSHLauncher) -> str:
+    launcher.start(["g-1"])
+    ended = eventually(lambda: (found := one(launcher)).state == "ended" and found)
+    assert ended.why.startswith("alpha: ")
+    return ended.why
+
+
+def test_a_host_with_another_key(hosts, clusters):
+    alpha = hosts.add("alpha")
+    hosts.knows(alpha, hosts.keygen("another"))
+    with broker(hosts, clusters) as here:
+        why = failure(here, here.launcher("alpha"))
+        assert "REMOTE HOST IDENTIFICATION HAS CHANGED" in why
+        assert why.endswith("forget the old one (ssh-keygen -R alpha)")
+
+
+def test_a_host_that_is_not_known(hosts, clusters):
+    hosts.add("alpha")
+    (hosts.directory / "known_hosts").write_text("")
+    with broker(hosts, clusters) as here:
+        why = failure(here, here.launcher("alpha"))
+        assert "Host key verification failed" in why
+        assert "log in once by hand (ssh alpha)" in why
+
+
+def test_a_key_that_is_not_taken(hosts, clusters):
+    hosts.add("alpha")
+    hosts.key.with_suffix(".pub").write_text("")
+    with broker(hosts, clusters) as here:
+        why = failure(here, here.launcher("alpha"))
+        assert "Permission denied (publickey)" in why
+        assert "ssh-copy-id alpha" in why
+
+
+def test_a_name_that_does_not_exist(hosts, clusters):
+    hosts.add("beta")
+    with broker(hosts, clusters) as here:
+        launcher = here.launcher("alpha", ssh_options=("-F", str(hosts.config), "-o", "HostName=alpha.invalid"))
+        why = failure(here, launcher)
+        assert "Could not resolve hostname alpha.invalid" in why
+        assert "no such host" in why
+
+
+def test_a_host_without_sshd(hosts, clusters):
+    hosts.add("alpha").end()
+    with broker(hosts, clusters) as here:
+        why = failure(here, here.launcher("alpha"))
+        assert "Connection refused" in why
+        assert "no sshd answers there" in why
+
+
+def test_a_host_that_is_down(hosts, clusters):
+    alpha = hosts.add("alpha", apart=True)
+    with broker(hosts, clusters) as here, alpha.cut_off():
+        launcher = here.launcher("alpha")
+        why = failure(here, launcher)
+        assert "timed out" in why or "No route to host" in why
+        assert "is it up" in why
+        launcher.close()  # nothing was started there, so nothing is looked for
+
+
+@pytest.mark.parametrize(
+    ("group", "says"),
+    [
+        ({"python": "/nowhere/python3"}, ["/nowhere/python3 is not a Python 3.", "not found", "pip install zmqsched=="]),
+        ({"python": "", "prologue": ("PATH=/usr/bin:/bin",)}, ["no python3 of its PATH", "No module named 'zmqsched'"]),
+        ({"env": {"PYTHONPATH": "{other}"}}, ["has zmqsched 99.0", "pip install zmqsched=="]),
+        ({"cwd": "/no/where"}, ["there is no directory /no/where (cwd)"]),
+        ({"prologue": ("exit 7",)}, ["exit code 7"]),
+        ({"prologue": ("if then",)}, ["yntax error"]),
+    ],
+    ids=["no python", "no zmqsched", "another zmqsched", "no directory", "prologue ends", "prologue is wrong"],
+)
+def test_a_host_where_no_node_can_run(group, says, hosts, clusters, tmp_path):
+    other = tmp_path / "zmqsched"
+    other.mkdir()
+    (other / "__init__.py").touch()
+    (other / "version.py").write_text("__version__ = '99.0'")
+    group = {**group, "env": {name: value.format(other=tmp_path) for name, value in group.get("env", {}).items()}}
+    hosts.add("alpha")
+    with broker(hosts, clusters) as here:
+        why = failure(here, here.launcher("alpha", **group))
+        for words in says:
+            assert words in why
+
+
+def test_a_host_with_another_python(hosts, clusters):
+    hosts.add("alpha")
+    with broker(hosts, clusters) as here:
+        told = msgspec.structs.replace(here.site.file, python="3.99.1")
+        told.write(other := here.site.directory / "other.json")
+        launcher = SSHLauncher(here.launcher("alpha").group, Site(other, here.site.directory))
+        why = failure(here, launcher)
+        launcher.close()
+        assert f"{sys.executable}: is Python 3.{sys.version_info[1]}" in why
+        assert "python3.99 -m pip install zmqsched" in why
+
+
+def test_without_ssh_or_tcp_nothing_is_started(hosts, clusters, monkeypatch):
+    hosts.add("alpha")
+    with broker(hosts, clusters) as here:
+        with LocalCluster(1) as plain:
+            site = Site(cluster_dir(plain.name) / CONNECTION_FILE, here.site.directory)
+            with pytest.raises(StartError, match="has Unix sockets only"):
+                SSHLauncher(here.launcher("alpha").group, site).start(["g-1"])
+        launcher = here.launcher("alpha")
+        monkeypatch.setenv("PATH", "/nowhere")
+        with pytest.raises(StartError, match="cannot start 'ssh'"):
+            launcher.start(["g-1"])

@@ -65,7 +65,9 @@ def node_script(
 ) -> str:
     """Runs the node. ``python``, ``version``: the broker's, as "3.11" and zmqsched's own; ``leftovers``: nodes that were
     here before and may be still, as :func:`sweep_script` takes them."""
-    lines = ["exec 3<&0 4>&1 </dev/null 1>&2", "echo >&4"]  # so that what a login shell has printed ends its line
+    sockets = " ".join(tunnel_path(token, role) for role in ROLES)
+    lines = [f"trap 'rm -f {sockets}' EXIT"]  # sshd leaves them
+    lines += ["exec 3<&0 4>&1 </dev/null 1>&2", "echo >&4"]  # what a login shell may have printed ends its line
     lines += _sweeps(leftovers) if leftovers else []
     lines += [f"export {name}={quote(value)}" for name, value in {**group.env, MARK: token}.items()]
     lines += [f"cd {_path(group.cwd)} || {_fail(f'there is no directory {group.cwd} (cwd)')}"] if group.cwd else []
@@ -79,8 +81,7 @@ def node_script(
         says = f"no python3 of its PATH is a Python {python} with zmqsched {version}: {install}, or name one (python)"
         lines += [_SEARCH.format(probe=probe), f'[ "$python" ] || {_fail(says)}']
     words = [*node_command(group, label, "-", "python")[1:], "--ready-fd=1"]
-    sockets = " ".join(tunnel_path(token, role) for role in ROLES)
-    return "\n".join([*lines, f'"$python" {" ".join(map(quote, words))} <&3 >&4 3<&- 4>&-', _END.format(sockets=sockets)])
+    return "\n".join([*lines, f'"$python" {" ".join(map(quote, words))} <&3 >&4 3<&- 4>&-', "exit $?"])
 
 
 def sweep_script(nodes: Sequence[tuple[str, int]]) -> str:
@@ -119,10 +120,6 @@ for directory in $PATH; do
     python=
 done
 IFS=$ifs; set +f"""
-# The shell stays, to remove what sshd leaves lying.
-_END = """code=$?
-rm -f {sockets}
-exit $code"""
 
 
 def _fail(error: str) -> str:
