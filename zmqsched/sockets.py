@@ -16,7 +16,6 @@ Rules
 
 from __future__ import annotations
 
-import errno
 import math
 import os
 import queue
@@ -589,7 +588,7 @@ def _probe_tunnel(address: str, timeout_s: float) -> str:
     end = config.tunnel_end(address)
     found = os.lstat(config.ipc_path(end))
     if found.st_uid != os.geteuid() or found.st_mode & 0o077:
-        raise PermissionError(errno.EPERM, "open to other users (StreamLocalBindMask in sshd_config)")
+        raise ValueError("open to other users: StreamLocalBindMask in sshd_config")
     _probe_ipc(end, timeout_s)
     return address
 

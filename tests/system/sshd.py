@@ -13,8 +13,9 @@ import os
 import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import psutil
 from conftest import Home, eventually
@@ -37,13 +38,13 @@ def why_not() -> str:
 class Host:
     """``home``: its directory of clusters, which all that is started there has in its environment."""
 
-    def __init__(self, hosts: Hosts, name: str, *, address: str = "", shell: str = "", forwarding: bool = True) -> None:
+    def __init__(self, hosts: Hosts, name: str, address: str, shell: str, options: Mapping[str, str]) -> None:
         self.name = name
         self.address = address
         self.home = Home()
         self._hosts = hosts
         self._shell = shell
-        self._forwarding = forwarding
+        self._options = options
         self._log = hosts.directory / f"{name}.log"
         self._namespace = f"zs{os.getpid()}{name}" if address else ""
         self._cable = f"c{len(hosts.hosts)}"
@@ -146,11 +147,10 @@ class Host:
             "HostKey": self.key,
             "AuthorizedKeysFile": self._hosts.key.with_suffix(".pub"),
             "SetEnv": f"ZMQSCHED_DIR={self.home.path}",
-            "AllowStreamLocalForwarding": "yes" if self._forwarding else "no",
         } | dict.fromkeys(
             ("StrictModes", "UsePAM", "PasswordAuthentication", "KbdInteractiveAuthentication", "UseDNS", "PrintMotd"), "no"
         )
-        options["PidFile"] = "none"
+        options |= {"PidFile": "none", **self._options}
         if self._shell:  # as if it were the user's login shell: it alone sees the command
             options["ForceCommand"] = f'exec {self._shell} -c "$SSH_ORIGINAL_COMMAND"'
         text = "".join(f"{name} {value}\n" for name, value in options.items())
@@ -179,8 +179,11 @@ class Hosts:
         if self.here:
             run("ip", "netns", "delete", self.here)
 
-    def add(self, name: str, *, apart: bool = False, shell: str = "", forwarding: bool = True) -> Host:
-        """A host that is a port of this machine's loopback interface, or apart, with an address of its own."""
+    def add(
+        self, name: str, *, apart: bool = False, shell: str = "", options: Mapping[str, str] = MappingProxyType({})
+    ) -> Host:
+        """A host that is a port of this machine's loopback interface, or apart, with an address of its own. ``shell``: the
+        login shell there; ``options``: for ``sshd_config``."""
         if apart and not self.here:
             self.here = f"zs{os.getpid()}here"
             run("ip", "netns", "add", self.here)
@@ -189,7 +192,7 @@ class Hosts:
             for link in ("switch", "lo"):
                 run("ip", "-n", self.here, "link", "set", link, "up")
         address = f"10.111.9.{10 + len(self.hosts)}" if apart else ""
-        host = Host(self, name, address=address, shell=shell, forwarding=forwarding)
+        host = Host(self, name, address, shell, options)
         self.hosts.append(host)
         self._write()
         return host

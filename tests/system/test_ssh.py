@@ -6,17 +6,20 @@ import contextlib
 import json
 import os
 import shlex
+import signal
+import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import sshd
-from conftest import PATIENCE_S, Home, eventually
-from sshd import Hosts
+from conftest import PATIENCE_S, Home, alive, eventually
+from sshd import HERE, Hosts
 
 from zmqsched import Client, LocalCluster
 from zmqsched.clusterfile import NodeGroup
@@ -303,3 +306,222 @@ def test_without_ssh_or_tcp_nothing_is_started(hosts, clusters, monkeypatch):
         monkeypatch.setenv("PATH", "/nowhere")
         with pytest.raises(StartError, match="cannot start 'ssh'"):
             launcher.start(["g-1"])
+
+
+# The way to the broker.
+
+
+def nested(numbers: list[int]) -> int:
+    from zmqsched import get_client
+
+    return sum(get_client().map(abs, numbers))
+
+
+def test_a_node_that_can_reach_the_broker_does_not_take_the_way_back(hosts, clusters, caplog):
+    hosts.add("alpha", apart=True)
+    with broker(hosts, clusters, HERE) as here:
+        launcher = here.launcher("alpha")
+        launcher.start(["g-1"])
+        eventually(lambda: all_run(launcher))
+        assert one(launcher).where == "alpha"
+        assert f"its broker at tcp://{HERE}:" in here.log("g-1")
+        assert here.client.submit(where).result(timeout=20) == "alpha"
+        assert not caplog.records
+
+
+def test_where_only_port_22_passes_the_connection_goes_back_through_it(hosts, clusters, caplog):
+    """Also that of tasks which are clients, and of large results. The way back is this user's alone."""
+    alpha = hosts.add("alpha", apart=True)
+    with broker(hosts, clusters, HERE) as here, alpha.firewall():
+        launcher = here.launcher("alpha", slots=2)
+        launcher.start(["g-1"])
+        eventually(lambda: all_run(launcher))
+        assert one(launcher).where == "alpha, back through ssh -R"
+        assert [record.getMessage() for record in caplog.records] == [
+            "g-1 on alpha reaches the broker through ssh only, which is slower"
+        ]
+        for path in here.sockets(launcher):
+            assert stat.S_IMODE(path.lstat().st_mode) == 0o600
+        assert here.client.submit(where).result(timeout=20) == "alpha"
+        assert here.client.submit(bytes, 8_000_000).result(timeout=40) == bytes(8_000_000)
+        assert here.client.submit(nested, [-1, 2, -3]).result(timeout=40) == 6
+        assert [node.state for node in here.client.nodes()] == ["alive"]
+
+
+def test_where_ssh_may_not_forward_either_it_is_said(hosts, clusters):
+    alpha = hosts.add("alpha", apart=True, options={"AllowStreamLocalForwarding": "no"})
+    with broker(hosts, clusters, HERE) as here, alpha.firewall():
+        launcher = here.launcher("alpha")
+        launcher.start(["g-1"])
+        why = eventually(lambda: (found := one(launcher)).state == "ended" and found.why)
+        assert f"tcp://{HERE}:" in why
+        assert "remote port forwarding failed" in why
+        assert "AllowStreamLocalForwarding" in why
+
+
+def test_a_way_back_that_others_could_use_is_not_taken(hosts, clusters):
+    alpha = hosts.add("alpha", apart=True, options={"StreamLocalBindMask": "0111"})
+    with broker(hosts, clusters, HERE) as here, alpha.firewall():
+        launcher = here.launcher("alpha")
+        launcher.start(["g-1"])
+        why = eventually(lambda: (found := one(launcher)).state == "ended" and found.why)
+        assert "open to other users: StreamLocalBindMask in sshd_config" in why
+
+
+# What breaks while nodes run.
+
+
+def sleep_for(seconds: float) -> str:
+    time.sleep(seconds)
+    return os.uname().nodename
+
+
+def test_a_host_that_is_cut_off_for_a_moment_comes_back_and_no_task_is_lost(hosts, clusters):
+    alpha, beta = (hosts.add(name, apart=True) for name in ("alpha", "beta"))
+    with broker(hosts, clusters, HERE) as here:
+        launcher = here.launcher("alpha", "beta")
+        launcher.start(["g-1", "g-2"])
+        eventually(lambda: all_run(launcher))
+        futures = [here.client.submit(sleep_for, 0.1) for _ in range(100)]
+        eventually(lambda: futures[5].done())
+        with alpha.cut_off():
+            eventually(lambda: "lost" in {node.state for node in here.client.nodes()})
+            done = sum(future.done() for future in futures)
+            eventually(lambda: sum(future.done() for future in futures) > done or done == len(futures))  # at the other
+        eventually(lambda: sum(node.state == "alive" for node in here.client.nodes()) == 2, 30)
+        assert {future.result(timeout=60) for future in futures} == {"alpha", "beta"}
+        assert all_run(launcher)
+        assert alpha.processes()
+        assert beta.processes()
+
+
+def test_a_host_that_stays_away_is_given_up_and_what_was_left_there_is_ended_first(hosts, clusters):
+    """The connection of ssh breaks, so nobody looks after the node any more; it may be alive. The next one there ends it."""
+    alpha, _ = (hosts.add(name, apart=True) for name in ("alpha", "beta"))
+    quick = ("-o", "ServerAliveInterval=1", "-o", "ServerAliveCountMax=2")
+    with broker(hosts, clusters, HERE) as here:
+        launcher = here.launcher("alpha", "beta", ssh_options=("-F", str(hosts.config), *quick))
+        launcher.start(["g-1", "g-2"])
+        eventually(lambda: all_run(launcher))
+        node = launcher._children["g-1"].facts["pid"]
+        os.kill(node, signal.SIGSTOP)  # it cannot end by itself
+        with alpha.cut_off():
+            ended = eventually(lambda: (found := one(launcher)).state == "ended" and found, 30)
+            assert ended.why.startswith("alpha: exit code 255: ")
+            assert f"Timeout, server {alpha.address} not responding" in ended.why
+            assert ended.why.endswith("the connection broke; what ran there runs elsewhere")
+            assert one(launcher, "g-2").state == "running"
+            assert here.client.submit(where).result(timeout=20) == "beta"
+        assert alive(node)
+        launcher.start(["g-1"])
+        eventually(lambda: all_run(launcher), 30)
+        assert not alive(node)
+        assert one(launcher).where == "alpha"
+
+
+def test_a_node_that_does_not_end_by_itself_is_ended_by_a_second_connection(hosts, clusters):
+    alpha = hosts.add("alpha")
+    with broker(hosts, clusters) as here:
+        launcher = here.launcher("alpha")
+        launcher.start(["g-1", "g-2"])
+        eventually(lambda: all_run(launcher))
+        future = here.client.options(requeue=False).submit(sleep_for, 600)
+        eventually(lambda: future.running())
+        os.kill(launcher._children["g-1"].facts["pid"], signal.SIGSTOP)
+        launcher.stop(["g-1"])
+        assert len([line for line in alpha.processes().values() if "--label=g-1" in line]) == 0
+        launcher.stop(["g-2"], at_once=True)
+        assert alpha.processes() == {}
+
+
+def test_what_may_be_left_is_said_when_its_host_is_not_there(hosts, clusters):
+    alpha = hosts.add("alpha", apart=True)
+    with broker(hosts, clusters, HERE) as here:
+        launcher = here.launcher("alpha")
+        launcher.start(["g-1"])
+        eventually(lambda: all_run(launcher))
+        with alpha.cut_off(), pytest.raises(StartError, match=r"nodes may be left on alpha \(ssh: connect to host"):
+            launcher.close()
+        launcher.close()
+        eventually(lambda: not alpha.processes(), 30)
+
+
+@pytest.mark.parametrize("victim", ["ssh", "sshd"])
+def test_when_the_connection_is_cut_the_node_ends(victim, hosts, clusters):
+    alpha = hosts.add("alpha")
+    with broker(hosts, clusters) as here:
+        launcher = here.launcher("alpha")
+        launcher.start(["g-1"])
+        eventually(lambda: all_run(launcher))
+        future = here.client.options(requeue=False).submit(sleep_for, 600)
+        eventually(lambda: future.running())
+        if victim == "ssh":
+            os.kill(launcher._children["g-1"].pid, signal.SIGKILL)
+        else:
+            alpha.end()
+        eventually(lambda: not alpha.processes())
+        ended = eventually(lambda: (found := one(launcher)).state == "ended" and found)
+        assert ended.why.startswith("alpha: killed by SIGKILL" if victim == "ssh" else "alpha: exit code 255")
+        if victim == "sshd":
+            alpha.begin()
+        launcher.start(["g-1"])
+        eventually(lambda: all_run(launcher))
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from zmqsched import Client
+from zmqsched.clusterfile import NodeGroup
+from zmqsched.launch.base import Site
+from zmqsched.launch.ssh import SSHLauncher
+path, config, *hosts = sys.argv[1:]
+group = NodeGroup(name="g", launcher="ssh", hosts=hosts, slots=1, python=sys.executable, ssh_options=("-F", config))
+launcher = SSHLauncher(group, Site(Path(path), Path(path).parent))
+launcher.start([f"g-{n}" for n in range(len(hosts))])
+print(flush=True)
+import time
+time.sleep(600)
+"""
+
+
+def test_nothing_is_left_anywhere_when_the_program_that_has_launched_is_killed(hosts, clusters):
+    names = ["alpha", "beta", "gamma"]
+    for name in names:
+        hosts.add(name, apart=True)
+    with broker(hosts, clusters, HERE) as here:
+        command = [sys.executable, "-c", DRIVER, str(here.path), str(hosts.config), *names]
+        with subprocess.Popen(command, stdout=subprocess.PIPE) as driver:
+            driver.stdout.readline()
+            eventually(lambda: len([node for node in here.client.nodes() if node.state == "alive"]) == 3, 30)
+            futures = [here.client.options(requeue=False).submit(sleep_for, 600) for _ in names]
+            eventually(lambda: all(future.running() for future in futures))
+            driver.kill()
+        for host in hosts.hosts:
+            eventually(lambda host=host: not host.processes())
+        eventually(lambda: {node.state for node in here.client.nodes()} <= {"gone", "lost"})
+
+
+def test_a_preview_is_what_is_run(hosts, clusters):
+    hosts.add("alpha")
+    with broker(hosts, clusters) as here:
+        launcher = here.launcher("alpha", env={"GREETING": "hello"}, prologue=("module load tools",))
+        lines = launcher.preview(["g-1", "g-2"])
+        assert sum(line.startswith("ssh -F ") and "-- alpha exec sh" in line.replace("'", "") for line in lines) == 2
+        assert "#   export GREETING=hello" in lines
+        assert "#   module load tools" in lines
+        assert any(" node --connect=- --label=g-2 --slots=1" in line for line in lines)
+        assert launcher.poll() == []
+
+
+@pytest.mark.parametrize(
+    ("group", "says"),
+    [
+        ({"hosts": ()}, "no hosts are named"),
+        ({"env": {"A-B": "1"}}, "'A-B' cannot be the name of an environment variable"),
+        ({"prologue": ("a\0b",)}, "a zero byte"),
+    ],
+)
+def test_groups_that_cannot_be_launched(group, says, tmp_path):
+    with pytest.raises(ValueError, match=says):
+        SSHLauncher(NodeGroup(launcher="ssh", **{"hosts": ("alpha",), **group}), Site(tmp_path / "x", tmp_path))

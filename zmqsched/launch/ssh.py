@@ -170,7 +170,10 @@ class SSHLauncher(Launcher):
                 self._told.add(there.token)
                 log.warning("%s on %s reaches the broker through ssh only, which is slower", one.label, there.host)
         why = one.why and f"{there.host}: {one.why}"
-        if why and child.code() == NOT_CONNECTED and (fix := fix_of(child.tail, there.host)):
+        fix = fix_of(child.tail, there.host) if child.code() == NOT_CONNECTED else ""
+        if child.facts.get("type") == "BrokerUnreachable" and "forwarding failed" in child.tail:
+            fix = "sshd forbids the way back: allow it (AllowStreamLocalForwarding), or open the broker's ports to this host"
+        if why and fix:
             why += f"\n{fix}"
         return replace(one, why=why, where=where)
 
