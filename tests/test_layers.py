@@ -74,7 +74,8 @@ MAY = {
     "waitgroup": EDGE_MAY | {"futures", "tasks", "worker", "waiting", "nesting"},
 }
 ASSEMBLY = {
-    "__init__", "__main__", "cluster", "brokers", "fleet", "cleaning", "launch", "stopping", "easy", "sim", "cli", "joblib",
+    "__init__", "__main__", "cluster", "brokers", "fleet", "cleaning", "doctor", "hops", "launch", "stopping", "easy", "sim",
+    "cli", "joblib",
 }  # fmt: skip
 
 # What the layers must not take from outside, as prefixes of dotted names.
@@ -181,6 +182,7 @@ WALL_CLOCK = {
     "config": "when a connection file was written; how long ago a directory changed, which is only for tidying",
     "host": "when a batch allocation ends, once: it is said by that clock",
     "commands": "when a command began, for its line in the job log",
+    "hops": "how far another host's clock is off, to be told",
 }
 
 

@@ -35,7 +35,7 @@ LIBRARIES = ("zmqsched", "pyzmq", "cloudpickle", "msgspec", "numpy")
 def usable_cpus() -> int:
     """CPUs this process may use, at least 1."""
     counts = [len(os.sched_getaffinity(0))]
-    if (quota := _cgroup_cpus()) is not None:
+    if (quota := cgroup_cpus()) is not None:
         counts.append(max(1, math.ceil(quota)))
     if (slurm := os.environ.get("SLURM_CPUS_PER_TASK", "")).isdigit():
         counts.append(max(1, int(slurm)))
@@ -147,7 +147,8 @@ def where() -> Host:
     return Host(platform.node()[:255] or "unknown", os.getpid(), platform.python_version(), tuple(found))
 
 
-def _cgroup_cpus() -> float | None:
+def cgroup_cpus() -> float | None:
+    """The CPUs that the cgroup's quota is worth; None without one."""
     quota, _, period = _read(CGROUP / "cpu.max").partition(" ")
     if not quota:
         quota, period = _read(CGROUP / "cpu/cpu.cfs_quota_us"), _read(CGROUP / "cpu/cpu.cfs_period_us")

@@ -16,7 +16,7 @@ import click
 
 from ..errors import ZmqschedError
 from ..version import __version__
-from . import clean, execute, hand, look, stop, up
+from . import clean, doctor, execute, hand, look, stop, up
 
 
 def run(arguments: list[str]) -> int:
@@ -54,5 +54,6 @@ def zmqsched() -> None:
     """
 
 
-for _command in (up.up, look.ls, look.status, stop.down, clean.clean, execute.execute, hand.broker, hand.node):
+_care = (doctor.doctor, clean.clean, execute.execute)
+for _command in (up.up, look.ls, look.status, stop.down, *_care, hand.broker, hand.node):
     zmqsched.add_command(_command)

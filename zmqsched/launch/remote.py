@@ -70,16 +70,16 @@ def node_script(
     lines += ["exec 3<&0 4>&1 </dev/null 1>&2", "echo >&4"]  # what a login shell may have printed ends its line
     lines += _sweeps(leftovers) if leftovers else []
     lines += [f"export {name}={quote(value)}" for name, value in {**group.env, MARK: token}.items()]
-    lines += [f"cd {_path(group.cwd)} || {_fail(f'there is no directory {group.cwd} (cwd)')}"] if group.cwd else []
+    lines += [f"cd {path_word(group.cwd)} || {_fail(f'there is no directory {group.cwd} (cwd)')}"] if group.cwd else []
     lines += group.prologue
     probe = f'"$python" -c {quote(_PROBE)} {quote(python)} {quote(version)}'
     install = f"install it there (python{python} -m pip install zmqsched=={version})"
     if group.python:
         says = f"{group.python} is not a Python {python} with zmqsched {version}: {install}, or name another one (python)"
-        lines += [f"python={_path(group.python)}", f"{probe} || {_fail(says)}"]
+        lines += [f"python={path_word(group.python)}", f"{probe} || {_fail(says)}"]
     else:
         says = f"no python3 of its PATH is a Python {python} with zmqsched {version}: {install}, or name one (python)"
-        lines += [_SEARCH.format(probe=probe), f'[ "$python" ] || {_fail(says)}']
+        lines += [SEARCH.format(probe=probe), f'[ "$python" ] || {_fail(says)}']
     words = [*node_command(group, label, "-", "python")[1:], "--ready-fd=1"]
     return "\n".join([*lines, f'"$python" {" ".join(map(quote, words))} <&3 >&4 3<&- 4>&-', "exit $?"])
 
@@ -111,7 +111,7 @@ sweep() {{
     rm -f {TUNNEL.format(token='"$1"', role="*")}
 }}
 """
-_SEARCH = """
+SEARCH = """
 ifs=$IFS; IFS=:; set -f
 python=
 for directory in $PATH; do
@@ -127,6 +127,6 @@ def _fail(error: str) -> str:
     return f"{{ echo {quote(answer)} >&4; exit 1; }}"
 
 
-def _path(path: str) -> str:
+def path_word(path: str) -> str:
     """As a word, in which "~/" is the home directory there."""
     return f'"$HOME"/{quote(path[2:])}' if path.startswith("~/") else quote(path)
