@@ -35,8 +35,8 @@ def doctor(hosts: Hosts, home: Home, *names: str, code: int = 0) -> dict[str, di
     words = [sys.executable, "-m", "zmqsched", "doctor", "-o", "json", f"--python={sys.executable}", *names]
     words += ["--ssh-option=-F", f"--ssh-option={hosts.config}"]
     done = subprocess.run(
-        [*hosts.on(), *words], env={**os.environ, "ZMQSCHED_DIR": str(home.path)}, capture_output=True, text=True, timeout=90,
-        check=False,
+        [*hosts.on(), *words], env={**os.environ, "ZMQSCHED_DIR": str(home.path)}, capture_output=True, text=True,
+        timeout=90, check=False,
     )  # fmt: skip
     assert (done.returncode, done.stderr) == (code, "")
     found: dict[str, dict[str, tuple[str, str, str]]] = {name: {} for name in names}
