@@ -525,3 +525,12 @@ def test_a_preview_is_what_is_run(hosts, clusters):
 def test_groups_that_cannot_be_launched(group, says, tmp_path):
     with pytest.raises(ValueError, match=says):
         SSHLauncher(NodeGroup(launcher="ssh", **{"hosts": ("alpha",), **group}), Site(tmp_path / "x", tmp_path))
+
+
+def test_an_sshd_that_is_busy_is_asked_again(hosts, clusters):
+    hosts.add("alpha", options={"MaxStartups": "1:100:1"})
+    with broker(hosts, clusters) as here:
+        launcher = here.launcher("alpha")
+        launcher.start(["g-1", "g-2", "g-3"])
+        eventually(lambda: all_run(launcher), 40)
+        assert "kex_exchange_identification" in "".join(here.log(f"g-{number}") for number in (1, 2, 3))

@@ -26,6 +26,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from itertools import cycle
+from random import uniform
 from shlex import join
 
 import msgspec
@@ -45,6 +46,8 @@ CONNECT_TIMEOUT_S = 4
 # A network that is gone for half a minute should be found as it was left.
 ALIVE_INTERVAL_S, ALIVE_COUNT = 10, 3
 SWEEP_TIMEOUT_S = 12.0
+# What ssh says when sshd has more connections being made than it may (MaxStartups: of the eleventh on it drops some).
+BUSY, MAX_TRIES = "kex_exchange_identification", 6
 MAX_FIRST = 60_000  # bytes; a pipe takes some more without anybody reading
 # The user's own (``ssh_options``) come before these, and of each the first counts.
 OPTIONS = {
@@ -76,10 +79,12 @@ _FIXES = (
 
 @dataclass(frozen=True)
 class _Remote:
-    """Where a label's node was started last. ``token``: by which what is left of it is found there."""
+    """Where a label's node was started last. ``token``: by which what is left of it is found there; ``tries``: how often
+    it was tried to connect."""
 
     host: str
     token: str
+    tries: int = 1
 
     @property
     def tunnel(self) -> str:
@@ -96,26 +101,25 @@ class SSHLauncher(Launcher):
             raise ValueError(f"the nodes {group.name or group.launcher!r} are launched by ssh, and no hosts are named")
         remote.check(group)
         self._children = Children(site.wake, echo=site.echo)
+        self._file: ConnectionFile  # as it was when nodes were last started
+        self._targets: dict[str, str]
         self._remotes: dict[str, _Remote] = {}
         self._left: dict[_Remote, int] = {}  # what may be left of nodes whose connection broke: their pids, 0 if unknown
+        self._due: dict[str, float] = {}  # by token: when to try again
         self._told: set[str] = set()  # tokens of nodes of which was said that they come back through ssh
 
     def start(self, labels: Sequence[str]) -> None:
-        file = self.site.file
-        targets = _targets(file)
+        self._file = self.site.file
+        self._targets = _targets(self._file)
+        self._note_left(self._remotes)
+        busy = Counter(there.host for label, there in self._remotes.items() if self._children[label].runs())
         for label in labels:
-            self._note_left(self._remotes)
-            there = _Remote(self._next_host(), secrets.token_hex(8))
-            script = remote.node_script(self.group, label, there.token, *_versions(file), self._left_on([there.host]))
-            first = remote.line(script) + _with_tunnels(file, there.token).line()
-            if len(first) > MAX_FIRST:
-                raise StartError(f"{label}: environment and prologue are over {MAX_FIRST} bytes; put them into a file there")
-            command = self._command(there, targets)
-            self._children.start(label, command, self.site.log_path(label), environment(), first=first, where=there.host)
-            self._remotes[label] = there
+            host = min(self.group.hosts, key=lambda host: busy[host])  # of equals the first
+            busy[host] += 1
+            self._connect(label, host)
 
     def poll(self) -> list[Launched]:
-        return [self._worded(one) for one in self._children.poll()]
+        return [self._again(one) or self._worded(one) for one in self._children.poll()]
 
     def stop(self, labels: Collection[str], *, at_once: bool = False) -> None:
         labels = [label for label in labels if label in self._remotes]
@@ -149,10 +153,27 @@ class SSHLauncher(Launcher):
 
     # --- starting -----------------------------------------------------------------------------------------------------
 
-    def _next_host(self) -> str:
-        """The first of those that have the fewest nodes."""
-        busy = Counter(there.host for label, there in self._remotes.items() if self._children[label].runs())
-        return min(self.group.hosts, key=lambda host: busy[host])
+    def _connect(self, label: str, host: str, tries: int = 1) -> None:
+        there = _Remote(host, secrets.token_hex(8), tries)
+        script = remote.node_script(self.group, label, there.token, *_versions(self._file), self._left_on([host]))
+        first = remote.line(script) + _with_tunnels(self._file, there.token).line()
+        if len(first) > MAX_FIRST:
+            raise StartError(f"{label}: environment and prologue are over {MAX_FIRST} bytes; put them into a file there")
+        command = self._command(there, self._targets)
+        self._children.start(label, command, self.site.log_path(label), environment(), first=first, where=host)
+        self._remotes[label] = there
+
+    def _again(self, one: Launched) -> Launched | None:
+        """How one is that sshd did not want to talk to and that is tried again in a while; None for all others."""
+        there = self._remotes[one.label]
+        child = self._children[one.label]
+        busy = one.state == "ended" and child.code() == NOT_CONNECTED and not child.spoke and BUSY in child.tail
+        if not busy or there.tries == MAX_TRIES:
+            return None
+        if time.monotonic() >= self._due.setdefault(there.token, time.monotonic() + uniform(0.5, 1.0) * there.tries):
+            del self._due[there.token]
+            self._connect(one.label, there.host, there.tries + 1)
+        return Launched(one.label, "starting", where=there.host)
 
     def _command(self, there: _Remote, targets: Mapping[str, str]) -> list[str]:
         words = ssh_words(self.group.ssh_options)
