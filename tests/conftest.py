@@ -19,9 +19,10 @@ from typing import Any
 
 import psutil
 import pytest
+from msgspec.structs import replace
 
-from zmqsched import Client, LocalCluster
-from zmqsched.config import STOPPING_FILE, cluster_dir
+from zmqsched import Client, LocalCluster, sockets
+from zmqsched.config import STOPPING_FILE, ConnectionFile, cluster_dir
 
 # What is waited for comes within milliseconds; on a machine that does other things too, later. Nobody waits so long for
 # what has to happen, only for what a bug keeps from happening.
@@ -41,6 +42,17 @@ def eventually(fact: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:
         assert time.monotonic() < until, f"did not come true within {timeout_s:g} s"
         time.sleep(0.005)
     return found
+
+
+def new_keys() -> sockets.Keys:
+    """Of both sides, for a socket to bind and one to connect to it."""
+    public, secret = sockets.key_pair()
+    return sockets.Keys(public, *sockets.key_pair(), secret)
+
+
+def from_afar(file: ConnectionFile, **changes: str) -> ConnectionFile:
+    """As it serves elsewhere: the cluster is reached over TCP alone."""
+    return replace(file, network="elsewhere", **changes)
 
 
 def told(error: BaseException) -> str:

@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "zmqsched"
 
 CORE_MAY = {"errors", "config", "protocol"}
 SHELL_MAY = CORE_MAY | {
-    "core", "sockets", "pipes", "broker", "journal", "monitor", "node", "nursery", "orphans", "blackbox", "streams",
-    "listening", "origin", "shell", "host", "version",
+    "core", "sockets", "pipes", "broker", "keyring", "journal", "monitor", "node", "nursery", "orphans", "blackbox",
+    "streams", "listening", "origin", "shell", "host", "version",
 }  # fmt: skip
 EDGE_MAY = CORE_MAY | {"core", "payload", "sockets", "pipes"}
 MAPS = {"maps", "mapping"}
@@ -33,6 +33,7 @@ MAY = {
     "broker": SHELL_MAY,
     "journal": CORE_MAY | {"core"},
     "monitor": SHELL_MAY,
+    "keyring": CORE_MAY | {"sockets"},
     "node": SHELL_MAY,
     "nursery": SHELL_MAY,
     "blackbox": set(),
@@ -92,6 +93,7 @@ NEVER = {
     "broker": PICKLERS,
     "journal": PICKLERS,
     "monitor": PICKLERS,
+    "keyring": PICKLERS,
     "node": PICKLERS,
     "nursery": PICKLERS,
 }

@@ -118,7 +118,7 @@ def bounded(kind: Any, meta: msgspec.Meta) -> st.SearchStrategy[Any]:
         return st.binary(min_size=low, max_size=meta.max_length or 40)
     if kind is str:
         letters = st.characters(categories=["L", "N", "P", "S"]) if meta.max_length < 1000 else st.characters(codec="utf-8")
-        return st.text(letters, max_size=min(meta.max_length, 40))  # names of hosts must be printable
+        return st.text(letters, min_size=low, max_size=min(meta.max_length, 40))  # names of hosts must be printable
     arguments = get_args(kind)
     if get_origin(kind) is tuple and arguments[-1] is not Ellipsis:
         return st.tuples(*[strategy(argument) for argument in arguments])

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 import zmq
+from conftest import new_keys
 
 from zmqsched import sockets
 from zmqsched.config import ipc_address
@@ -52,12 +53,12 @@ def short_dir():
 
 @pytest.fixture(scope="module")
 def keys():
-    return Keys.generate()
+    return new_keys()
 
 
 @pytest.fixture
 def authenticator(ctx, keys):
-    made = sockets.Authenticator(ctx, {keys.client_public: sockets.CLIENT_USER})
+    made = sockets.Authenticator(ctx, {keys.client_public: "client:1"})
     made.start()
     yield made
     made.stop()
@@ -99,7 +100,7 @@ class TestCurve:
         dealer = sockets.connect_dealer(ctx, [address], keys)
         assert connects(dealer)
         dealer.send(b"hello", zmq.DONTWAIT)
-        assert received(router) == ("client", b"hello")
+        assert received(router) == ("client:1", b"hello")
 
     def test_a_strange_key_never_reaches_the_application(self, ctx, keys, secured):
         router, address = secured
@@ -125,7 +126,7 @@ class TestCurve:
 
     def test_the_wrong_server_key_stays_out(self, ctx, keys, secured):
         router, address = secured
-        impostor = Keys(Keys.generate().server_public, keys.client_public, keys.client_secret)
+        impostor = Keys(new_keys().server_public, keys.client_public, keys.client_secret)
         with pytest.raises(Refused, match="server key mismatch"):
             sockets.connect_dealer(ctx, [address], impostor)
         assert silent(router)
@@ -141,7 +142,7 @@ class TestCurve:
             if sub.poll(10):
                 break
         frame = sub.recv(copy=False)
-        assert (sockets.user_id(frame), frame.bytes) == ("client", b"good")
+        assert (sockets.user_id(frame), frame.bytes) == ("client:1", b"good")
         for _ in range(20):
             bad.send(b"bad")
             while sub.poll(5):
@@ -195,9 +196,9 @@ class TestUnix:
 
     def test_beside_tcp_every_peer_is_vouched_for(self, ctx, keys, authenticator, short_dir):
         both = [ANY_PORT, ipc_address(short_dir, "work")]
-        router, (unix, tcp) = sockets.bind_router(ctx, both, keys)
+        router, (tcp, unix) = sockets.bind_router(ctx, both, keys)
         assert unix.startswith("ipc://")
-        for address, user in {unix: "local", tcp: "client"}.items():
+        for address, user in {unix: "admin:local", tcp: "client:1"}.items():
             dealer = sockets.connect_dealer(ctx, [address], keys)
             assert connects(dealer)
             dealer.send(b"hello")
@@ -211,9 +212,18 @@ class TestUnix:
     def test_another_user_is_kept_out(self, ctx, keys, authenticator, short_dir, monkeypatch):
         router, addresses = sockets.bind_router(ctx, [ipc_address(short_dir, "work")], keys)
         monkeypatch.setattr(sockets.os, "geteuid", lambda: 4711)
+        with pytest.raises(BrokerUnreachable, match="a socket of user"):
+            sockets.connect_dealer(ctx, addresses, keys)
+        monkeypatch.setattr(sockets, "pick_address", lambda addresses, timeout_s: addresses[0])
         with pytest.raises(Refused, match="does not know this side's key"):
             sockets.connect_dealer(ctx, addresses, keys)
         assert silent(router)
+
+    def test_another_users_socket_is_passed_over_for_tcp(self, ctx, keys, secured, short_dir, monkeypatch):
+        """As where a container has a user of another number, or none, for the cluster's."""
+        unix, _ = ipc_address(short_dir, "work"), sockets.bind_router(ctx, [ipc_address(short_dir, "work")], None)
+        monkeypatch.setattr(sockets.os, "geteuid", lambda: 4711)
+        assert sockets.pick_address([unix, secured[1]]) == secured[1]
 
 
 class TestAuthenticator:
@@ -414,9 +424,9 @@ def test_an_old_libzmq_is_refused(monkeypatch):
     ("listen", "ports"), [("tcp://127.0.0.1:5555", ["5555", "5556", "5557"]), ("tcp://[::1]:*", ["*", "*", "*"])]
 )
 def test_a_stated_port_is_followed_by_the_other_two(listen, ports):
-    from zmqsched.broker import ROLES, _port_of
+    from zmqsched.broker import CHANNELS, _port_of
 
-    assert [_port_of(listen, role).rpartition(":")[2] for role in ROLES] == ports
+    assert [_port_of(listen, channel).rpartition(":")[2] for channel in CHANNELS] == ports
 
 
 def test_a_connection_that_nobody_acknowledges_is_given_up_before_the_kernel_would(ctx, keys, authenticator):

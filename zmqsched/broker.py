@@ -22,14 +22,16 @@ import msgspec
 import zmq
 
 from . import host, sockets
-from .config import CONNECTION_FILE, Addresses, ClusterLock, ConnectionFile, ipc_address, this_host
+from .config import CONNECTION_FILE, Addresses, ClusterLock, ConnectionFile, ipc_address, this_host, this_network
 from .core.events import (
     Arrived,
+    KeysChanged,
     Leave,
     Log,
     Malformed,
     Publish,
     Quit,
+    Rekey,
     SchedulerAction,
     SchedulerEvent,
     Send,
@@ -40,17 +42,18 @@ from .core.events import (
 )
 from .core.scheduler import Scheduler
 from .core.settings import Settings
-from .errors import ProtocolError, VersionMismatch
+from .errors import ConnectionFileError, JournalError, ProtocolError, VersionMismatch
 from .journal import Journal
+from .keyring import Keyring, Stored
 from .monitor import Monitor
-from .protocol import Envelope, No, decode, encode
+from .protocol import ChangeKeys, Envelope, KeyReport, No, decode, encode
 from .shell import Starter, StopSignals, log, return_memory, tune_garbage_collection
 from .version import __version__
 
 MAX_MESSAGES_PER_TURN = 200
 LINGER_MS = 1_000
 SETTLE_S = 2.0  # nodes ping each second, hear that their session is over, and join anew
-ROLES = ("work", "beats", "status")
+CHANNELS = ("work", "beats", "status")
 
 
 class _Identity(msgspec.Struct):
@@ -59,7 +62,7 @@ class _Identity(msgspec.Struct):
     cluster_id: str
     listen: str
     addresses: Addresses
-    keys: sockets.Keys | None
+    keys: Stored
 
     @classmethod
     def read(cls, journal: Journal | None, listen: str | None) -> _Identity | None:
@@ -83,7 +86,7 @@ class Broker:
     ) -> None:
         """Take the name, open the journal, bind the sockets and write the connection file.
 
-        ``listen`` is a ``tcp://`` address (``sockets.listen_address``); None is Unix sockets in the cluster's directory.
+        ``listen`` is a ``tcp://`` address (``sockets.listen_address``), besides Unix sockets in the cluster's directory.
         ``max_queued``: bytes held before clients are asked to hold back; by default what the host has room for.
 
         Raises
@@ -100,36 +103,44 @@ class Broker:
         except BaseException:
             self._let_go(journal_is_done=False)
             raise
-        self._keys = None if not listen else before.keys if before else sockets.Keys.generate()
+        self._listen = listen or ""
+        self._cluster_id = before.cluster_id if before else secrets.token_hex(16)
+        self._keyring = Keyring(before.keys if before else None, monotonic()) if listen else None
         self._ctx = sockets.context()
         self._authenticator: sockets.Authenticator | None = None
-        if self._keys:
-            self._authenticator = sockets.Authenticator(self._ctx, {self._keys.client_public: sockets.CLIENT_USER})
+        keys = None
+        if self._keyring:
+            keys = self._keyring.keys
+            self._authenticator = sockets.Authenticator(self._ctx, self._keyring.users)
             self._authenticator.start()
-
-        def addresses(role: str) -> list[str]:
-            if before:
-                found: list[str] = getattr(before.addresses, role)
-                return found
-            return [_port_of(listen, role) if listen else ipc_address(self.lock.directory, role)]
-
         try:
-            self._router, work = sockets.bind_router(self._ctx, addresses("work"), self._keys)
-            self._monitor = Monitor(self._ctx, addresses("beats"), self._keys)
-            self._pub, status = sockets.bind_pub(self._ctx, addresses("status"), self._keys)
-            cluster_id = before.cluster_id if before else secrets.token_hex(16)
-            identity = _Identity(cluster_id, listen or "", Addresses(work, self._monitor.addresses, status), self._keys)
-            if self._journal and listen:
-                self._journal.identity = msgspec.json.encode(identity)
+            self._router, work = sockets.bind_router(self._ctx, self._addresses("work", before), keys)
+            self._monitor = Monitor(self._ctx, self._addresses("beats", before), self._keyring)
+            self._pub, status = sockets.bind_pub(self._ctx, self._addresses("status", before), keys)
+            self._bound = Addresses(work, self._monitor.addresses, status)
+            self._keep_identity()
         except BaseException:
             if self._authenticator:  # its socket is its thread's: closed from here, libzmq aborts the process
                 self._authenticator.stop()
             self._ctx.destroy(linger=0)
             self._let_go(journal_is_done=self._core.book.keeps_nothing)
             raise
-        self.file = self._write_file(name, identity)
+        self.file = self._write_files(name)
         if self._journal:
             self._journal.start()
+
+    def _addresses(self, channel: str, before: _Identity | None) -> list[str]:
+        """Unix sockets for those on this host, in any case. With TCP the cluster's id is in their names: another cluster may
+        have this one's name, on a host of this one's name."""
+        if not self._listen:
+            return [ipc_address(self.lock.directory, channel)]
+        tcp = getattr(before.addresses, channel)[0] if before else _port_of(self._listen, channel)
+        return [tcp, ipc_address(self.lock.directory, f"{channel}-{self._cluster_id[:8]}")]
+
+    def _keep_identity(self) -> None:
+        if self._journal and self._keyring:
+            identity = _Identity(self._cluster_id, self._listen, self._bound, self._keyring.stored)
+            self._journal.identity = msgspec.json.encode(identity)
 
     def _restored(self, name: str, policy: str, max_queued: int | None) -> Scheduler:
         journal = self._journal
@@ -182,6 +193,10 @@ class Broker:
         """Take in, act, send. Returns why to end, if the core says so."""
         now = monotonic()
         why = ""
+        if self._keyring and now >= self._keyring.deadline:
+            gone = self._keyring.expire(now)
+            self._put_keys_into_force()
+            why = self._perform(self._core.handle(KeysChanged({}, gone), now), now)
         for event in self._journal.news() if self._journal else ():
             why = self._perform(self._core.handle(event, now), now) or why
         for frames in sockets.receive_all(self._router, MAX_MESSAGES_PER_TURN):
@@ -194,8 +209,8 @@ class Broker:
     def _event(self, frames: Sequence[zmq.Frame]) -> SchedulerEvent:
         peer = frames[0].bytes
         user = ""
-        if self._keys is not None and not (user := sockets.user_id(frames[0])):
-            return Malformed(peer, "no authenticated sender", sender=sockets.address_of(frames[0]))
+        if self._keyring is not None and (user := sockets.user_id(frames[0])) not in self._keyring.live:
+            return Malformed(peer, self._keyring.refusal(user), sender=sockets.address_of(frames[0]))
         try:
             return Arrived(peer, user, decode([frame.buffer for frame in frames[1:]]))
         except ProtocolError as error:
@@ -216,6 +231,8 @@ class Broker:
                         self._pub.send_multipart(encode(Envelope(0, 0, 0, fact)), zmq.NOBLOCK)
                 case Write() if self._journal:
                     self._journal.write(action)
+                case Rekey(session, request):
+                    why = self._perform(self._core.handle(self._rekey(session, request, now), now), now) or why
                 case Log(level, text):
                     getattr(log, level)(text)
                 case Shrunk():
@@ -236,21 +253,51 @@ class Broker:
             return Undelivered(peer, "unreachable")
         return None
 
-    def _write_file(self, name: str, identity: _Identity) -> ConnectionFile:
-        keys = self._keys
+    def _rekey(self, session: int, request: ChangeKeys, now: float) -> KeysChanged:
+        if self._keyring is None:
+            why = "this cluster has no keys: it only has Unix sockets, which whoever can read its directory can use"
+            return KeysChanged({}, (), session, KeyReport(request.request, [], str(self.lock.directory), why))
+        moved: dict[str, tuple[str, str]] = {}
+        gone: frozenset[str] = frozenset()
+        warning = ""
+        if request.action == "rotate":
+            moved = self._keyring.rotate(request.roles, request.grace_s, now)
+        elif request.action == "revoke":
+            gone = self._keyring.revoke(request.roles)
+        if moved or gone:
+            log.info("keys of %s: %s", ", ".join(request.roles), request.action)
+            warning = self._put_keys_into_force()
+        report = KeyReport(request.request, self._keyring.info(now), str(self.lock.directory), warning)
+        return KeysChanged(moved, gone, session, report)
+
+    def _put_keys_into_force(self) -> str:
+        """Here, in the files, and for the next broker. Returns what of it did not work."""
+        assert self._keyring is not None, "a cluster without keys"
+        assert self._authenticator is not None, "nobody to be told"
+        self._authenticator.admit(self._keyring.users)
+        try:
+            self._keyring.write_files(self.file, self.lock.directory)
+            self._keep_identity()
+        except (ConnectionFileError, JournalError) as error:
+            log.error("keys were changed, but %s", error)
+            return f"in force until the broker ends, but {error}"
+        return ""
+
+    def _write_files(self, name: str) -> ConnectionFile:
         file = ConnectionFile(
             name=name,
-            cluster_id=identity.cluster_id,
+            cluster_id=self._cluster_id,
             host=this_host(),
+            network=this_network(),
             pid=os.getpid(),
             python=platform.python_version(),
             zmqsched=__version__,
-            addresses=identity.addresses,
-            server_key=keys.server_public.decode() if keys else "",
-            client_public=keys.client_public.decode() if keys else "",
-            client_secret=keys.client_secret.decode() if keys else "",
+            addresses=self._bound,
         )
-        file.write(self.path)
+        if self._keyring:
+            self._keyring.write_files(file, self.lock.directory)
+        else:
+            file.write_into(self.lock.directory)
         return file
 
     def _close(self) -> None:
@@ -268,7 +315,7 @@ class Broker:
         self.lock.remove()
 
 
-def _port_of(listen: str, role: str) -> str:
+def _port_of(listen: str, channel: str) -> str:
     """A stated port is the work socket's, the next two are for beats and status; else each takes what is free."""
     host, _, port = listen.rpartition(":")
-    return listen if port == "*" else f"{host}:{int(port) + ROLES.index(role)}"
+    return listen if port == "*" else f"{host}:{int(port) + CHANNELS.index(channel)}"

@@ -185,7 +185,7 @@ class Client(Shown, Tasks):
         try:
             self._dealer = sockets.connect_dealer(self._ctx, file.reachable("work"), sockets.Keys.of(file), timeout)
             incarnation = nesting.incarnation() if self._nested else secrets.token_bytes(16)
-            self._core = Requests(ClientHello(incarnation, 1, where()), nested=self._nested)
+            self._core = Requests(ClientHello(incarnation, 1, where(), self._nested))
             has = (weakref.ref(self), self._core, self._dealer, self._ctx, os.dup(self._wake), self._printer)
             self._thread = threading.Thread(target=_serve, args=has, name="zmqsched client", daemon=True)
             self._thread.start()
@@ -517,9 +517,11 @@ class Client(Shown, Tasks):
 
     # --- the I/O thread ------------------------------------------------------------------------------------------------
 
-    def _turn(self, *, nudged: bool) -> bool:
-        """Take in, act, send; False when it is time to go."""
+    def _turn(self, connections: sockets.Connections | None, *, nudged: bool) -> bool:
+        """Take in, act, send; False when it is time to go. ``connections``: if there is news of them."""
         now = time.monotonic()
+        if connections is not None:
+            self._look_at(connections, now)
         if nudged:
             os.eventfd_read(self._wake)
         self._take_inbox(now)
@@ -535,6 +537,13 @@ class Client(Shown, Tasks):
             with self._lock:
                 self._room.notify_all()
         return not self._parted and self._broken is None
+
+    def _look_at(self, connections: sockets.Connections, now: float) -> None:
+        try:
+            if connections.new():
+                self._perform(self._core.handle(events.Reconnected(), now))
+        except Refused as error:
+            self._break(error)
 
     def _take_inbox(self, now: float) -> None:
         self._awake = False  # before the inbox is read: who finds it raised has put its item in before that
@@ -597,6 +606,8 @@ class Client(Shown, Tasks):
                     reply = self._requests.pop(message.request, None)
                     if reply is not None:
                         reply.set_result(self._followed(message) if isinstance(message, JobTasks) else message)
+                case events.UseKeys(public, secret):
+                    sockets.use_keys(self._dealer, public, secret)
                 case events.Quit():
                     self._parted = True
                 case events.Began(welcome):
@@ -685,12 +696,16 @@ def _serve(
     """The I/O thread. It does not keep its client: one that nobody can use any more says goodbye, and the thread ends."""
     waiter = sockets.Waiter(dealer)
     waiter.add(wake)
+    connections = sockets.Connections(dealer)
+    waiter.add(connections.descriptor)
     try:
         # A hello before the connection is there would be a hello lost.
         while not dealer.poll(100, zmq.POLLOUT) and not _is_closed(reference):
             continue
         ready: set[int] = set()
-        while (client := reference()) is not None and client._turn(nudged=wake in ready):
+        while (client := reference()) is not None and client._turn(
+            connections if connections.descriptor in ready else None, nudged=wake in ready
+        ):
             del client
             ready = waiter.wait(core.next_deadline())
         if client is None:
@@ -701,6 +716,7 @@ def _serve(
         raise
     finally:
         lifetime.needed.discard(cast("Client", reference()))
+        connections.close()
         dealer.close(linger=1_000)
         ctx.term()
         os.close(wake)

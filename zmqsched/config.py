@@ -3,7 +3,8 @@
 Rules
 -----
 * Everything of a running cluster lies in ``cluster_dir(name)``, a directory of mode 0700 in :func:`runtime_dir`:
-  ``lock``, ``connection.json``, the Unix sockets. Who can read the directory can use the cluster; nobody else can.
+  ``lock``, ``connection.json``, the Unix sockets, and with TCP a connection file for each narrower role
+  (:func:`role_file`). Who can read the directory can use the cluster; nobody else can.
 * A cluster runs while its broker holds the lock, and only then. The kernel lets go of a dead process's lock, so
   nothing here trusts pids or ages. A directory without a held lock is a leftover; whoever sees it removes it.
 * Only who holds the lock puts files there: what is older may be removed by anybody who lists the clusters.
@@ -59,6 +60,10 @@ STALE_AFTER_S = 5.0
 DEFAULT_CLUSTER = "default"
 LOCK_FILE = "lock"
 CONNECTION_FILE = "connection.json"
+# What a key lets its holder do (core/roles.py). Who owns the cluster has all of it, in the connection file; the narrower
+# ones are to be passed on, each in a file of its own.
+Role = Literal["admin", "client", "node", "observer"]
+ROLES: tuple[Role, ...] = ("admin", "client", "node", "observer")
 # There while somebody ends the cluster by force: no broker is to follow the one that is killed.
 STOPPING_FILE = "stopping"
 # Raised when a field changes its meaning; new fields with defaults leave it alone.
@@ -161,6 +166,27 @@ def _make_private(directory: Path) -> None:
 def this_host() -> str:
     """What the connection file's ``host`` holds."""
     return os.uname().nodename
+
+
+def this_network() -> str:
+    """The running kernel and the network namespace that we are in. Another machine may have the same name, and what is in a
+    namespace of its own has a network of its own, even if it sees the same files."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/net')}"
+    except OSError:
+        return ""
+
+
+def role_file(directory: Path, role: Role) -> Path:
+    """The connection file in a running cluster's directory to hand to whoever is to have this role. On a cluster that only
+    has Unix sockets one file serves all."""
+    path = directory / _file_name(role)
+    return path if path.exists() else directory / CONNECTION_FILE
+
+
+def _file_name(role: Role) -> str:
+    return CONNECTION_FILE if role == "admin" else f"{role}.json"
 
 
 def check_name(name: str) -> str:
@@ -280,10 +306,9 @@ class Addresses(Struct, frozen=True):
 class ConnectionFile(Struct, frozen=True, kw_only=True):
     """All that a client or node needs to reach a cluster, as the JSON file that the broker writes.
 
-    The client's key pair is the right to use the cluster; the server's secret key is not in here. Unknown fields are
-    ignored. Room for roles: a file of a role would add ``role`` ("client", "node", "observer"; "" is today's "any"),
-    hold that role's key pair in the same fields and lie beside this one as ``ROLE.json``; the broker takes the role
-    from the key, so nothing else here changes.
+    The key pair is the right to use the cluster; the server's secret key is not in here. Unknown fields are ignored.
+    ``role``: what the key pair is for. The broker takes that from the key, so to change it here gives nobody anything.
+    ``network``: of the broker's host, see :func:`this_network`.
     """
 
     format: int = FILE_FORMAT
@@ -295,18 +320,27 @@ class ConnectionFile(Struct, frozen=True, kw_only=True):
     zmqsched: _Text
     created: _Text = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     addresses: Addresses
+    role: Role = "admin"
+    network: _Text = ""
     server_key: _Key = ""
     client_public: _Key = ""
     client_secret: _Key = ""
 
     def __repr__(self) -> str:
         # Reprs end up in logs and tracebacks, the secret must not.
-        return f"ConnectionFile(name={self.name!r}, host={self.host!r}, pid={self.pid}, work={self.addresses.work})"
+        return f"ConnectionFile(name={self.name!r}, role={self.role}, host={self.host!r}, work={self.addresses.work})"
 
     def reachable(self, role: Literal["work", "beats", "status"]) -> list[str]:
-        """The addresses that mean this cluster where we are: on another host, a Unix path may be another cluster's."""
+        """The addresses that mean this cluster where we are: on another host, a Unix path may be another cluster's, and so
+        it may in another network namespace, a container's perhaps: there TCP is taken if there is any."""
         addresses: list[str] = getattr(self.addresses, role)
-        return [address for address in addresses if self.host == this_host() or not address.startswith("ipc://")]
+        tcp = [address for address in addresses if address.startswith("tcp://")]
+        here = self.host == this_host() and (not tcp or self.network == this_network())
+        return addresses if here else tcp
+
+    def write_into(self, directory: Path) -> None:
+        """Write the file of this role into the cluster's directory."""
+        self.write(directory / _file_name(self.role))
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file, replacing one that is there, readable by this user alone from its first moment on.
@@ -474,7 +508,7 @@ class ClusterLock:
 
     @classmethod
     def acquire(cls, name: str) -> ClusterLock:
-        """Take the name, making its directory; what a dead broker left in ``connection.json`` is removed.
+        """Take the name, making its directory; the connection files that a dead broker left are removed.
 
         Raises
         ------
@@ -494,7 +528,8 @@ class ClusterLock:
                 raise ConnectionFileError(_not_made(directory, error)) from None
             if fd is not None:
                 was_left = (directory / CONNECTION_FILE).exists()
-                (directory / CONNECTION_FILE).unlink(missing_ok=True)
+                for role in ROLES:
+                    (directory / _file_name(role)).unlink(missing_ok=True)
                 return cls(directory, fd, was_left=was_left)
             time.sleep(_LOCK_PAUSE_S)
         raise ClusterExists(

@@ -37,6 +37,7 @@ SCHEMA = 1
 RETRY_S = 1.0
 ROW_BYTES = 64 * 1024 * 1024  # a longer commit is cut into rows of this size: SQLite's limit for one is 10**9
 CLOSE_TIMEOUT_S = 2.0
+KEEP_TIMEOUT_S = 2.0
 
 _CREATE = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value BLOB NOT NULL);
@@ -45,6 +46,14 @@ CREATE TABLE log (number INTEGER PRIMARY KEY, more INTEGER NOT NULL, crc INTEGER
 _CRC = struct.Struct("<I")
 _COUNT = struct.Struct("<I")
 _LENGTH = struct.Struct("<Q")
+
+
+class _Identity:
+    """On its way to the thread."""
+
+    def __init__(self, value: bytes) -> None:
+        self.value = value
+        self.kept = threading.Event()
 
 
 class Journal:
@@ -75,7 +84,7 @@ class Journal:
             raise
         self.bytes = 0
         self._next = 0  # the next row's number
-        self._queue: SimpleQueue[Write | None] = SimpleQueue()
+        self._queue: SimpleQueue[Write | _Identity | None] = SimpleQueue()
         self._news: SimpleQueue[Written | Troubled] = SimpleQueue()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._ends = threading.Event()
@@ -98,11 +107,23 @@ class Journal:
 
     @identity.setter
     def identity(self, value: bytes) -> None:
+        if self._thread.is_alive():
+            self._have_kept(_Identity(value))
+            return
         try:
-            with_crc = _CRC.pack(zlib.crc32(value)) + value
-            self._db.execute("INSERT OR REPLACE INTO about VALUES ('identity', ?)", (with_crc,))
+            self._keep(value)
         except sqlite3.Error as error:
             raise _refusal(self.path, error) from None
+
+    def _keep(self, identity: bytes) -> None:
+        with_crc = _CRC.pack(zlib.crc32(identity)) + identity
+        self._db.execute("INSERT OR REPLACE INTO about VALUES ('identity', ?)", (with_crc,))
+
+    def _have_kept(self, identity: _Identity) -> None:
+        """By the thread, whose the file is; this is rare and worth a wait."""
+        self._queue.put(identity)
+        if not identity.kept.wait(KEEP_TIMEOUT_S):
+            raise JournalError(f"the journal {self.path} cannot be written now: a broker that follows would not know of it")
 
     def read(self) -> Iterator[Record]:
         """All records, oldest first; to be read to the end before ``start``.
@@ -179,7 +200,7 @@ class Journal:
             if commit is not None:
                 commit = self._queue.get()
 
-    def _write(self, commits: list[Write]) -> bool:
+    def _write(self, commits: list[Write | _Identity]) -> bool:
         """Whether they are on disk; if not, the journal is being closed."""
         told = False
         while True:
@@ -194,13 +215,20 @@ class Journal:
                 if self._ends.wait(RETRY_S):
                     return False
             else:
-                self._tell(Written(commits[-1].number, self.bytes))
+                for commit in commits:
+                    if isinstance(commit, _Identity):
+                        commit.kept.set()
+                if numbers := [commit.number for commit in commits if isinstance(commit, Write)]:
+                    self._tell(Written(numbers[-1], self.bytes))
                 return True
 
-    def _transact(self, commits: list[Write]) -> None:
+    def _transact(self, commits: list[Write | _Identity]) -> None:
         number, size = self._next, self.bytes
         self._db.execute("BEGIN IMMEDIATE")
         for commit in commits:
+            if isinstance(commit, _Identity):
+                self._keep(commit.value)
+                continue
             if commit.anew:
                 self._db.execute("DELETE FROM log")
                 self._db.execute("UPDATE about SET value = ? WHERE name = 'first'", (str(number),))
@@ -214,7 +242,7 @@ class Journal:
                 size += len(part)
         self._db.execute("COMMIT")
         self._next, self.bytes = number, size
-        if any(commit.anew for commit in commits):
+        if any(isinstance(commit, Write) and commit.anew for commit in commits):
             with contextlib.suppress(sqlite3.Error):  # it takes space to give space back; the next time, then
                 self._db.executescript("PRAGMA incremental_vacuum")  # execute() gives back but one page
 

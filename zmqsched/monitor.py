@@ -13,25 +13,31 @@ import zmq
 
 from . import sockets
 from .core.events import BeatArrived, Malformed
+from .core.roles import BEATERS, role_of
 from .errors import ProtocolError
+from .keyring import Keyring
 from .protocol import Beat, decode
 
 MAX_BEATS_PER_TURN = 1_000
 
 
 class Monitor:
-    def __init__(self, ctx: sockets.Context, addresses: Sequence[str], keys: sockets.Keys | None) -> None:
-        self.socket, self.addresses = sockets.bind_sub(ctx, addresses, keys)
+    def __init__(self, ctx: sockets.Context, addresses: Sequence[str], keyring: Keyring | None) -> None:
+        self.socket, self.addresses = sockets.bind_sub(ctx, addresses, keyring.keys if keyring else None)
         self.descriptor = sockets.descriptor(self.socket)
-        self._gated = keys is not None
+        self._keyring = keyring
 
     def read(self) -> list[BeatArrived | Malformed]:
         """The beats that have come in; never waits."""
         return [self._event(frames) for frames in sockets.receive_all(self.socket, MAX_BEATS_PER_TURN)]
 
     def _event(self, frames: list[zmq.Frame]) -> BeatArrived | Malformed:
-        if self._gated and not sockets.user_id(frames[0]):
-            return Malformed(b"", "beat without an authenticated sender")
+        if self._keyring is not None:
+            user = sockets.user_id(frames[0])
+            if refusal := self._keyring.refusal(user):
+                return Malformed(b"", f"beat: {refusal}", sender=sockets.address_of(frames[0]))
+            if role_of(user) not in BEATERS:
+                return Malformed(b"", f"beat from a {role_of(user)}", sender=sockets.address_of(frames[0]))
         try:
             body = decode([frame.buffer for frame in frames]).body
         except ProtocolError as error:

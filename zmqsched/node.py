@@ -80,7 +80,7 @@ class Node:
         slots = slots or host.usable_cpus()
         os.environ.update(host.thread_limits(slots, os.environ))
         incarnation = secrets.token_bytes(16)
-        origin.node = origin.Origin(file, incarnation)
+        self._origin = origin.node = origin.Origin(file, incarnation)
         self._nursery = Nursery()
         host.allow_many_files()
         self._stderr = Relay()
@@ -152,8 +152,8 @@ class Node:
             self._read_workers(ready)
             if self._nursery.fileno() in ready:
                 self._read_nursery()
-            if self._connections.descriptor in ready and self._connections.new():
-                self._step(events.Reconnected())
+            if self._connections.descriptor in ready:
+                self._look_at_connections()
             self._read_broker()
             self._pass_on()
             self._step(Tick())
@@ -189,6 +189,8 @@ class Node:
                 self._start(worker)
             case events.SendBeat(beat):
                 self._send_beat(beat)
+            case events.UseKeys(public, secret):
+                self._use_keys(public, secret)
             case events.Log(level, text):
                 getattr(log, level)(text)
             case events.Quit(reason):
@@ -312,6 +314,18 @@ class Node:
                 self._step(events.Unreadable(str(error)))
                 continue
             self._step(Reached(envelope))
+
+    def _look_at_connections(self) -> None:
+        try:
+            if self._connections.new():
+                self._step(events.Reconnected())
+        except Refused as error:
+            self._why = f"refused: {error}"
+
+    def _use_keys(self, public: str, secret: str) -> None:
+        self._origin.renew(public, secret)
+        for connected in (self._dealer, self._pub):
+            self._sockets.use_keys(connected, public, secret)
 
     def _send(self, envelope: Envelope) -> None:
         frames = encode(envelope)

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, c
 import msgspec
 from msgspec import Meta, Struct
 
+from .config import ROLES, Role
 from .errors import ProtocolError, VersionMismatch
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ Name = Annotated[str, Meta(max_length=255)]
 Text = Annotated[str, Meta(max_length=MAX_TEXT)]
 Excerpt = Annotated[str, Meta(max_length=8 * 1024)]
 Amount = Annotated[float, Meta(ge=0, le=2**60)]
+_Key = Annotated[str, Meta(min_length=40, max_length=40)]  # Z85
 if TYPE_CHECKING:
     _Inline = Payload
 else:  # what the header itself may hold
@@ -280,11 +282,13 @@ class Host(_Wire):
 
 class ClientHello(_Wire, tag=1):
     """``incarnation`` is new with each process, ``life`` with each session it asks for: a late copy of an earlier hello
-    is recognised by it. :class:`Welcome` returns it."""
+    is recognised by it. :class:`Welcome` returns it. ``nested``: this is a task's client, whose incarnation says which
+    worker's; its key may be its node's."""
 
     incarnation: Token
     life: Count
     where: Host
+    nested: bool = False
 
 
 def nested_incarnation(node: bytes, worker: int, number: int) -> bytes:
@@ -331,7 +335,7 @@ class Welcome(_Wire, tag=3):
 class No(_Wire, tag=4):
     """The broker's no: why, and what to do about it."""
 
-    code: Literal["version", "python", "role", "stopping", "malformed"]
+    code: Literal["version", "python", "role", "stopping", "malformed", "key"]
     text: Text
 
 
@@ -622,6 +626,44 @@ class Output(_Wire, tag=48):
     node: Name = ""
 
 
+# --- keys (keyring.py) -----------------------------------------------------------------------------------------------
+
+
+class ChangeKeys(_Wire, tag=90):
+    """From an administrator, about the keys of these roles: tell of them, replace them, or replace them with the old ones
+    good for nothing at once. ``grace_s``: how long replaced ones stay good."""
+
+    request: Count
+    action: Literal["show", "rotate", "revoke"]
+    roles: Annotated[list[Role], Meta(min_length=1, max_length=len(ROLES))]
+    grace_s: Annotated[float, Meta(ge=0, le=365 * 86400.0)] = 0.0
+
+
+class KeyInfo(_Wire):
+    """``left_s``: of a replaced key, how long it is still good; 0 for the one in the role's file."""
+
+    role: Role
+    number: Count
+    public: Name
+    left_s: Amount = 0.0
+
+
+class KeyReport(_Wire, tag=91):
+    """``directory``: on the broker's host, where the files are. ``warning``: what went wrong."""
+
+    request: Count
+    keys: Annotated[list[KeyInfo], Meta(max_length=MAX_ITEMS)]
+    directory: Text = ""
+    warning: Text = ""
+
+
+class NewKeys(_Wire, tag=92):
+    """Connect anew with this key pair: the one you have is good for a while only."""
+
+    public: _Key
+    secret: _Key
+
+
 # --- node and worker (pipes) -----------------------------------------------------------------------------------------
 
 
@@ -738,7 +780,7 @@ Message: TypeAlias = (
     ClientHello | NodeHello | Welcome | No | SayHello | Ping | Pong | Ack | Goodbye
     | Submit | Functions | NeedFunctions | Cancel | Finals | Running | GroupAdd | GroupWait | GroupForget | GroupDone
     | Query | Report | Notice | Shutdown | Command | CommandDone | Follow | JobTasks | StillOpen | Unknown | Hold
-    | NeedInputs | Inputs
+    | NeedInputs | Inputs | ChangeKeys | KeyReport | NewKeys
     | Dispatch | Revoke | Stop | Pause | Results | Progress | Workers | Draining | Adopt | Output
     | Beat | Fact
 )  # fmt: skip

@@ -5,8 +5,9 @@ Rules
 * A Unix socket (``ipc://``) lies in a directory of mode 0700 and needs no more. A ``tcp://`` socket, loopback included,
   is always CURVE: encrypted, and open to known keys only. Without keys it is refused, on both sides.
 * A bound socket may have both kinds. Then Unix peers are authenticated too (by their user id, as the kernel tells it),
-  and **every message of every peer carries a User-Id**. The broker drops what carries none: libzmq lets everybody in
-  while no :class:`Authenticator` runs, and that one check closes the gap.
+  and **every message of every peer carries a User-Id**. The broker drops what carries none, or one of a key that is not
+  good any more: libzmq lets everybody in while no :class:`Authenticator` runs, and never cuts a connection because its key
+  was revoked. That one check closes both gaps.
 * The authenticator starts before the first bind and stops after the last socket is closed.
 * No routing ids are set and no handover is allowed (pitfalls 14 to 17): who a peer is, its messages say.
 * High-water marks only bound memory; the flow control is the protocol's credit. So sends are non-blocking, and EAGAIN
@@ -43,8 +44,8 @@ Context: TypeAlias = "zmq.Context[zmq.Socket[bytes]]"
 Socket: TypeAlias = "zmq.Socket[bytes]"
 
 ZAP_DOMAIN = "zmqsched"
-# The User-Ids that the broker sees: the cluster's client key, and the Unix peers of a cluster that has keys.
-CLIENT_USER, LOCAL_USER = "client", "local"
+# The User-Id of Unix peers, on a cluster that has keys: the cluster's owner. Those of keys are in keyring.py.
+LOCAL_USER = "admin:local"
 
 # Older ones have CVE-2019-13132: a stack overflow before authentication.
 _OLDEST_LIBZMQ = (4, 3, 2)
@@ -80,6 +81,9 @@ _HANDSHAKE_FAILED = int(
     zmq.EVENT_HANDSHAKE_FAILED_AUTH | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
 )
 _CLOSED_ENOUGH = 3
+_BACK, _BARRED = int(zmq.EVENT_HANDSHAKE_SUCCEEDED), int(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
+
+_PEER = struct.Struct("iII")  # pid, uid and gid, as the kernel tells them
 
 # pyzmq's names are enums, and enum arithmetic costs more than the calls it is for.
 _POLLIN = int(zmq.POLLIN)
@@ -92,20 +96,13 @@ _EVERYWHERE = "would listen on every interface; write the address of the one tha
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """A cluster's CURVE keys in Z85. The connecting side has no ``server_secret``."""
+    """The CURVE keys of one side in Z85: the server's public key, and, to connect, a key pair of one's own; to bind, the
+    server's secret key."""
 
     server_public: bytes
-    client_public: bytes
-    client_secret: bytes = field(repr=False)
+    client_public: bytes = b""
+    client_secret: bytes = field(repr=False, default=b"")
     server_secret: bytes = field(repr=False, default=b"")
-
-    @classmethod
-    def generate(cls) -> Keys:
-        """New keys for a new cluster."""
-        if not zmq.has("curve"):
-            raise StartError("this libzmq has no CURVE encryption, which tcp:// needs; install pyzmq's own wheel")
-        (server_public, server_secret), (client_public, client_secret) = zmq.curve_keypair(), zmq.curve_keypair()
-        return cls(server_public, client_public, client_secret, server_secret)
 
     @classmethod
     def of(cls, file: config.ConnectionFile) -> Keys | None:
@@ -115,8 +112,15 @@ class Keys:
         return cls(file.server_key.encode(), file.client_public.encode(), file.client_secret.encode())
 
 
+def key_pair() -> tuple[bytes, bytes]:
+    """A new public and secret key."""
+    if not zmq.has("curve"):
+        raise StartError("this libzmq has no CURVE encryption, which tcp:// needs; install pyzmq's own wheel")
+    return zmq.curve_keypair()
+
+
 class Bound(NamedTuple):
-    """A bound socket, and the addresses it got: where ``*`` was asked for, the port is in there."""
+    """A bound socket, and the addresses it got, in the order asked for: where ``*`` was, the port is in there."""
 
     socket: Socket
     addresses: list[str]
@@ -194,22 +198,47 @@ def connect_dealer(
 
 
 class Connections:
-    """Tells when a socket has got a new connection: what was sent on the one before may be lost."""
+    """Tells when a socket has got a new connection: what was sent on the one before may be lost.
+
+    Or that it will not get one: libzmq does not try again once the other end has refused the key.
+    """
 
     def __init__(self, of: Socket) -> None:
         self._of = of
-        self._events = of.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+        self._events = of.get_monitor_socket(_BACK | _BARRED)
         self.descriptor = descriptor(self._events)
         self.new()  # the descriptor signals only to one that has read the socket empty
 
     def new(self) -> bool:
-        """Whether there has been one since this was asked last."""
-        return bool(receive_all(self._events, 1_000))
+        """Whether there has been one since this was asked last.
+
+        Raises
+        ------
+        Refused
+            There will be none.
+        """
+        events = [struct.unpack_from("=H", frames[0].buffer)[0] for frames in receive_all(self._events, 1_000)]
+        if events and events[-1] == _BARRED:
+            raise Refused(
+                "the connection broke, and the broker does not know this side's key any more: it was revoked or replaced, "
+                "or this is another broker. Get the present connection file"
+            )
+        return bool(events)
 
     def close(self) -> None:
         """To be called before the socket itself is closed."""
         self._of.disable_monitor()
         self._events.close(linger=0)
+
+
+def use_keys(connected: Socket, public: str, secret: str) -> None:
+    """Connect anew with this key pair. A socket's options count for the connections that are begun after."""
+    address = connected.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+    if address.startswith("tcp://"):
+        connected.disconnect(address)
+        connected.setsockopt(zmq.CURVE_PUBLICKEY, public.encode())
+        connected.setsockopt(zmq.CURVE_SECRETKEY, secret.encode())
+        connected.connect(address)
 
 
 def connect_pub(
@@ -347,23 +376,23 @@ def _tcp_options(made: Socket, address: str) -> None:
 
 def _bind(made: Socket, addresses: Iterable[str], keys: Keys | None) -> Bound:
     """libzmq gives a listener the options of the moment it is bound: first the Unix sockets, then those with CURVE."""
-    got = []
+    got = {}
     try:
         if keys is not None:
             made.setsockopt_string(zmq.ZAP_DOMAIN, ZAP_DOMAIN)
-        for address in sorted(addresses, key=lambda address: address.startswith("tcp://")):
+        for address in sorted(wanted := list(addresses), key=lambda address: address.startswith("tcp://")):
             if address.startswith("tcp://"):
                 _serve_curve(made, keys)
                 _tcp_options(made, address)
             made.bind(address)
-            got.append(made.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0"))
+            got[address] = made.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
     except zmq.ZMQError as error:
         made.close(linger=0)
         raise StartError(f"cannot listen at {address}: {error.strerror}; choose another address or port") from None
     except BaseException:
         made.close(linger=0)
         raise
-    return Bound(made, got)
+    return Bound(made, [got[address] for address in wanted])
 
 
 def _serve_curve(made: Socket, keys: Keys | None) -> None:
@@ -440,10 +469,13 @@ class Authenticator:
     _STOP = b"stop"
 
     def __init__(self, ctx: Context, users: Mapping[bytes, str]) -> None:
-        """``users`` names each public key (Z85) that may connect."""
         self._ctx = ctx
-        self._users = {z85.decode(key): name for key, name in users.items()}
+        self.admit(users)
         self._thread: threading.Thread | None = None
+
+    def admit(self, users: Mapping[bytes, str]) -> None:
+        """From now on these public keys (Z85) may connect, under these names, and no others."""
+        self._users = {z85.decode(key): name for key, name in users.items()}
 
     def start(self) -> None:
         """Before the first bind.
@@ -581,6 +613,9 @@ def _probe_ipc(address: str, timeout_s: float) -> str:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.settimeout(timeout_s)
         probe.connect(config.ipc_path(address))
+        _, user, _ = _PEER.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    if user != os.geteuid():  # it would not let us in, nor should we trust it
+        raise PermissionError(0, f"a socket of user {user}")
     return address
 
 

@@ -144,10 +144,10 @@ def test_18_hello_twice():
 def test_19_a_node_that_says_it_is_another_ones():
     """The same incarnation under another key: not taken over, counted, and the one that is there keeps its session."""
     broker = Broker()
-    node = broker.node(user="one")
-    broker.hears(Envelope(0, 0, 0, msgspec.structs.replace(node.hello, life=9)), user="two")
-    assert broker.counts["stale hellos"] == 1
-    assert broker.scheduler._sessions.known(node.hello.incarnation).user == "one"  # type: ignore[union-attr]
+    node = broker.node(user="admin:1")
+    broker.hears(Envelope(0, 0, 0, msgspec.structs.replace(node.hello, life=9)), user="node:1")
+    assert broker.counts["dropped: hello in the name of one with a key for admin"] == 1
+    assert broker.scheduler._sessions.known(node.hello.incarnation).user == "admin:1"  # type: ignore[union-attr]
     goes_on(broker)
 
 
@@ -453,8 +453,8 @@ def test_62_two_clients_with_one_id_and_a_thousand_with_their_own():
     """An incarnation is 16 random bytes. Who repeats one takes that session over, as after a reconnect; not so under another
     key."""
     broker = Broker()
-    first = broker.client("one", user="key")
-    broker.hears(Envelope(0, 0, 0, first.hello), address="another key's", user="another key")
+    first = broker.client("one", user="client:1")
+    broker.hears(Envelope(0, 0, 0, first.hello), address="another key's", user="admin:1")
     assert broker.scheduler._sessions.known(first.hello.incarnation).peer == first.address  # type: ignore[union-attr]
     node = broker.node(slots=1_000)
     where = first.hello.where

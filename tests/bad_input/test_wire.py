@@ -17,14 +17,14 @@ from random import Random
 
 import pytest
 import zmq
-from conftest import eventually
-from msgspec.structs import replace
+from conftest import eventually, from_afar, new_keys
 from zmtp import Speaker, command, frame, greeting, ready
 
 from zmqsched import Client, LocalCluster, errors, sockets
 from zmqsched.broker import Broker
 from zmqsched.config import ipc_address
 from zmqsched.core.events import Arrived, Malformed
+from zmqsched.keyring import Keyring
 from zmqsched.protocol import Ack, Envelope, encode
 from zmqsched.sockets import Keys
 
@@ -57,8 +57,8 @@ class Secured:
 def secured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Secured]:
     monkeypatch.setattr(sockets, "_HANDSHAKE_MS", HANDSHAKE_MS)
     context = sockets.context()
-    keys = Keys.generate()
-    authenticator = sockets.Authenticator(context, {keys.client_public: sockets.CLIENT_USER})
+    keys = new_keys()
+    authenticator = sockets.Authenticator(context, {keys.client_public: "client:1"})
     authenticator.start()
     made = Secured(context, keys)
     yield made
@@ -147,7 +147,7 @@ def refused(cluster: LocalCluster, says: str, **keys: bytes) -> None:
     """A client with the cluster's connection file and other keys is told so in less than 5 s, and others go on."""
     began = time.monotonic()
     with pytest.raises(errors.Refused, match=says) as raised:
-        Client(replace(cluster.file, **{name: key.decode() for name, key in keys.items()}))
+        Client(from_afar(cluster.file, **{name: key.decode() for name, key in keys.items()}))
     assert time.monotonic() - began < 5
     assert "get the present one" in str(raised.value)
     with Client(cluster) as client:
@@ -165,14 +165,14 @@ def test_08_an_unknown_client_key_is_told(guarded: LocalCluster):
 
 def test_09_without_an_authenticator_what_comes_in_is_dropped_and_not_answered(monkeypatch: pytest.MonkeyPatch):
     """libzmq lets everybody in then. And the broker ends when it sees that nobody new can be let in (broker.py)."""
-    context, keys = sockets.context(), Keys.generate()
+    context, keys = sockets.context(), new_keys()
     router, addresses = sockets.bind_router(context, [TCP], keys)
     public, secret = zmq.curve_keypair()
     with router, sockets.connect_dealer(context, addresses, Keys(keys.server_public, public, secret)) as stranger:
         stranger.send(b"ZQ\x01\x00")
         assert router.poll(SOON_MS)
         broker = Broker.__new__(Broker)
-        broker._keys = keys
+        broker._keyring = Keyring()
         event = broker._event(router.recv_multipart(copy=False))
         assert isinstance(event, Malformed)
         assert (event.reason, event.answer) == ("no authenticated sender", None)
@@ -266,7 +266,7 @@ class Reader:
         self.address = address
         self.router, _ = sockets.bind_router(context, [address], None)
         self.broker = Broker.__new__(Broker)
-        self.broker._keys = None
+        self.broker._keyring = None
 
     def event(self) -> object:
         assert self.router.poll(SOON_MS)

@@ -868,11 +868,11 @@ def test_a_stale_hello_is_ignored():
 
 def test_the_hello_of_another_user_takes_no_session_over():
     broker = Broker()
-    client, node = broker.client(), broker.node(user="ann")
+    client, node = broker.client(), broker.node(user="node:1")
     client.submits("a")
-    broker.hears(Envelope(0, 0, 0, node.hello), "thief", user="eve")
-    assert broker.counts["stale hellos"] == 1
-    thief = broker.hears(Envelope(node.link.session, 0, 0, Ping(0, 1)), "thief", user="eve")
+    broker.hears(Envelope(0, 0, 0, node.hello), "thief", user="admin:1")
+    assert broker.counts["dropped: hello in the name of one with a key for node"] == 1
+    thief = broker.hears(Envelope(node.link.session, 0, 0, Ping(0, 1)), "thief", user="admin:1")
     assert [type(action.envelope.body) for action in thief if isinstance(action, Send)] == [SayHello]
     node.finishes("a")
     assert client.answers == {"a": "ok"}

@@ -66,6 +66,7 @@ from ..protocol import (
     Interrupted,
     Message,
     NeedFunctions,
+    NewKeys,
     No,
     NodeHello,
     Options,
@@ -114,6 +115,7 @@ from .events import (
     Tick,
     ToBroker,
     Unreadable,
+    UseKeys,
 )  # fmt: skip
 from .functions import FunctionStore
 from .offences import Offences, Strikes
@@ -400,6 +402,8 @@ class Agent:
                 self._leave(drain=drain, reason="told by the broker", by=now + grace_s if grace_s else math.inf)
             case Pause(on):
                 self._pause(on=on)
+            case NewKeys(public, secret):
+                self._out.append(UseKeys(public, secret))
             case _:
                 self._offences.note(f"{type(message).__name__} from the broker", "the broker")
 

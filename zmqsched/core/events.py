@@ -1,18 +1,19 @@
 """What goes into a core and what comes out: ``handle(event, now) -> list[Action]``.
 
 ``peer`` is the transport's address of the other end (a ROUTER's routing id). It says where to send, never who it is.
-``user`` is who the transport's security says the peer is; empty where the transport has none (``ipc://``).
+``user`` is who the transport's security says the peer is (``roles.py``); empty where the transport has none (``ipc://``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Literal, NamedTuple
 
 from ..protocol import (
     Advance,
     Beat,
+    ChangeKeys,
     Command,
     CommandDone,
     Declined,
@@ -28,6 +29,7 @@ from ..protocol import (
     GroupWait,
     Interrupted,
     JobTasks,
+    KeyReport,
     No,
     Payload,
     Query,
@@ -63,6 +65,16 @@ class Malformed(NamedTuple):
     sender: str = "somebody"
 
 
+class KeysChanged(NamedTuple):
+    """``moved``: by User-Id, the key pair to go on with in place of the one it has; ``gone``: whose key is good for nothing
+    any more. ``report`` is for the session that asked, if one did."""
+
+    moved: Mapping[str, tuple[str, str]]
+    gone: Collection[str]
+    session: int = 0
+    report: KeyReport | None = None
+
+
 class Undelivered(NamedTuple):
     """The transport refused a send: the peer is gone, or its queue is full."""
 
@@ -96,6 +108,13 @@ class Log(NamedTuple):
     text: str
 
 
+class Rekey(NamedTuple):
+    """This session of an administrator wants to know of the keys, or to have them changed: say :class:`KeysChanged`."""
+
+    session: int
+    request: ChangeKeys
+
+
 class Shrunk(NamedTuple):
     """A great many records are gone; a good moment to return memory to the system."""
 
@@ -127,8 +146,8 @@ class Troubled(NamedTuple):
     reason: str
 
 
-SchedulerEvent = Arrived | BeatArrived | Malformed | Undelivered | Written | Troubled | Leave | Tick
-SchedulerAction = Send | Publish | Write | Log | Shrunk | Quit
+SchedulerEvent = Arrived | BeatArrived | Malformed | Undelivered | KeysChanged | Written | Troubled | Leave | Tick
+SchedulerAction = Send | Publish | Write | Rekey | Log | Shrunk | Quit
 
 
 # --- the node's agent --------------------------------------------------------------------------------------------
@@ -239,6 +258,13 @@ class Retire(NamedTuple):
     worker: int
 
 
+class UseKeys(NamedTuple):
+    """Connect anew, with this key pair."""
+
+    public: str
+    secret: str
+
+
 class SendBeat(NamedTuple):
     """The shell adds what it measures: CPU and memory."""
 
@@ -246,7 +272,9 @@ class SendBeat(NamedTuple):
 
 
 AgentEvent = Reached | Reconnected | Unreadable | Born | Exited | Said | Printed | TakenBack | Stood | Leave | Tick
-AgentAction = ToBroker | Start | Give | TakeBack | AskStack | TellStack | Interrupt | Kill | Retire | SendBeat | Log | Quit
+AgentAction = (
+    ToBroker | Start | Give | TakeBack | AskStack | TellStack | Interrupt | Kill | Retire | SendBeat | UseKeys | Log | Quit
+)
 
 
 # --- the client's brain ---------------------------------------------------------------------------------------------
@@ -279,7 +307,7 @@ class Withdraw(NamedTuple):
 class Tell(NamedTuple):
     """A message for the broker that has no answer, or one that is asked for by its ``request`` number."""
 
-    message: GroupAdd | GroupWait | GroupForget | Query | Follow | Shutdown | Command
+    message: GroupAdd | GroupWait | GroupForget | Query | Follow | Shutdown | Command | ChangeKeys
 
 
 class Began(NamedTuple):
@@ -306,7 +334,7 @@ class Heard(NamedTuple):
 
 
 class Replied(NamedTuple):
-    message: GroupDone | Report | JobTasks | CommandDone
+    message: GroupDone | Report | JobTasks | CommandDone | KeyReport
 
 
 class Warned(NamedTuple):
@@ -321,4 +349,4 @@ class Broken(NamedTuple):
 
 
 ClientEvent = Ask | Withdraw | Tell | Reached | Reconnected | Unreadable | Leave | Tick
-ClientAction = ToBroker | Began | Finished | NowRunning | Heard | Replied | Warned | Broken | Quit
+ClientAction = ToBroker | Began | Finished | NowRunning | Heard | Replied | Warned | Broken | UseKeys | Quit

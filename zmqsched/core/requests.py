@@ -30,6 +30,7 @@ from ..protocol import (
     BATCH_ITEMS,
     MAX_ITEMS,
     Cancel,
+    ChangeKeys,
     ClientHello,
     CommandDone,
     Envelope,
@@ -46,9 +47,11 @@ from ..protocol import (
     Hold,
     Inputs,
     JobTasks,
+    KeyReport,
     Message,
     NeedFunctions,
     NeedInputs,
+    NewKeys,
     No,
     Notice,
     Output,
@@ -88,6 +91,7 @@ from .events import (
     Tick,
     ToBroker,
     Unreadable,
+    UseKeys,
     Warned,
     Withdraw,
 )  # fmt: skip
@@ -100,13 +104,12 @@ from .uplink import Uplink
 MAX_SENT_FUNCTIONS = 4_096  # digests remembered as sent; past it, functions are sent again
 WARN_AFTER_S = 5.0
 DELIVERY_TIMEOUT_S = 10.0  # for a job's tasks to be accepted, when their client leaves | Resumed
-_Ordered: TypeAlias = GroupAdd | GroupWait | GroupForget | Cancel | Query | Follow
+_Ordered: TypeAlias = GroupAdd | GroupWait | GroupForget | Cancel | Query | Follow | ChangeKeys
 WINDOW_BYTES = 32 * 1024 * 1024  # what a client sends before it hears that it arrived, and whether the broker takes more
 
 
 class Requests:
-    def __init__(self, hello: ClientHello, lost_after_s: float = CLUSTER_LOST_AFTER_S, *, nested: bool = False) -> None:
-        """``nested``: of a task, which is not held: what it waits for may be what the broker is full of."""
+    def __init__(self, hello: ClientHello, lost_after_s: float = CLUSTER_LOST_AFTER_S) -> None:
         self._uplink = Uplink(hello, BEAT_INTERVAL_S, CLIENT_LEASE_S)
         self._open: dict[bytes, Asked] = {}
         self._inputs: inputs.Inputs[Asked] = inputs.Inputs()
@@ -119,12 +122,12 @@ class Requests:
         self._on_the_way: deque[int] = deque()  # bytes of each submission that is not acknowledged
         self._window = WINDOW_BYTES  # what may still be sent of them
         self._held = False
-        self._nested = nested
+        self._nested = hello.nested  # then it is not held: what it waits for may be what the broker is full of
         self.waiting = 0  # bytes of the fresh ones
         self.taken = 0  # bytes of all that was ever asked for
         self._functions = FunctionStore()
         self._sent: set[bytes] = set()
-        self._asked: dict[int, GroupWait | Query | Follow] = {}  # requests without a reply
+        self._asked: dict[int, GroupWait | Query | Follow | ChangeKeys] = {}  # requests without a reply
         self._jobs: dict[str, set[bytes]] = {}  # unanswered tasks, not ours, of the jobs we follow
         self._listed: dict[str, list[bytes]] = {}  # of a job's tasks, those named so far
         self._additions = 0  # to WaitGroups
@@ -155,7 +158,7 @@ class Requests:
             case Unreadable(why):
                 self._unreadable(why, now)
             case Tell(message):
-                if isinstance(message, GroupWait | Query | Follow):
+                if isinstance(message, GroupWait | Query | Follow | ChangeKeys):
                     self._asked[message.request] = message
                 elif isinstance(message, GroupForget):
                     self._asked.pop(message.request, None)
@@ -247,7 +250,7 @@ class Requests:
                 self._finals(finals)
             case Running(tasks):
                 self._out.append(NowRunning([task for task in tasks if self._awaits(task)]))
-            case GroupDone() | Report():
+            case GroupDone() | Report() | KeyReport():
                 if self._asked.pop(message.request, None) is not None:
                     self._out.append(Replied(message))
             case CommandDone():
@@ -270,6 +273,8 @@ class Requests:
                 self._held = on and not self._nested
             case Welcome():
                 self._welcomed(message)
+            case NewKeys(public, secret):
+                self._out.append(UseKeys(public, secret))
             case Notice(text):
                 self._out.append(Warned(text))
             case No(_, text):

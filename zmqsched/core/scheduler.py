@@ -31,6 +31,7 @@ from random import Random
 from ..protocol import (
     Beat,
     Cancel,
+    ChangeKeys,
     ClientHello,
     Command,
     Draining,
@@ -48,6 +49,7 @@ from ..protocol import (
     Left,
     Message,
     NeedFunctions,
+    NewKeys,
     No,
     NodeHello,
     NodeReport,
@@ -70,18 +72,20 @@ from ..protocol import (
     clipped,
     nested_in,
 )  # fmt: skip
-from . import outputs
+from . import outputs, roles
 from .book import Book
 from .commands import Commands
 from .dispatching import Dispatching
 from .events import (
     Arrived,
     BeatArrived,
+    KeysChanged,
     Leave,
     Log,
     Malformed,
     Publish,
     Quit,
+    Rekey,
     SchedulerAction,
     SchedulerEvent,
     Send,
@@ -98,6 +102,7 @@ from .offences import Offences
 from .owners import Owner
 from .reasons import SETTLING, UNREAD, Reasons
 from .recovery import replay, snapshot
+from .roles import ADMIN
 from .sessions import Session, Sessions
 from .settings import Settings
 from .timers import Timers
@@ -143,6 +148,8 @@ class Scheduler:
                 self._malformed(event, now)
             case Undelivered(_, reason):
                 self.counts[f"send refused: {reason}"] += 1
+            case KeysChanged():
+                self._keys_changed(event)
             case Written(number, size):
                 assert self.book.ledger is not None, "a journal nobody asked for"
                 self._release(*self.book.ledger.written(number, size), now)
@@ -182,7 +189,7 @@ class Scheduler:
 
     def _arrived(self, peer: bytes, user: str, envelope: Envelope, now: float) -> None:
         session = self._sessions.get(envelope.session)
-        if session is None or session.user != user:
+        if session is None or (session.user != user and not self._sessions.has_new_key(session, user)):
             body = envelope.body
             if isinstance(body, ClientHello | NodeHello):
                 self._hello(peer, user, body, now)
@@ -229,10 +236,14 @@ class Scheduler:
                 self.book.still_open(session, tasks)
             case Follow(request, job):
                 self.book.follow(session, request, job)
+            case Command() | Shutdown() | ChangeKeys() if session.role != ADMIN:
+                self._forbid(session, message)
             case Command():
                 self._commands.obey(session, message)
             case Shutdown():
                 self._shut_down("a client asked for it", now)
+            case ChangeKeys():
+                self._out.append(Rekey(session.token, message))
             case Goodbye():
                 self._client_gone(session, "left", force=False)
             case _:
@@ -268,17 +279,34 @@ class Scheduler:
         who = f"{role} {session.where.host} pid {session.where.pid}"
         self._offences.note(f"{type(message).__name__} from a {role}", who)
 
+    def _forbid(self, session: Session, message: Message) -> None:
+        what = type(message).__name__
+        self._offences.note(f"{what} from a {session.role}", f"{session.role} {session.where.host} pid {session.where.pid}")
+        self._out.append(Send(session.peer, Envelope(0, 0, 0, No("role", roles.forbidden(session.role, what)))))
+
     def _malformed(self, event: Malformed, now: float) -> None:
         self._offences.note(event.reason, event.sender)
         if event.answer is None or (event.answer.code == "malformed" and not self._offences.strike(event.peer, now)):
             return
         for session in [session for session in self._sessions if session.peer == event.peer]:
-            why = f"cannot be understood: {event.answer.text}"
-            if session.node:
-                self._node_ends(self._nodes[session.node], left=False, why=why)
-            else:
-                self._client_gone(session, why, force=True)
+            self._cut(session, f"cannot be understood: {event.answer.text}")
         self._out.append(Send(event.peer, Envelope(0, 0, 0, event.answer)))
+
+    def _cut(self, session: Session, why: str) -> None:
+        if session.node:
+            self._node_ends(self._nodes[session.node], left=False, why=why)
+        else:
+            self._client_gone(session, why, force=True)
+
+    def _keys_changed(self, event: KeysChanged) -> None:
+        for session in list(self._sessions):
+            if session.user in event.gone:
+                self._cut(session, "came with a key that is good for nothing any more")
+                self._out.append(Send(session.peer, Envelope(0, 0, 0, No("key", roles.KEY_GONE))))
+            elif (pair := event.moved.get(session.user)) is not None:
+                self._sessions.send(session, NewKeys(*pair))
+        if event.report is not None and (asker := self._sessions.get(event.session)) is not None:
+            self._sessions.send(asker, event.report)
 
     def _beat(self, beat: Beat, now: float) -> None:
         node = self._by_incarnation.get(beat.incarnation)
@@ -336,14 +364,21 @@ class Scheduler:
     # --- hello and goodbye -------------------------------------------------------------------------------------------
 
     def _hello(self, peer: bytes, user: str, hello: ClientHello | NodeHello, now: float) -> None:
-        if (no := self._objection(hello)) is not None:
+        if (no := self._objection(user, hello)) is not None:
             self.counts[f"refused: {no.code}"] += 1
             self._out.append(Log("warning", f"refused {hello.where.host} pid {hello.where.pid}: {no.text}"))
             self._out.append(Send(peer, Envelope(0, 0, 0, no)))
             return
         session = self._sessions.known(hello.incarnation)
-        if session is not None and (hello.life < session.life or session.user != user):
+        if session is not None and session.role != roles.role_of(user):
+            who = f"{user or 'this host'}: {hello.where.host} pid {hello.where.pid}"
+            self._offences.note(f"hello in the name of one with a key for {session.role}", who)
+            return
+        if session is not None and hello.life < session.life:
             self.counts["stale hellos"] += 1
+            return
+        if roles.role_of(user) == roles.NODE and isinstance(hello, ClientHello) and not self._vouched_for(hello.incarnation):
+            self.counts["clients of tasks whose node is not there"] += 1  # it will be, or the next hello finds it so, too
             return
         if session is not None and hello.life > session.life:
             if session.node:
@@ -366,7 +401,16 @@ class Scheduler:
         welcome = Welcome(session.token, session.life, settings.epoch, name, settings.beat_interval_s, session.remembered)
         self._out.append(Send(peer, Envelope(session.token, 0, 0, welcome)))
 
-    def _objection(self, hello: ClientHello | NodeHello) -> No | None:
+    def _vouched_for(self, incarnation: bytes) -> bool:
+        """This client is in a worker that a node says it has."""
+        return any(
+            nested_in(node.incarnation, incarnation) in {state.worker for state in node.workers}
+            for node in self._nodes.values()
+        )
+
+    def _objection(self, user: str, hello: ClientHello | NodeHello) -> No | None:
+        if why := roles.objection(user, hello):
+            return No("role", why)
         theirs = hello.where.python
         if ".".join(theirs.split(".")[:2]) == self.settings.python:
             return None

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from ..protocol import ClientHello, Envelope, Final, Host, Message, NodeHello
 from .link import Link
+from .roles import role_of
 from .timers import Timers
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ class Session:
     its own tasks' owner, and those of the jobs it asked for; ``remembered``: its tasks were known when it came."""
 
     __slots__ = (
-        "finals", "follows", "heard_at", "incarnation", "life", "link", "node", "peer", "remembered", "running", "token",
-        "user", "where",
+        "finals", "follows", "heard_at", "incarnation", "life", "link", "node", "peer", "remembered", "role", "running",
+        "token", "user", "where",
     )  # fmt: skip
 
     def __init__(
@@ -43,6 +44,7 @@ class Session:
         self.where: Host = hello.where
         self.peer = peer
         self.user = user
+        self.role = role_of(user)
         self.link = Link(token, cautious=cautious)
         self.heard_at = now
         self.node = ""  # the node's id, if this is a node
@@ -88,6 +90,13 @@ class Sessions:
         del self._by_incarnation[session.incarnation]
         self._dirty.pop(session.token, None)
         self._timers.set(session.token, None)
+
+    def has_new_key(self, session: Session, user: str) -> bool:
+        """The same peer, as it knows the token, with the key that has replaced the one it came with."""
+        if role_of(user) != session.role:
+            return False
+        session.user = user
+        return True
 
     def receive(self, session: Session, peer: bytes, envelope: Envelope, now: float) -> Message | None:
         session.heard_at = now
