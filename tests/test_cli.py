@@ -452,7 +452,7 @@ def test_a_broker_and_a_node_by_hand(home):
 def test_a_node_with_a_wrong_key_is_told_so(home):
     file = home.path / "lab" / "connection.json"
     with home.start("broker", "--name", "lab", "--listen", "--ready-fd", "1", until="pid") as broker:
-        right = json.loads(file.read_text())
+        right = json.loads(file.read_text()) | {"network": "elsewhere"}
         wrong = {
             "stranger": {"client_secret": right["server_key"]},  # any 32 bytes are a key
             "stale": {"server_key": right["client_public"]},
