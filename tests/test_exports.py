@@ -10,8 +10,8 @@ import zmqsched
 from zmqsched import errors
 
 PUBLIC = [
-    "Client", "Cluster", "Future", "LocalCluster", "Map", "WaitGroup", "__version__", "as_completed", "errors", "get_client",
-    "get_task", "map", "starmap", "wait",
+    "Client", "Cluster", "Future", "LocalCluster", "Map", "SSHCluster", "SlurmCluster", "WaitGroup", "__version__",
+    "as_completed", "errors", "get_client", "get_task", "map", "starmap", "wait",
 ]  # fmt: skip
 
 

@@ -75,8 +75,8 @@ MAY = {
     "waitgroup": EDGE_MAY | {"futures", "tasks", "worker", "waiting", "nesting"},
 }
 ASSEMBLY = {
-    "__init__", "__main__", "cluster", "brokers", "fleet", "cleaning", "doctor", "hops", "launch", "stopping", "easy", "sim",
-    "cli", "joblib",
+    "__init__", "__main__", "cluster", "brokers", "fleet", "elsewhere", "cleaning", "doctor", "hops", "launch",
+    "stopping", "easy", "sim", "cli", "joblib",
 }  # fmt: skip
 
 # What the layers must not take from outside, as prefixes of dotted names.

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .cluster import Cluster, LocalCluster
     from .context import get_task
     from .easy import map, starmap  # noqa: A004 - zmqsched.map is the point
+    from .elsewhere import SlurmCluster, SSHCluster
     from .futures import Future
     from .maps import Map
     from .nesting import get_client
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from .waiting import as_completed, wait
 
 __all__ = [
-    "Client", "Cluster", "Future", "LocalCluster", "Map", "WaitGroup", "__version__", "as_completed", "errors", "get_client",
-    "get_task", "map", "starmap", "wait",
+    "Client", "Cluster", "Future", "LocalCluster", "Map", "SSHCluster", "SlurmCluster", "WaitGroup", "__version__",
+    "as_completed", "errors", "get_client", "get_task", "map", "starmap", "wait",
 ]  # fmt: skip
 
 _HOMES = {
@@ -35,6 +36,8 @@ _HOMES = {
     "Future": "futures",
     "LocalCluster": "cluster",
     "Map": "maps",
+    "SSHCluster": "elsewhere",
+    "SlurmCluster": "elsewhere",
     "WaitGroup": "waitgroup",
     "__version__": "version",
     "as_completed": "waiting",

@@ -65,8 +65,10 @@ class Cluster(Shown):
 
     Raises
     ------
+    ClusterFileError
+        Something of it cannot be; says what.
     ValueError
-        There is no such launcher, or two groups have one name.
+        There is no such launcher.
     ClusterExists
         A running cluster has that name.
     StartError
@@ -77,8 +79,8 @@ class Cluster(Shown):
     _all_or_nothing = False
 
     def __init__(self, wanted: ClusterFile, *, echo: bool = False) -> None:
-        self.wanted = wanted
         self.name = check_name(wanted.name)
+        self.wanted = wanted = wanted.checked()
         self._pid = os.getpid()
         self._closed = False
         self._changed: Callable[[], None] = _nothing
@@ -129,6 +131,17 @@ class Cluster(Shown):
         if failures and (self._all_or_nothing or not any(one.state != "ended" for one in self._fleet.now())):
             words = "\n".join(f"  {one.label}{f' ({one.where})' if one.where else ''}: {one.why}" for one in failures)
             raise StartError(f"nodes of cluster {self.name!r} did not start:\n{words}")
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], *, echo: bool = False) -> Cluster:
+        """The cluster that a ``cluster.toml`` describes.
+
+        Raises
+        ------
+        ClusterFileError
+            The file cannot be read, or holds what cannot be: names the key.
+        """
+        return Cluster(ClusterFile.load(path), echo=echo)
 
     # --- what is known of it --------------------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@
     │   ├── JournalError                    the journal is damaged, in use, or of another cluster
     │   ├── ConnectionFileError (ValueError)
     │   ├── ClusterFileError (ValueError)   what was asked for of a cluster cannot be; with the path of each wrong key
+    │   ├── CommandFailed                   a node was not drained, paused, ...: there is none, or it is leaving
     │   ├── BrokerUnreachable (ConnectionError)
     │   ├── Refused                         the broker said no, and why
     │   └── ClusterLost (concurrent.futures.BrokenExecutor)

@@ -63,20 +63,13 @@ class _Member:
 class Group:
     """The nodes of one launcher, by label."""
 
-    def __init__(self, wanted: NodeGroup, name: str, site: Site) -> None:
-        self.name = name
+    def __init__(self, wanted: NodeGroup, site: Site) -> None:
+        self.name = wanted.name
         self.wanted = wanted
         self.launcher: Launcher = find_launcher(wanted.launcher)(wanted, site)
         self.members: dict[str, _Member] = {}
         self.adapting = Adapting(wanted.scale.min, wanted.scale.max) if wanted.scale else None
         self._numbers = itertools.count(1)
-
-    def first(self) -> int:
-        """How many nodes it begins with."""
-        named = self.wanted.count or len(self.wanted.hosts) or (self.wanted.batch.nodes if self.launcher.queues else 0)
-        if self.adapting:
-            return min(max(named if self.wanted.count else 0, self.adapting.least), self.adapting.most)
-        return named or 1
 
     def start(self, number: int) -> None:
         labels = [f"{self.name}-{next(self._numbers)}" for _ in range(number)]
@@ -115,12 +108,7 @@ class Fleet:
         weakref.finalize(self, os.close, self._wake).atexit = False
         self._thread: threading.Thread | None = None
         self._closings: list[threading.Thread] = []
-        self.groups: dict[str, Group] = {}
-        for wanted in groups:
-            name = wanted.name or wanted.launcher
-            if name in self.groups:
-                raise ValueError(f"two groups of nodes are named {name!r}: give each a name of its own")
-            self.groups[name] = Group(wanted, name, self._site)
+        self.groups = {wanted.name: Group(wanted, self._site) for wanted in groups}
 
     # --- beginning ------------------------------------------------------------------------------------------------
 
@@ -132,7 +120,7 @@ class Fleet:
         for group in self.groups.values():
             if (group.wanted.launcher == "local") is local:
                 try:
-                    group.start(group.first())
+                    group.start(group.wanted.size)
                 except StartError as error:
                     self._failed(Launched(group.name, "ended", str(error)))
 
@@ -356,9 +344,9 @@ class Fleet:
         for group in groups:
             assert group.adapting is not None
             staying = group.staying()
-            coming = {label: 0 for label in staying if label not in self._nodes}
+            coming = [label for label in staying if label not in self._nodes]
             busy = {label: self._nodes[label].assigned for label in staying if label in self._nodes}
-            demand = Demand(tasks, sum(node.slots for node in here) + self._slots_coming())
+            demand = Demand(tasks, sum(node.slots for node in here), self._slots_coming())
             step = group.adapting.decide(time.monotonic(), demand, self._slots_of(group), busy, coming)
             self._dismiss(group, step.leave)
             group.stop([label for label, one in group.members.items() if one.ended])

@@ -13,7 +13,7 @@ Rules
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 UP_AFTER_S = 2.0
@@ -24,10 +24,16 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 @dataclass(frozen=True)
 class Demand:
     """What the whole cluster is asked for, and has. ``tasks``: those that could run now or do; ``slots``: of the nodes that
-    are there, and of those that are on their way."""
+    are there; ``coming``: of those that are on their way."""
 
     tasks: int
     slots: int
+    coming: int
+
+    @property
+    def lacking(self) -> int:
+        """Tasks that will find no slot; below 0, slots that will find no task."""
+        return self.tasks - self.slots - self.coming
 
 
 @dataclass(frozen=True)
@@ -58,35 +64,36 @@ class Adapting:
         """A node of the group is there."""
         self._pause_s = 0.0
 
-    def decide(self, now: float, demand: Demand, slots: int, here: Mapping[str, int], coming: Mapping[str, int]) -> Step:
+    def decide(self, now: float, demand: Demand, slots: int, here: Mapping[str, int], coming: Sequence[str]) -> Step:
         """``slots``: of a node of this group. ``here``: the tasks that each node has; ``coming``: those that are on their
-        way, 0 each."""
-        lacking = max(0, demand.tasks - demand.slots)
-        everybody = {**coming, **here}
-        self._watch(now, lacking, everybody)
-        if now >= self._not_before and (start := self._more(now, lacking, slots, len(everybody), demand.slots)):
+        way, in the order they were asked for."""
+        number = len(here) + len(coming)
+        self._watch(now, demand, slots, here, coming)
+        if now >= self._not_before and (start := self._more(now, demand, slots, number)):
             return Step(start=start)
-        if len(everybody) > self.most:
-            surplus = sorted(everybody, key=lambda label: (label in here, everybody[label]))
-            return Step(leave=tuple(surplus[: len(everybody) - self.most]))
+        if number > self.most:
+            surplus = [*coming, *sorted(here, key=lambda label: here[label])]
+            return Step(leave=tuple(surplus[: number - self.most]))
         idle = [label for label, since in self._idle_since.items() if now - since >= IDLE_S]
         idle.sort(key=lambda label: (label in here, self._idle_since[label]))
-        return Step(leave=tuple(idle[: len(everybody) - self.least])) if len(everybody) > self.least else Step()
+        return Step(leave=tuple(idle[: max(0, number - self.least)]))
 
-    def _watch(self, now: float, lacking: int, everybody: Mapping[str, int]) -> None:
-        if not lacking:
+    def _watch(self, now: float, demand: Demand, slots: int, here: Mapping[str, int], coming: Sequence[str]) -> None:
+        """Since when do tasks lack a slot, or nodes a task? Of those that are coming, who is more than the tasks want."""
+        if demand.lacking <= 0:
             self._lacking_since = None
         elif self._lacking_since is None:
             self._lacking_since = now
-        idle = {label for label, tasks in everybody.items() if not tasks and not lacking}
-        self._idle_since = {label: self._idle_since.get(label, now) for label in idle}
+        wanted = math.ceil(max(0, demand.tasks - demand.slots) / slots)
+        idle = [] if demand.lacking > 0 else [label for label, tasks in here.items() if not tasks]
+        self._idle_since = {label: self._idle_since.get(label, now) for label in [*idle, *coming[wanted:]]}
 
-    def _more(self, now: float, lacking: int, slots: int, number: int, slots_in_all: int) -> int:
+    def _more(self, now: float, demand: Demand, slots: int, number: int) -> int:
         if number < self.least:
             return self.least - number
-        if not lacking or self._lacking_since is None:
+        if self._lacking_since is None:
             return 0
-        if slots_in_all and now - self._lacking_since < UP_AFTER_S:
+        if demand.slots + demand.coming and now - self._lacking_since < UP_AFTER_S:
             return 0
         self._lacking_since = now
-        return max(0, min(math.ceil(lacking / slots), max(1, number), self.most - number))
+        return max(0, min(math.ceil(demand.lacking / slots), max(1, number), self.most - number))

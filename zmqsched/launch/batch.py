@@ -51,6 +51,7 @@ _JOB_NAME = "zmqsched-"
 class BatchLauncher(Launcher):
     """Nodes of one group as jobs of a batch system."""
 
+    queues: ClassVar[bool] = True
     name: ClassVar[str]
     system: ClassVar[BatchSystem]
 
