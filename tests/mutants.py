@@ -145,7 +145,7 @@ MUTANTS = {
     "all that lay in a dead worker's pipe is blamed": _one(
         "agent",
         "        self._taken_back(worker, untaken, now)\n",
-        "        self._deaths += [Death(worker.id, pid, how, run.task, run.attempt) for run in untaken]\n"
+        "        self._reports.deaths += [Death(worker.id, pid, how, run.task, run.attempt) for run in untaken]\n"
         "        self._taken_back(worker, untaken, now)\n",
     ),
     "a task may kill workers for ever": _one(

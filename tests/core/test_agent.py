@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from zmqsched.core.agent import (
-    BATCH_S,
-    LEASE_S,
-    MAX_BATCH,
-    REPORT_AFTER_S,
-    RESTART_BACKOFF_S,
-    STUCK_AFTER_S,
-)  # fmt: skip
+from zmqsched.core.agent import LEASE_S, REPORT_AFTER_S
+from zmqsched.core.crew import RESTART_BACKOFF_S
 from zmqsched.core.events import Born, Exited
+from zmqsched.core.giving import BATCH_S, MAX_BATCH, STUCK_AFTER_S
 from zmqsched.protocol import (
     Done,
     Draining,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from zmqsched.core import agent as agents
-from zmqsched.core.agent import SPARE_S
+from zmqsched.core import agent, crew
+from zmqsched.core.crew import SPARE_S
 from zmqsched.core.events import Said
 from zmqsched.protocol import (
     Adopt,
@@ -132,11 +132,12 @@ def test_a_time_limit_goes_on_counting_and_estimates_do_not():
     place.feels_it(1)
     place.finishes("parent", took=5.2, ok=False)
     assert place.stopped == {"parent": "TaskTimeout"}
-    assert place.agent._task_s < 0.5
+    assert place.agent._giving.task_s < 0.5
 
 
 def test_too_many_that_wait_are_an_error(monkeypatch):
-    monkeypatch.setattr(agents, "MAX_LENT", 2)
+    for module in (agent, crew):
+        monkeypatch.setattr(module, "MAX_LENT", 2)
     place = Workplace(slots=1)
     for label in ("a", "b", "c"):
         place.broker_orders(label)
@@ -161,7 +162,7 @@ def test_a_wait_outlives_the_session_in_which_it_began():
     place.told.clear()
     place.broker_says(Adopt([Attempt(task_id("parent"), 1)]))
     assert told(place, "waiting") == ["parent"]
-    assert place.agent._credit == 2
+    assert place.agent._reports.credit == 2
 
 
 @pytest.mark.parametrize("message", ["waits", "goes_on"])

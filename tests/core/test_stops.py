@@ -303,4 +303,4 @@ def test_a_worker_that_is_being_ended_is_busy():
     place.passes(LIMIT_S + LOOK_S + SOON)
     place.finishes("a", ok=False)
     place.passes(GRACE_S / 2)
-    assert place.agent._worker_states()[0].state == "busy"
+    assert place.agent._crew.states()[0].state == "busy"

@@ -292,8 +292,8 @@ class Cluster:
             return f"is {record.state} and holds {node.core.held} tasks"
         if any(worker.ending is not None for worker in node.core._workers.values()):
             return "does not let go of a worker that it has interrupted"
-        if record.credit != node.core._credit or record.credit < record.slots:
-            return f"offers {node.core._credit} and is thought to offer {record.credit} for its {record.slots} slots"
+        if record.credit != node.core._reports.credit or record.credit < record.slots:
+            return f"offers {node.core._reports.credit} and is thought to offer {record.credit} for its {record.slots} slots"
         return ""
 
 

@@ -1,0 +1,157 @@
+"""Which worker of a node gets which of its tasks next, how many at once, and how many more the node should have.
+
+Rules
+-----
+* A worker's pipe is a queue that both ends can take from: the shell keeps the worker's end open as well. So short tasks
+  are given several at once, which saves a wake-up each, and when the first of them turns out to be long the rest is
+  taken back and given to others: what lies in a pipe is never stuck. And when a worker dies, what it had taken and not
+  answered is exactly the task it was running.
+* How many are given at once follows from how long tasks have taken lately: about ``BATCH_S`` of work.
+* Tasks that ask for more than one CPU, or for anything else, are given alone.
+* If the first in the queue does not fit, the others wait too: else a wide task would starve behind narrow ones. The
+  broker sends only what fits apart from CPUs, so this lasts until running tasks end.
+"""
+
+from __future__ import annotations
+
+from ..protocol import Input, Payload, Run, payload_bytes
+from .crew import Crew
+from .events import AgentAction, Give, TakeBack
+from .functions import FunctionStore
+from .priorities import PriorityQueue
+from .room import Demand, Room
+from .workers import Held, Worker
+
+LOOKAHEAD_S = 0.02
+BATCH_S = 0.002
+TASK_OVERHEAD_S = 20e-6  # what a task costs a worker besides the call itself
+MAX_BATCH = 64  # a pipe holds about 270 small runs
+MAX_BATCHED_BYTES = 2 * 1024  # of a call that joins a batch: the pipe must never be full, and large calls gain nothing
+MAX_PREFETCH = 256  # for each slot
+STUCK_AFTER_S = 0.005  # a batch whose first task takes this long, and three times as long as usual, is taken apart
+MAX_WORKER_FUNCTIONS = 512
+
+
+class Giving:
+    """``queue``: tasks that wait here, and lack nothing. ``task_s``: how long a task takes, smoothed; None until one was
+    timed."""
+
+    def __init__(self, crew: Crew, room: Room, functions: FunctionStore, out: list[AgentAction]) -> None:
+        self.queue: PriorityQueue[Held] = PriorityQueue()
+        self.task_s: float | None = None
+        self._crew = crew
+        self._room = room
+        self._functions = functions
+        self._out = out
+
+    def took(self, seconds: float) -> None:
+        """A task has ended."""
+        took = seconds + TASK_OVERHEAD_S
+        self.task_s = took if self.task_s is None else self.task_s + 0.1 * (took - self.task_s)
+
+    @property
+    def has_plenty(self) -> bool:
+        """Short tasks wait here and in every worker's pipe: nobody runs dry if answers are read a little later."""
+        return bool(self.queue) and self._depth() == MAX_BATCH and all(len(w.runs) > 1 for w in self._crew.workers.values())
+
+    def stuck_after(self) -> float:
+        return max(STUCK_AFTER_S, 3 * (self.task_s or 0.0))
+
+    def stall(self, now: float) -> float:
+        """For how long no worker has finished anything, if all are busy."""
+        ages = [now - worker.since for worker in self._crew.workers.values() if worker.active]
+        return min(ages) if len(ages) >= self._crew.slots else 0.0
+
+    def prefetch(self, stall: float) -> int:
+        """How many more than run are to lie here."""
+        slots = self._crew.slots
+        return 0 if self.task_s is None else min(MAX_PREFETCH * slots, int(slots * LOOKAHEAD_S / max(self.task_s, stall)))
+
+    def excess(self, now: float) -> int:
+        """How many of those that wait here will not start for long."""
+        if not self.queue or (stall := self.stall(now)) < 2 * LOOKAHEAD_S:
+            return 0
+        return len(self.queue) - self.prefetch(stall)
+
+    def excess_at(self) -> list[float]:
+        """When there may be an excess: the queue is longer than what is worth prefetching at such a stall."""
+        since = [worker.since for worker in self._crew.workers.values() if worker.active]
+        if not self.queue or len(since) < self._crew.slots:
+            return []
+        stall = max(2 * LOOKAHEAD_S, self._crew.slots * LOOKAHEAD_S / len(self.queue) + 0.001)
+        return [max(since) + stall]
+
+    def take_back(self, worker: Worker) -> None:
+        """Whatever lies in its pipe behind the task it runs."""
+        if len(worker.runs) > 1 and not worker.taking_back:
+            worker.taking_back = True
+            self._out.append(TakeBack(worker.id))
+
+    def share_the_last(self) -> None:
+        """A worker has nothing to do while another has runs in its pipe: take those back and share them."""
+        workers = self._crew.workers.values()
+        if any(worker.state == "idle" and not worker.spare for worker in workers):
+            longest = max(workers, key=lambda worker: len(worker.runs))
+            if (len(longest.runs) - 1) * (self.task_s or 0.0) > BATCH_S:
+                self.take_back(longest)
+
+    def give(self, now: float, until: float) -> None:
+        """Fill idle workers first, then all of them up to a batch. Nothing is to be begun after ``until``."""
+        depth = self._depth()
+        stuck_after = self.stuck_after()
+        fit = [worker for worker in self._crew.workers.values() if worker.fit]
+        free = max(0, self._crew.slots - sum(worker.active for worker in self._crew.workers.values()))
+        ready = [worker for worker in fit if not worker.runs][:free]
+        ready += sorted(
+            [w for w in fit if w.active and len(w.runs) < depth and now - w.since < stuck_after],
+            key=lambda worker: len(worker.runs),
+        )
+        for index, worker in enumerate(ready):
+            share = -(-len(self.queue) // (len(ready) - index))
+            while self.queue and share and len(worker.runs) < depth:
+                if not self._may_run(self.queue.head(), worker):
+                    break
+                self._start(self.queue.pop(), worker, now, until)
+                share -= 1
+
+    def _depth(self) -> int:
+        """How many runs a worker's pipe may hold: a batch of short ones; of longer ones the next, so that the worker
+        does not wait for this process in between."""
+        if self.task_s is None:
+            return 1
+        return max(min(MAX_BATCH, 1 + int(BATCH_S / self.task_s)), 2 if self.task_s <= LOOKAHEAD_S else 1)
+
+    def _may_run(self, held: Held, worker: Worker) -> bool:
+        demand = held.options.resources
+        if worker.runs:
+            joins = demand == worker.uses and _is_plain(demand) and self._size(held) <= MAX_BATCHED_BYTES
+            return joins and not worker.taking_back
+        return self._room.fits(demand)
+
+    def _size(self, held: Held) -> int:
+        size = payload_bytes(held.call)
+        return size + sum([payload_bytes(self._functions[name]) for _, name in held.inputs]) if held.inputs else size
+
+    def _start(self, held: Held, worker: Worker, now: float, until: float) -> None:
+        if not worker.runs:
+            worker.since = now
+            worker.late = False
+            self._room.take(worker, held.options.resources)
+        held.worker = worker.id
+        worker.runs[held.task] = held
+        fresh = len(worker.functions) >= MAX_WORKER_FUNCTIONS
+        if fresh:
+            worker.functions.clear()
+        digest = held.shape.function
+        function: Payload = b"" if digest in worker.functions else self._functions[digest]
+        worker.functions.add(digest)
+        env = (("CUDA_VISIBLE_DEVICES", ",".join(worker.gpus)),) if worker.gpus else ()
+        inputs = [Input(task, self._functions[each]) for task, each in held.inputs]
+        name = held.options.name
+        run = Run(held.task, held.attempt, digest, function, held.call, fresh, env, until, name, inputs, held.options.depth)
+        self._out.append(Give(worker.id, run))
+
+
+def _is_plain(demand: Demand) -> bool:
+    """One CPU at most, and nothing else: the usual task, which any slot can run."""
+    return len(demand) == 1 and demand[0][0] == "cpu" and demand[0][1] <= 1

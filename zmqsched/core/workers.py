@@ -1,0 +1,105 @@
+"""What a node's agent keeps of each task that it holds, and of each of its workers."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from typing import Literal
+
+from ..protocol import LENT, Options, Order, Payload, Shape
+from .stops import Ending
+
+
+class Held:
+    """A task at this node. ``number``: in the order they came; ``worker`` is 0 while it waits here; ``orphan``: the session
+    that ordered it is over; ``revoked``: it is not wanted any more; ``unwanted``: not here, unless it runs; ``limit_s``: how
+    long it may run. ``inputs``: whose results are its arguments, and their names among the functions; of these and its
+    own function it ``lacks`` so many."""
+
+    __slots__ = (
+        "attempt", "call", "counted", "inputs", "lacks", "limit_s", "number", "options", "orphan", "reported", "revoked",
+        "shape", "task", "too_many", "unwanted", "worker",
+    )  # fmt: skip
+
+    def __init__(self, order: Order, shape: Shape, number: int) -> None:
+        self.number = number
+        self.task = order.task
+        self.attempt = order.attempt
+        self.shape = shape
+        self.options: Options = shape.options
+        self.call: Payload = order.call
+        self.counted = False  # on a WaitGroup
+        self.inputs = order.inputs
+        self.lacks = 0
+        self.worker = 0
+        self.reported = False
+        self.orphan = False
+        self.revoked = False
+        self.unwanted = False
+        self.too_many = False  # that wait for others
+        self.limit_s = self.options.timeout or math.inf
+
+    @property
+    def needs(self) -> list[bytes]:
+        function = self.shape.function
+        return list(dict.fromkeys([function, *[name for _, name in self.inputs]])) if self.inputs else [function]
+
+
+class Worker:
+    """``runs``: what it was given and has not answered, in order; the first of them is running since ``since``. ``ending``:
+    its task is brought to an end, or was, and the worker is not fit for another yet. ``waiting_since``: since when its task
+    waits for others, if it does; ``waited_s``: how long it has in all; ``late``: it has gone on, perhaps beyond the slots;
+    ``spare``: it is to end, for it is not needed."""
+
+    __slots__ = (
+        "done", "ending", "functions", "gpus", "id", "idle_since", "late", "pid", "runs", "since", "spare", "taking_back",
+        "uses", "waited_s", "waiting_since",
+    )  # fmt: skip
+
+    def __init__(self, number: int) -> None:
+        self.id = number
+        self.pid = 0
+        self.done = 0
+        self.runs: OrderedDict[bytes, Held] = OrderedDict()
+        self.since = 0.0
+        self.functions: set[bytes] = set()
+        self.uses: tuple[tuple[str, float], ...] = ()
+        self.gpus: tuple[str, ...] = ()
+        self.taking_back = False
+        self.ending: Ending | None = None
+        self.waiting_since: float | None = None
+        self.waited_s = 0.0
+        self.late = False
+        self.idle_since = 0.0
+        self.spare = False
+
+    @property
+    def state(self) -> Literal["starting", "idle", "busy", "waiting"]:
+        if self.waits:
+            return "waiting"
+        return "starting" if not self.pid else "busy" if self.runs or self.ending else "idle"
+
+    @property
+    def waits(self) -> bool:
+        """Its slot is lent."""
+        return self.waiting_since is not None
+
+    @property
+    def active(self) -> bool:
+        """It takes a slot."""
+        return bool(self.runs) and self.waiting_since is None
+
+    @property
+    def fit(self) -> bool:
+        """For another task."""
+        return bool(self.pid) and self.ending is None and not self.spare
+
+    @property
+    def has_nothing_else(self) -> bool:
+        """Nothing lies in its pipe behind the task it runs, if it runs one: what its ending waits for."""
+        return len(self.runs) <= 1 and not self.taking_back
+
+    @property
+    def booked(self) -> list[tuple[str, float]]:
+        """What its task has of the node's resources now."""
+        return [(name, amount) for name, amount in self.uses if not (self.waits and name in LENT)]
