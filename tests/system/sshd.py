@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -244,6 +245,16 @@ class Hosts:
         }
         text = "Host *\n" + "".join(f"  {name} {value}\n" for name, value in common.items())
         self.config.write_text("".join(blocks) + text)
+
+
+@contextlib.contextmanager
+def checked_hosts() -> Iterator[Hosts]:
+    """Hosts on which nothing may be left."""
+    with tempfile.TemporaryDirectory(prefix="zsh", dir="/tmp") as path, Hosts(Path(path)) as hosts:
+        yield hosts
+        for host in hosts.hosts:
+            eventually(lambda host=host: not host.processes())
+            assert host.home.files() == set()
 
 
 def run(*words: str) -> str:

@@ -10,7 +10,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,11 +37,8 @@ pytestmark = [
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    with tempfile.TemporaryDirectory(prefix="zsh", dir="/tmp") as path, Hosts(Path(path)) as hosts:
+    with sshd.checked_hosts() as hosts:
         yield hosts
-        for host in hosts.hosts:
-            eventually(lambda host=host: not host.processes())
-            assert host.home.files() == set()
 
 
 class Here:

@@ -1,0 +1,157 @@
+"""Clusters with nodes on hosts behind a real sshd, each with a network of its own: as a user starts, uses and ends them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+import sshd
+from conftest import Home, eventually
+from sshd import HERE, Hosts
+
+from zmqsched import Client, Cluster
+from zmqsched.clusterfile import BrokerPart, ClusterFile, NodeGroup
+from zmqsched.errors import StartError
+
+pytestmark = [
+    pytest.mark.system,
+    pytest.mark.skipif(bool(sshd.why_not()), reason=sshd.why_not()),
+    pytest.mark.timeout(180),
+]
+NAMES = ("alpha", "beta", "gamma")
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    """Three, apart from each other and from here."""
+    with sshd.checked_hosts() as hosts:
+        for name in NAMES:
+            hosts.add(name, apart=True)
+        with hosts.inside():
+            yield hosts
+
+
+def wanted(hosts: Hosts, *names: str, listen: str = HERE, **group: object) -> ClusterFile:
+    options = {"slots": 1, "python": sys.executable, "ssh_options": ("-F", str(hosts.config))} | group
+    nodes = NodeGroup(name="g", launcher="ssh", hosts=names or NAMES, **options)
+    return ClusterFile(name="lab", broker=BrokerPart(listen=(listen,), journal=False), nodes=(nodes,))
+
+
+def spin(seconds: float) -> str:
+    time.sleep(seconds)
+    return os.uname().nodename
+
+
+def assert_nothing_left(hosts: Hosts) -> None:
+    for host in hosts.hosts:
+        eventually(lambda host=host: not host.processes())
+
+
+def test_a_cluster_of_three_hosts(hosts, clusters):
+    began = time.monotonic()
+    with Cluster(wanted(hosts)) as cluster, Client(cluster) as client:
+        took = time.monotonic() - began
+        assert took < 30
+        assert [(one.label, one.state, one.where) for one in cluster.nodes()] == [
+            (f"g-{number}", "running", name) for number, name in enumerate(NAMES, 1)
+        ]
+        assert set(client.map(spin, [0.2] * 12)) == set(NAMES)
+        cluster.scale("g", 1)
+        eventually(lambda: sum(bool(host.processes()) for host in hosts.hosts) == 1)
+        cluster.scale("g", 4)
+        cluster.wait_for_nodes(4, 40)
+        assert set(client.map(spin, [0.2] * 12)) == set(NAMES)
+    assert_nothing_left(hosts)
+
+
+def test_hosts_that_fail_are_told_of_and_the_others_go_on(hosts, clusters):
+    hosts.knows(hosts.hosts[1], hosts.keygen("another"))
+    with Cluster(wanted(hosts)) as cluster, Client(cluster) as client:
+        (failure,) = cluster.failures
+        assert failure.label == "g-2"
+        assert "REMOTE HOST IDENTIFICATION HAS CHANGED" in failure.why
+        assert set(client.map(spin, [0.2] * 8)) == {"alpha", "gamma"}
+
+
+def test_a_cluster_of_which_no_host_can_be_used(hosts, clusters):
+    hosts.key.with_suffix(".pub").write_text("")
+    with pytest.raises(StartError) as caught:
+        Cluster(wanted(hosts))
+    for name in NAMES:
+        assert f"({name}): {name}: exit code 255 before it was ready" in str(caught.value)
+    assert str(caught.value).count("Permission denied") == 3
+
+
+@pytest.mark.parametrize("way", ["direct", "back through ssh"])
+def test_a_host_that_is_cut_off_and_comes_back_while_tasks_run(way, hosts, clusters):
+    """No task is lost, and no process is left."""
+    listen = HERE if way == "direct" else "127.0.0.1"
+    with Cluster(wanted(hosts, "alpha", "beta", listen=listen, slots=2)) as cluster, Client(cluster) as client:
+        assert all(way == "direct" or way in one.where for one in cluster.nodes())
+        futures = [client.submit(spin, 0.1) for _ in range(300)]
+        eventually(lambda: futures[10].done())
+        with hosts.hosts[0].cut_off():
+            eventually(lambda: "lost" in {node.state for node in client.nodes()})
+            eventually(lambda: sum(future.done() for future in futures) > 100, 60)
+        eventually(lambda: sum(node.state == "alive" for node in client.nodes()) == 2, 40)
+        futures += [client.submit(spin, 0.1) for _ in range(20)]
+        assert {future.result(timeout=90) for future in futures} == {"alpha", "beta"}
+        assert {future.result() for future in futures[-20:]} == {"alpha", "beta"}
+        assert {one.state for one in cluster.nodes()} == {"running"}
+        assert sum(client.status().tasks.values()) == 0
+    assert_nothing_left(hosts)
+
+
+DRIVER = """
+import sys
+from zmqsched import Cluster
+from zmqsched.clusterfile import ClusterFile
+with Cluster(ClusterFile.load(sys.argv[1])):
+    print("up", flush=True)
+    sys.stdin.read()
+"""
+
+
+def written(hosts: Hosts) -> str:
+    path = hosts.directory / "cluster.toml"
+    path.write_text(f"""
+name = "lab"
+[broker]
+listen = ["{HERE}"]
+journal = false
+[[nodes]]
+launcher = "ssh"
+hosts = "{",".join(NAMES)}"
+slots = 1
+python = "{sys.executable}"
+ssh_options = ["-F", "{hosts.config}"]
+""")
+    return str(path)
+
+
+@pytest.mark.parametrize("how", ["kill -9", "end", "zmqsched down"])
+def test_nothing_is_left_when_the_program_ends(how, hosts, clusters: Home):
+    command = [sys.executable, "-c", DRIVER, written(hosts)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as driver:
+        assert driver.stdout.readline() == "up\n"
+        with Client("lab") as client:
+            futures = [client.submit(spin, 600) for _ in NAMES]
+            eventually(lambda: all(future.running() for future in futures))
+            assert all(host.processes() for host in hosts.hosts)
+            if how == "kill -9":
+                driver.kill()
+            elif how == "end":
+                driver.stdin.close()
+            else:
+                subprocess.run([sys.executable, "-m", "zmqsched", "down", "lab"], check=True, timeout=40)
+            assert_nothing_left(hosts)
+            if how == "zmqsched down":
+                assert driver.poll() is None
+                driver.stdin.close()
+            for future in futures:
+                future.cancel()
+    clusters.assert_nothing_left()
