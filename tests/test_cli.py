@@ -159,11 +159,11 @@ def pid_of(home: Home, *words: str) -> int:
 def test_help_lists_all_commands_in_the_order_of_need(arguments, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out.split("Commands:\n")[1]
-    names = ["up", "ls", "status", "down", "doctor", "clean", "exec", "broker", "node"]
+    names = ["up", "config", "ls", "status", "down", "doctor", "clean", "exec", "broker", "node"]
     assert [line.split()[0] for line in printed.splitlines()] == names
 
 
-@pytest.mark.parametrize("command", ["up", "ls", "status", "down", "doctor", "clean", "exec", "broker", "node"])
+@pytest.mark.parametrize("command", ["up", "config", "ls", "status", "down", "doctor", "clean", "exec", "broker", "node"])
 def test_each_command_has_help(command, capsys):
     try:
         code = main([command, "--help"])
@@ -206,7 +206,22 @@ def test_the_installed_command(home):
         ("up --listen 127.0.0.1:99999", "port"),
         ("up --listen no.such.host.invalid", "is not an address"),
         ("up --detach -n 0", "0 is not between"),
-        ("up lab", "unexpected extra argument"),
+        ("up a.toml b.toml", "unexpected extra arguments (b.toml)"),
+        ("up a.toml -n 2", "-n does not go with a file: a.toml says which nodes there are"),
+        ("up a.toml --ssh h", "--ssh does not go with a file"),
+        ("up a.toml --tag t", "--tag does not go with a file"),
+        ("up --ssh h --slurm", "give --ssh or --slurm; for both write a file"),
+        ("up --ssh h --nodes 2", "--nodes does not go with --ssh"),
+        ("up --ssh gpu[1-", "'gpu[1-': brackets are written as in gpu[1-4]"),
+        ("up --ssh -oProxyCommand=x", "cannot name a host"),
+        ("up --ssh gpu[1-999999999]", "names 999999999 hosts; a list may name 10000"),
+        ("up --time 1h", "--time goes with --slurm"),
+        ("up --slurm --time 30", "'30' has no unit: write it as 90s, 30m, 1h or 2d"),
+        ("up --slurm --time soon", "'soon' is not a duration"),
+        ("up --slurm --time -1h", "'-1h' is not a duration"),
+        ("up --slurm a.toml", "'a.toml' is neither an option nor behind a --"),
+        ("up --slurm -n 2 --nodes 3", "3 nodes need at least as many workers, not 2"),
+        ("up --listen *", "every interface"),
         ("ls -o xml", "'xml' is not one of"),
         ("down lab --all", "not both"),
         ("fly", "No such command 'fly'"),

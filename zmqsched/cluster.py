@@ -13,9 +13,10 @@ import atexit
 import contextlib
 import itertools
 import os
+import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 from msgspec.structs import replace
@@ -62,6 +63,9 @@ class Cluster(Shown):
     echo
         What tasks write to standard error is on this program's, too: for a program that runs a cluster whose tasks come from
         others.
+    told
+        Called with what :meth:`nodes` gives whenever the nodes were looked at, while they start and each second afterwards;
+        by another thread, and it must not wait.
 
     Raises
     ------
@@ -78,7 +82,9 @@ class Cluster(Shown):
     # Whether it is enough that some nodes have joined.
     _all_or_nothing = False
 
-    def __init__(self, wanted: ClusterFile, *, echo: bool = False) -> None:
+    def __init__(
+        self, wanted: ClusterFile, *, echo: bool = False, told: Callable[[Sequence[Launched]], None] | None = None
+    ) -> None:
         self.name = check_name(wanted.name)
         self.wanted = wanted = wanted.checked()
         self._pid = os.getpid()
@@ -94,7 +100,7 @@ class Cluster(Shown):
         self._fleet: Fleet | None = None
         try:
             site = Site(path, directory, boolean("echo", echo))
-            self._fleet = Fleet(_sharing_cpus(wanted.nodes), site, self._broker, changed)
+            self._fleet = Fleet(_sharing_cpus(wanted.nodes), site, self._broker, changed, told or _nothing)
             # Local nodes start beside the broker and wait for its file: a start costs one interpreter's time, not two.
             # Unless there is one that a broker left which was killed: they would find nobody behind it.
             if left:
@@ -326,7 +332,7 @@ class LocalCluster(Cluster):
         return [("node pids", ", ".join(map(str, self.node_pids)))]
 
 
-def _nothing() -> None:
+def _nothing(*_: object) -> None:
     """Nobody else wants to know."""
 
 
@@ -356,6 +362,11 @@ def _broker_options(wanted: ClusterFile) -> list[str]:
     elif part.journal:  # absolute: a broker that follows another is started where this program is by then
         options.append(f"--journal={os.path.abspath(part.journal)}")
     return options
+
+
+def broker_command(wanted: ClusterFile) -> list[str]:
+    """What the broker is started with."""
+    return [sys.executable, "-m", "zmqsched", "broker", f"--name={wanted.name}", *_broker_options(wanted)]
 
 
 def _listens(wanted: ClusterFile) -> list[str]:

@@ -92,12 +92,17 @@ class Group:
 class Fleet:
     """All nodes that this process has asked for."""
 
-    def __init__(self, groups: Sequence[NodeGroup], site: Site, broker: KeptBroker, changed: Callable[[], None]) -> None:
-        """``changed`` is called, from the fleet's thread, when a node has ended unasked."""
+    def __init__(
+        self, groups: Sequence[NodeGroup], site: Site, broker: KeptBroker, changed: Callable[[], None],
+        told: Callable[[Sequence[Launched]], None],
+    ) -> None:  # fmt: skip
+        """``changed`` is called when a node has ended unasked, ``told`` with all of them whenever they were looked at; by
+        the fleet's thread, or the one that starts it."""
         self.failures: deque[Launched] = deque(maxlen=MAX_FAILURES)
         self._site = replace(site, wake=self._news)
         self._broker = broker
         self._changed = changed
+        self._told = told
         self._lock = threading.RLock()
         self._client: Any = None
         self._status: Status  # as the broker was last asked
@@ -333,6 +338,7 @@ class Fleet:
 
     def _show(self) -> None:
         self._shown = [one.launched for group in self.groups.values() for one in group.members.values()]
+        self._told(self._shown)
 
     # --- more and fewer -------------------------------------------------------------------------------------------
 

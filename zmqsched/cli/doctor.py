@@ -53,9 +53,7 @@ def doctor(
     return int(any(one.state == "failed" for findings in found.values() for one in findings))
 
 
-def _hosts(
-    texts: Iterable[str], name: str | None, python: str, ssh_options: tuple[str, ...]
-) -> dict[str, list[Finding]]:
+def _hosts(texts: Iterable[str], name: str | None, python: str, ssh_options: tuple[str, ...]) -> dict[str, list[Finding]]:
     from ..hops import Hop, look_at
 
     try:

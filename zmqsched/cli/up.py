@@ -4,44 +4,35 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import signal
 import sys
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import click
+import msgspec
 
-from ..cluster import START_TIMEOUT_S, LocalCluster
-from ..config import DEFAULT_CLUSTER, ConnectionFile
+from ..cluster import START_TIMEOUT_S, Cluster, broker_command
+from ..clusterfile import ClusterFile, NodeGroup
+from ..config import CONNECTION_FILE, DEFAULT_CLUSTER, ConnectionFile, cluster_dir
 from ..core.policy import DEFAULT_POLICY, POLICIES
+from ..display import counted
 from ..errors import ZmqschedError
 from ..host import usable_cpus
-from ..options import resource_argument, size_argument
+from ..hostlist import hosts_of
+from ..launch import find_launcher
+from ..launch.base import Launched, Site
+from ..options import duration_argument, resource_argument, size_argument
 from ..shell import Starter, StopSignals
 from .background import start_detached
 from .names import log_path, path_of, remove_own_log
+from .progress import Progress
+from .wanted import Options, load, of_options
 
 MAX_COUNT = 10_000
-
-
-@dataclass(frozen=True)
-class _Wanted:
-    """What ``up`` was asked for."""
-
-    name: str
-    workers: int
-    nodes: int
-    policy: str
-    resources: dict[str, float]
-    tags: tuple[str, ...]
-    listen: str | None
-    max_queued: int | None
-    journal: str | None
-
-    @property
-    def keeps_journal(self) -> bool | str:
-        """As LocalCluster takes it. No word of it is the usual place, an empty one none."""
-        return True if self.journal is None else self.journal or False
+# What an ssh that hangs may take, besides what each process has.
+ELSEWHERE_S = 60.0
 
 
 def _count(ctx: click.Context, parameter: click.Parameter, number: int | None) -> int | None:
@@ -62,34 +53,53 @@ def _listen(ctx: click.Context, _: click.Parameter, text: str | None) -> str | N
     return text
 
 
-def _resources(ctx: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> dict[str, float]:
-    try:
-        return dict(resource_argument(text) for text in texts)
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, parameter) from None
+def _resources(ctx: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
+    return tuple(_read(resource_argument, text, ctx, parameter) for text in texts)
 
 
 def _size(ctx: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
+    return None if text is None else _read(size_argument, text, ctx, parameter)
+
+
+def _duration(ctx: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
+    return None if text is None else _read(duration_argument, text, ctx, parameter)
+
+
+def _hosts(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    return None if text is None else _read(hosts_of, text, ctx, parameter)
+
+
+def _read(reads: Any, text: str, ctx: click.Context, parameter: click.Parameter) -> Any:
     try:
-        return None if text is None else size_argument(text)
+        return reads(text)
     except ValueError as error:
         raise click.BadParameter(str(error), ctx, parameter) from None
 
 
-@click.command()
+# What a file says itself.
+OF_NODES = {
+    "workers": "-n", "nodes": "--nodes", "ssh": "--ssh", "slurm": "--slurm", "time": "--time", "python": "--python",
+    "prologue": "--prologue", "resources": "--resource", "tags": "--tag",
+}  # fmt: skip
+
+
+@click.command(options_metavar="[OPTIONS]")
+@click.argument("words", nargs=-1, metavar="[FILE] [-- SBATCH ARGS]")
 @click.option(
     "-n", "--workers", type=int, callback=_count, metavar="N",
-    help="Workers in all.  [default: one for each CPU]",
+    help="Workers in all; with --ssh of each host.  [default: one for each CPU]",
 )  # fmt: skip
-@click.option("--name", default=DEFAULT_CLUSTER, show_default=True, help="To find the cluster by.")
+@click.option("--name", metavar="NAME", help=f"To find the cluster by.  [default: {DEFAULT_CLUSTER}]")
 @click.option(
-    "--nodes", type=int, callback=_count, metavar="K", default=1, show_default=True,
-    help="Spread them over K nodes.",
+    "--nodes", type=int, callback=_count, metavar="K",
+    help="Spread them over K nodes.  [default: 1; with --slurm one for 8 workers]",
 )  # fmt: skip
-@click.option(
-    "--policy", type=click.Choice(sorted(POLICIES)), default=DEFAULT_POLICY, show_default=True,
-    help="Which node gets a task.",
-)  # fmt: skip
+@click.option("--ssh", metavar="HOSTS", callback=_hosts, help="Nodes on these hosts: host1,host2,gpu[1-4].")
+@click.option("--slurm", is_flag=True, help="Nodes in a job of Slurm; what follows -- goes to sbatch.")
+@click.option("--time", metavar="TIME", callback=_duration, help="How long a job may last: 30m, 1h, 1-12:00:00.")
+@click.option("--python", metavar="PATH", help="The interpreter of the nodes.  [default: this one, or theirs with zmqsched]")
+@click.option("--prologue", multiple=True, metavar="LINE", help="For the shell, before a node; may be repeated.")
+@click.option("--policy", type=click.Choice(sorted(POLICIES)), help=f"Which node gets a task.  [default: {DEFAULT_POLICY}]")
 @click.option(
     "--resource", "resources", multiple=True, metavar="NAME=AMOUNT", callback=_resources,
     help="What each node offers to tasks that ask for it; may be repeated.",
@@ -108,33 +118,99 @@ def _size(ctx: click.Context, parameter: click.Parameter, text: str | None) -> i
     help="Keep tasks and answers there, for when the broker dies.  [default: in your state directory]",
 )  # fmt: skip
 @click.option("--no-journal", "journal", flag_value="", help="Keep them in memory alone.")
+@click.option("--dry-run", is_flag=True, help="Print what would be run, and start nothing.")
+@click.option("--wait", is_flag=True, help="It is ready when all nodes are there, also those that wait in a queue.")
 @click.option("--detach", is_flag=True, help="Return when it is ready; it runs on in the background.")
 @click.option("--ready-fd", type=int, hidden=True)
-def up(workers: int | None, nodes: int, detach: bool, ready_fd: int | None, **settings: Any) -> int:
-    """Start a cluster on this machine, and stay until Ctrl-C."""
-    workers = usable_cpus() if workers is None else workers
-    if nodes > workers:
-        raise click.UsageError(f"{nodes} nodes need at least as many workers, not {workers}: give -n {nodes} or more")
-    wanted = _Wanted(workers=workers, nodes=nodes, **settings)
+@click.option("--wanted-fd", type=int, hidden=True)
+def up(
+    words: tuple[str, ...],
+    dry_run: bool,
+    wait: bool,
+    detach: bool,
+    ready_fd: int | None,
+    wanted_fd: int | None,
+    **given: Any,
+) -> int:
+    """Start a cluster, and stay until Ctrl-C: on this machine, or what FILE (cluster.toml), --ssh or --slurm say.
+
+    A file says which nodes there are, so options for these do not go with one; other options change what it says.
+    """
+    if wanted_fd is not None:
+        with open(wanted_fd, "rb") as file:
+            wanted = msgspec.json.decode(file.read(), type=ClusterFile)
+    else:
+        wanted = _wanted(words, Options(**given))
+    if dry_run:
+        print("\n".join(_preview(wanted)))
+        return 0
     if detach:
-        return _up_detached(wanted)
+        return _up_detached(wanted, wait=wait)
     starter = Starter(ready_fd)
     try:
-        return _stay_up(wanted, starter)
+        return _stay_up(wanted, starter, wait=wait, detached=wanted_fd is not None)
     except ZmqschedError as error:
         return starter.failed(error)
 
 
-def _stay_up(wanted: _Wanted, starter: Starter) -> int:
+def _wanted(words: tuple[str, ...], options: Options) -> ClusterFile:
+    if options.ssh and options.slurm:
+        raise click.UsageError("give --ssh or --slurm; for both write a file: zmqsched config init")
+    if options.ssh and options.nodes:
+        raise click.UsageError("--nodes does not go with --ssh: there is one on each host")
+    if options.time is not None and not options.slurm:
+        raise click.UsageError("--time goes with --slurm")
+    if options.slurm:
+        if words and not words[0].startswith("-"):
+            raise click.UsageError(
+                f"{words[0]!r} is neither an option nor behind a --: a file says itself where its nodes are"
+            )
+        return _checked(options, words)
+    if len(words) > 1:
+        raise click.UsageError(f"got unexpected extra arguments ({' '.join(words[1:])}); what follows -- goes with --slurm")
+    if not words:
+        return _checked(options)
+    for name, option in OF_NODES.items():
+        if getattr(options, name) not in (None, (), False):
+            raise click.UsageError(f"{option} does not go with a file: {words[0]} says which nodes there are")
+    return _checked(options, file=load(words[0]))
+
+
+def _checked(options: Options, sbatch: tuple[str, ...] = (), file: ClusterFile | None = None) -> ClusterFile:
+    try:
+        return of_options(options, sbatch, file)
+    except ValueError as error:
+        if isinstance(error, ZmqschedError):
+            raise
+        raise click.UsageError(str(error)) from None
+
+
+def _preview(wanted: ClusterFile) -> list[str]:
+    directory = cluster_dir(wanted.name)
+    site = Site(directory / CONNECTION_FILE, directory)
+    lines = ["# the broker", shlex.join(broker_command(wanted))]
+    for group in wanted.nodes:
+        launcher = find_launcher(group.launcher)(group, site)
+        try:
+            workers = f"{counted(_slots(group), 'worker')} on each" if _slots(group) else "a worker for each CPU"
+            lines += ["", f"# {counted(group.size, 'node')} of group {group.name}, {workers}"]
+            lines += launcher.preview([f"{group.name}-{number}" for number in range(1, group.size + 1)])
+        finally:
+            launcher.close()
+    return lines
+
+
+def _stay_up(wanted: ClusterFile, starter: Starter, *, wait: bool, detached: bool) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
-    with LocalCluster(
-        wanted.workers, name=wanted.name, n_nodes=wanted.nodes, policy=wanted.policy, resources=wanted.resources,
-        tags=wanted.tags, listen=wanted.listen, journal=wanted.keeps_journal, max_queued=wanted.max_queued, echo=True,
-    ) as cluster:  # fmt: skip
+    with Progress() as progress, Cluster(wanted, echo=True, told=progress.tell) as cluster:
+        if wait:
+            cluster.wait_for_nodes(sum(group.size for group in wanted.nodes))
         stop = StopSignals(until_eof=False)  # from here on nothing is interrupted, the clean-up least of all
         cluster._changed = stop.wake
-        _greet(wanted, cluster.file)
-        starter.ready({"pid": os.getpid(), "file": str(path_of(cluster.file))})
+        greeting = _greeting(wanted, cluster.file, cluster.nodes())
+        if not detached:
+            print("\n".join(greeting), flush=True)
+        starter.ready({"pid": os.getpid(), "file": str(path_of(cluster.file)), "greeting": greeting})
         why = _watch(cluster, stop)
     if why.startswith(("killed", "exit code")):  # the log stays: now it is wanted
         print(f"zmqsched: the broker of cluster {wanted.name} died ({why}); the cluster is gone", file=sys.stderr)
@@ -144,49 +220,47 @@ def _stay_up(wanted: _Wanted, starter: Starter) -> int:
     return 0
 
 
-def _up_detached(wanted: _Wanted) -> int:
-    # It has a limit of its own for each process it starts; this one is for a machine that does not even start it.
-    file = start_detached(wanted.name, _arguments(wanted), START_TIMEOUT_S * (2 + wanted.nodes))
-    _greet(wanted, file)
-    print(f"  log:       {log_path(wanted.name)}")
-    return 0
-
-
-def _arguments(wanted: _Wanted) -> list[str]:
-    """The command line that ``wanted`` was read from."""
-    arguments = ["up", f"-n{wanted.workers}", f"--nodes={wanted.nodes}", f"--policy={wanted.policy}"]
-    arguments += [f"--resource={name}={amount}" for name, amount in wanted.resources.items()]
-    arguments += [f"--tag={tag}" for tag in wanted.tags]
-    if wanted.journal is not None:
-        arguments.append(f"--journal={wanted.journal}" if wanted.journal else "--no-journal")
-    if wanted.listen is not None:  # bare, it would take a word that follows for its address
-        arguments.append(f"--listen={wanted.listen}" if wanted.listen else "--listen")
-    if wanted.max_queued is not None:
-        arguments.append(f"--max-queued={wanted.max_queued}")
-    return [*arguments, f"--name={wanted.name}"]
-
-
 def _interrupt(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _greet(wanted: _Wanted, file: ConnectionFile) -> None:
-    nodes = "1 node" if wanted.nodes == 1 else f"{wanted.nodes} nodes"
-    workers = "1 worker" if wanted.workers == 1 else f"{wanted.workers} workers"
+def _greeting(wanted: ClusterFile, file: ConnectionFile, nodes: Sequence[Launched]) -> list[str]:
+    slots = {group.name: _slots(group) for group in wanted.nodes}
+    here = [slots[one.label.rpartition("-")[0]] for one in nodes if one.state == "running"]
+    coming = sum(one.state in ("pending", "starting") for one in nodes)
     lines = [
-        f"cluster {wanted.name} is up: {workers} on {nodes}",
+        f"cluster {wanted.name} is up: {_so_many(here)}" + (f", {coming} to come" if coming else ""),
         f'  use it:    zmqsched.Client("{wanted.name}")',
         f"  stop it:   zmqsched down {wanted.name}",
     ]
-    if wanted.listen is not None:
+    if wanted.broker.listen:
         lines.append(f"  add to it: zmqsched node --connect {path_of(file)}")
-    print("\n".join(lines), flush=True)
+    return lines
 
 
-def _watch(cluster: LocalCluster, stop: StopSignals) -> str:
+def _so_many(workers: Sequence[int]) -> str:
+    """Of each node; 0 where only the node knows."""
+    nodes = counted(len(workers), "node")
+    return f"{counted(sum(workers), 'worker')} on {nodes}" if workers and all(workers) else nodes
+
+
+def _slots(group: NodeGroup) -> int:
+    return group.slots or (usable_cpus() if group.launcher == "local" else 0)
+
+
+def _watch(cluster: Cluster, stop: StopSignals) -> str:
     """Until the cluster is to end: a signal's name, or how the broker ended."""
     while not (how := cluster.broker_death):
         for descriptor in select.select(stop.descriptors, [], [])[0]:
             if why := stop.read(descriptor):
                 return why
     return "zmqsched down" if how == "exit code 0" else how
+
+
+def _up_detached(wanted: ClusterFile, *, wait: bool) -> int:
+    # It has a limit of its own for each process it starts; this one is for a machine that does not even start it.
+    timeout_s = None if wait else START_TIMEOUT_S * (2 + sum(group.size for group in wanted.nodes)) + ELSEWHERE_S
+    facts = start_detached(wanted.name, ["up", *(["--wait"] if wait else [])], msgspec.json.encode(wanted), timeout_s)
+    print("\n".join(facts["greeting"]))
+    print(f"  log:       {log_path(wanted.name)}")
+    return 0
