@@ -252,6 +252,8 @@ class TestConnectionFile:
         assert a_tcp_file(*mixed, network=here, host="elsewhere").reachable("work") == ["tcp://h:1"]
         assert a_tcp_file(*mixed, network="another").reachable("work") == ["tcp://h:1"]
         assert a_file(network="another").reachable("work"), "there is nothing else"
+        tunnel = "tunnel:///tmp/end"
+        assert a_tcp_file("ipc:///tmp/work", tunnel, host="elsewhere").reachable("work") == [tunnel]
 
 
 class TestLock:

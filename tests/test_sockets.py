@@ -4,6 +4,7 @@ import contextlib
 import shutil
 import socket
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -94,6 +95,49 @@ def silent(router) -> bool:
     return not router.poll(NEVER_MS)
 
 
+@contextlib.contextmanager
+def tunnel_to(address: str, end: Path):
+    """What ``ssh -R`` makes: a private Unix socket, each connection to which is one to the address."""
+    host, port = address.removeprefix("tcp://").split(":")
+    pairs = []
+
+    def carry(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        for each in (source, target):
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+    def serve() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near, far = server.accept()[0], socket.create_connection((host, int(port)))
+                pairs.extend((near, far))
+                for source, target in ((near, far), (far, near)):
+                    threads.append(threading.Thread(target=carry, args=(source, target)))
+                    threads[-1].start()
+
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(end))
+        end.chmod(0o600)
+        server.listen()
+        threads = [threading.Thread(target=serve)]
+        threads[0].start()
+        try:
+            yield
+        finally:
+            server.shutdown(socket.SHUT_RDWR)
+            threads[0].join()
+            for each in pairs:
+                with contextlib.suppress(OSError):
+                    each.shutdown(socket.SHUT_RDWR)
+            for thread in threads:
+                thread.join()
+            for each in pairs:
+                each.close()
+
+
 class TestCurve:
     def test_the_right_key_gets_through_under_its_name(self, ctx, keys, secured):
         router, address = secured
@@ -111,6 +155,20 @@ class TestCurve:
         pushy.connect(address)
         pushy.send(b"hello")
         assert silent(router)
+
+    def test_through_a_tunnel_it_is_the_same(self, ctx, keys, secured, short_dir):
+        """Its end here is a Unix socket, whose peers the broker does not see: the keys decide."""
+        router, address = secured
+        with tunnel_to(address, short_dir / "end"):
+            dealer = sockets.connect_dealer(ctx, [f"tunnel://{short_dir}/end"], keys)
+            assert sockets.endpoint(dealer) == f"ipc://{short_dir}/end"
+            dealer.send(b"hello", zmq.DONTWAIT)
+            assert received(router) == ("client:1", b"hello")
+            with pytest.raises(Refused, match="does not know this side's key"):
+                sockets.connect_dealer(ctx, [f"tunnel://{short_dir}/end"], stranger_with(keys))
+            with pytest.raises(ValueError, match="without the cluster's keys"):
+                sockets.connect_dealer(ctx, [f"tunnel://{short_dir}/end"], None)
+            assert silent(router)
 
     def test_no_key_never_reaches_the_application(self, ctx, secured):
         router, address = secured
@@ -347,6 +405,18 @@ class TestPickAddress:
             unix.listen()
             addresses = [f"tcp://127.0.0.1:{listening}", f"ipc://{short_dir}/s"]
             assert sockets.pick_address(addresses) == addresses[1]
+
+    def test_a_tunnel_comes_last_and_only_a_private_one(self, listening, dead, short_dir):
+        with socket.socket(socket.AF_UNIX) as unix:
+            unix.bind(str(short_dir / "end"))
+            unix.listen()
+            (short_dir / "end").chmod(0o600)
+            tunnel, good = f"tunnel://{short_dir}/end", f"tcp://127.0.0.1:{listening}"
+            assert sockets.pick_address([tunnel, good]) == good
+            assert sockets.pick_address([tunnel, dead]) == tunnel
+            (short_dir / "end").chmod(0o666)
+            with pytest.raises(BrokerUnreachable, match="open to other users: StreamLocalBindMask"):
+                sockets.pick_address([tunnel, dead])
 
     def test_says_why_for_each(self, dead, short_dir):
         (short_dir / "stale").touch()

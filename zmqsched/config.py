@@ -332,11 +332,11 @@ class ConnectionFile(Struct, frozen=True, kw_only=True):
 
     def reachable(self, role: Literal["work", "beats", "status"]) -> list[str]:
         """The addresses that mean this cluster where we are: on another host, a Unix path may be another cluster's, and so
-        it may in another network namespace, a container's perhaps: there TCP is taken if there is any."""
+        it may in another network namespace, a container's perhaps: there TCP is taken, or a tunnel, if there is any."""
         addresses: list[str] = getattr(self.addresses, role)
-        tcp = [address for address in addresses if address.startswith("tcp://")]
-        here = self.host == this_host() and (not tcp or self.network == this_network())
-        return addresses if here else tcp
+        others = [address for address in addresses if not address.startswith("ipc://")]
+        here = self.host == this_host() and (not others or self.network == this_network())
+        return addresses if here else others
 
     def write_into(self, directory: Path) -> None:
         """Write the file of this role into the cluster's directory."""

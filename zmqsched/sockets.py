@@ -566,7 +566,7 @@ def pick_address(addresses: Sequence[str], timeout_s: float = config.CONNECT_TIM
             except (OSError, ValueError) as error:
                 failed[address] = _reason(error)
     tunnels = [address for address in addresses if address.startswith(config.TUNNEL_SCHEME)]
-    others = [address for address in dict.fromkeys(addresses) if address.startswith("tcp://")]
+    others = [each for each in dict.fromkeys(addresses) if not each.startswith(("ipc://", config.TUNNEL_SCHEME))]
     answer = _first_answer(others, min(timeout_s, _BEFORE_TUNNEL_S) if tunnels else timeout_s, failed)
     if answer is not None:
         return answer
