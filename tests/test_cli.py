@@ -159,11 +159,11 @@ def pid_of(home: Home, *words: str) -> int:
 def test_help_lists_all_commands_in_the_order_of_need(arguments, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out.split("Commands:\n")[1]
-    names = ["up", "config", "ls", "status", "down", "doctor", "clean", "exec", "broker", "node"]
+    names = ["up", "config", "ls", "status", "down", "keys", "doctor", "clean", "exec", "broker", "node"]
     assert [line.split()[0] for line in printed.splitlines()] == names
 
 
-@pytest.mark.parametrize("command", ["up", "config", "ls", "status", "down", "doctor", "clean", "exec", "broker", "node"])
+@pytest.mark.parametrize("command", ["up", "config", "ls", "status", "down", "keys", "doctor", "clean", "exec", "broker", "node"])
 def test_each_command_has_help(command, capsys):
     try:
         code = main([command, "--help"])

@@ -52,7 +52,7 @@ def test_who_gets_which_session(user, client, node):
         if not welcome:
             (no,) = peer.all(No)
             assert no.code == "role"
-            assert f" {user.partition(':')[0]} in, not a {peer.name}" in no.text
+            assert f"the role {user.partition(':')[0]!r} lets no {peer.name} in" in no.text
     assert broker.counts.get("refused: role", 0) == (not client) + (not node)
 
 

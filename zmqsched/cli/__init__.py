@@ -16,7 +16,7 @@ import click
 
 from ..errors import ZmqschedError
 from ..version import __version__
-from . import clean, config, doctor, execute, hand, look, stop, up
+from . import clean, config, doctor, execute, hand, keys, look, stop, up
 
 
 def run(arguments: list[str]) -> int:
@@ -55,5 +55,5 @@ def zmqsched() -> None:
 
 
 _care = (doctor.doctor, clean.clean, execute.execute)
-for _command in (up.up, config.config, look.ls, look.status, stop.down, *_care, hand.broker, hand.node):
+for _command in (up.up, config.config, look.ls, look.status, stop.down, keys.keys, *_care, hand.broker, hand.node):
     zmqsched.add_command(_command)

@@ -30,10 +30,10 @@ def objection(user: str, hello: ClientHello | NodeHello) -> str:
     if role == ADMIN or role == (NODE if isinstance(hello, NodeHello) else CLIENT):
         return ""
     if isinstance(hello, NodeHello):
-        return f"this key lets a {role} in, not a node: use the cluster's node.json"
+        return f"a key of the role {role!r} lets no node in: use the cluster's node.json"
     if role == NODE and hello.nested:
         return ""
-    return f"this key lets {'an' if role == OBSERVER else 'a'} {role} in, not a client: use the cluster's client.json"
+    return f"a key of the role {role!r} lets no client in: use the cluster's client.json"
 
 
 def forbidden(role: str, what: str) -> str:
