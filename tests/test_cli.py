@@ -30,6 +30,7 @@ from zmqsched.version import __version__
 
 PATIENCE_S = 20.0
 ZMQSCHED = [sys.executable, "-m", "zmqsched"]
+COMMANDS = ["up", "config", "ls", "status", "down", "keys", "doctor", "clean", "exec", "broker", "node"]
 
 
 class Home:
@@ -159,11 +160,10 @@ def pid_of(home: Home, *words: str) -> int:
 def test_help_lists_all_commands_in_the_order_of_need(arguments, capsys):
     assert main(arguments) == 0
     printed = capsys.readouterr().out.split("Commands:\n")[1]
-    names = ["up", "config", "ls", "status", "down", "keys", "doctor", "clean", "exec", "broker", "node"]
-    assert [line.split()[0] for line in printed.splitlines()] == names
+    assert [line.split()[0] for line in printed.splitlines()] == COMMANDS
 
 
-@pytest.mark.parametrize("command", ["up", "config", "ls", "status", "down", "keys", "doctor", "clean", "exec", "broker", "node"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_has_help(command, capsys):
     try:
         code = main([command, "--help"])
