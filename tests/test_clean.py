@@ -7,6 +7,7 @@ import functools
 import io
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,11 +15,13 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
-from conftest import Home, alive, eventually
+from conftest import Home, alive, end_broker, eventually
+from fake_batch import FakeBatch
 
 from zmqsched import Client, LocalCluster, cleaning
 from zmqsched.__main__ import main
 from zmqsched.config import CONNECTION_FILE, ClusterLock
+from zmqsched.control import SOCKET
 from zmqsched.errors import StartError
 
 ZMQSCHED = [sys.executable, "-m", "zmqsched"]
@@ -108,6 +111,33 @@ def test_a_node_whose_cluster_has_died_is_ended_with_all_that_its_tasks_have_sta
     eventually(lambda: not any(map(alive, family)))
 
 
+WITH_A_JOB = """
+import signal
+from zmqsched.cluster import Cluster
+from zmqsched.clusterfile import BrokerPart, ClusterFile, NodeGroup
+
+group = NodeGroup(name="many", launcher="slurm", slots=1)
+broker = BrokerPart(listen=("127.0.0.1",), journal=False)
+with Cluster(ClusterFile(name="doomed", broker=broker, nodes=(group,))):
+    print("up", flush=True)
+    signal.pause()
+"""
+
+
+def test_jobs_that_wait_in_a_queue_are_cancelled(home: Home, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    batch = FakeBatch(tmp_path, "slurm")
+    batch.hold("no room")
+    monkeypatch.setenv("PATH", f"{batch.bin}:{os.environ['PATH']}")
+    with subprocess.Popen([sys.executable, "-c", WITH_A_JOB], stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"up\n"
+        kill_all(home)
+    (job,) = batch.going()
+    assert f"removed jobs of the dead cluster doomed: slurm {job}\n" in run("clean")
+    assert batch.going() == []
+    assert home.left() == set()
+
+
 def test_what_lives_is_left_alone(home: Home):
     with LocalCluster(1, name="lives"), Client("lives") as client:
         before = home.files()
@@ -131,13 +161,18 @@ def test_a_cluster_without_a_broker_is_dead_only_if_it_stays_so(home: Home):
     began[0]()
 
 
-def test_one_whose_holder_answers_is_not_dead(home: Home):
-    import socket
+def test_one_that_lost_its_broker_for_good_is_its_holders_as_long_as_that_is_there(home: Home):
+    with LocalCluster(1, name="headless") as cluster:
+        end_broker(cluster)
+        eventually(lambda: cluster.broker_death)
+        assert run("clean") == "nothing is left to clean\n"
 
+
+def test_one_whose_holder_answers_is_not_dead(home: Home):
     ClusterLock.acquire("held").release()
     assert len(cleaning.find(watch_s=0)) == 1
     with socket.socket(socket.AF_UNIX) as control:
-        control.bind(str(home.path / "held" / cleaning.CONTROL))
+        control.bind(str(home.path / "held" / SOCKET))
         control.listen()
         assert cleaning.find(watch_s=0) == []
 

@@ -6,14 +6,14 @@ Rules
   broker when one dies), and that for ``STALE_AFTER_S``: it may be on its way up.
 * A node is a dead cluster's if its connection file is, or was, in its directory; the node's workers have the same command
   line. One that was started over ``ssh`` has the file from standard input, and ends with that.
+* Jobs of batch systems are those that were recorded on this host (``launch/jobs.py``).
 * A directory and a journal are removed by one who holds the cluster's lock: nobody starts it meanwhile.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import socket
+import functools
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +21,22 @@ from typing import NamedTuple
 
 import psutil
 
-from .config import STALE_AFTER_S, ClusterLock, cluster_dir, is_held, journal_path, remove_cluster_dir, runtime_dir
+from .config import (
+    STALE_AFTER_S,
+    ClusterLock,
+    cluster_dir,
+    is_held,
+    journal_path,
+    remove_cluster_dir,
+    runtime_dir,
+    this_host,
+)
+from .control import is_served
 from .errors import ConnectionFileError, StartError
 from .journal import Journal
+from .launch.jobs import Job, cancel_recorded, recorded_jobs
 from .stopping import KILL_TIMEOUT_S, connection_path, is_zmqsched, still_running
 
-CONTROL = "control"
 _LOG, _JOURNAL = ".log", ".journal"
 _LOOK_EVERY_S = 0.1
 
@@ -46,10 +56,12 @@ def find(*, journals: bool = False, watch_s: float = STALE_AFTER_S) -> list[Left
     directories = {entry.name for entry in home.iterdir() if entry.is_dir() and _is_name(entry.name)}
     logs = {entry.name[1 : -len(_LOG)]: entry for entry in home.glob(f".*{_LOG}")}
     nodes = _nodes_by_cluster(home)
+    jobs = _jobs_by_cluster()
     kept = {path.stem: path for path in journal_path("any").parent.glob(f"*{_JOURNAL}")} if journals else {}
-    dead = _dead(directories | logs.keys() | nodes.keys() | kept.keys(), watch_s)
+    dead = _dead(directories | logs.keys() | nodes.keys() | jobs.keys() | kept.keys(), watch_s)
     return [
         *(_processes(name, nodes[name]) for name in sorted(dead & nodes.keys())),
+        *(_batch_jobs(name, jobs[name]) for name in sorted(dead & jobs.keys())),
         *(_directory(name) for name in sorted(dead & directories)),
         *(Leftover(f"log {logs[name]}", logs[name].unlink) for name in sorted(dead & logs.keys())),
         *(_journal(name, kept[name]) for name in sorted(dead & kept.keys())),
@@ -70,19 +82,7 @@ def _dead(names: set[str], watch_s: float) -> set[str]:
 
 
 def _is_dead(directory: Path) -> bool:
-    return not is_held(directory) and not _is_controlled(directory)
-
-
-def _is_controlled(directory: Path) -> bool:
-    """Whether the process that holds the cluster's nodes is there."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as control:
-        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            control.connect(f"/proc/self/fd/{descriptor}/{CONTROL}")  # the path itself may be too long for a socket
-        finally:
-            os.close(descriptor)
-        return True
-    return False
+    return not is_held(directory) and not is_served(directory)
 
 
 def _nodes_by_cluster(home: Path) -> dict[str, list[psutil.Process]]:
@@ -109,6 +109,24 @@ def _processes(name: str, processes: list[psutil.Process]) -> Leftover:
         raise StartError(f"processes of the dead cluster {name} cannot be killed: {', '.join(map(str, pids))}")
 
     return Leftover(f"nodes and workers of the dead cluster {name}: {', '.join(map(str, pids))}", remove)
+
+
+def _jobs_by_cluster() -> dict[str, list[Job]]:
+    """Recorded jobs of clusters that were started on this host."""
+    found: dict[str, list[Job]] = {}
+    for job in recorded_jobs():
+        if job.host == this_host():
+            found.setdefault(job.cluster, []).append(job)
+    return found
+
+
+def _batch_jobs(name: str, jobs: list[Job]) -> Leftover:
+    ids = ", ".join(f"{job.launcher} {job.id or job.name}" for job in jobs)
+    return Leftover(f"jobs of the dead cluster {name}: {ids}", functools.partial(_cancel, name))
+
+
+def _cancel(name: str) -> None:
+    cancel_recorded(name)
 
 
 def _directory(name: str) -> Leftover:

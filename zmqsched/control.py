@@ -202,6 +202,15 @@ def ask(name: str, request: Request, timeout: float = ANSWER_S) -> Request:
     return answer
 
 
+def is_served(directory: Path) -> bool:
+    """Whether somebody listens at the control socket in this directory."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        with _short_path(directory) as path:
+            connection.connect(path)
+        return True
+    return False
+
+
 def _nobody(name: str, directory: Path) -> str:
     if is_held(directory):
         return f"the cluster {name!r} runs, but no process on this host holds its nodes: each was started by itself"
