@@ -57,7 +57,8 @@ def kill_all(home: Home) -> None:
     eventually(lambda: not any(map(alive, pids)))
 
 
-def test_without_leftovers_there_is_nothing_to_do(home: Home):
+def test_without_leftovers_there_is_nothing_to_do(home: Home, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cleaning, "is_marked", lambda pid: False)  # other tests may be killing clusters right now
     assert run("clean") == "nothing is left to clean\n"
 
 
@@ -66,8 +67,8 @@ def test_of_a_cluster_that_was_killed_as_a_whole_nothing_is_left(home: Home):
     kill_all(home)
     assert {"default", "default/lock", ".default.log", ".journals/default.journal"} <= home.files()
     directory, log = home.path / "default", home.path / ".default.log"
-    assert run("clean", "--dry-run") == f"would remove directory {directory}\nwould remove log {log}\n"
-    assert run("clean") == f"removed directory {directory}\nremoved log {log}\n"
+    assert f"would remove directory {directory}\nwould remove log {log}\n" in run("clean", "--dry-run")
+    assert f"removed directory {directory}\nremoved log {log}\n" in run("clean")
     assert {name for name in home.files() if not name.startswith(".journals")} == set()
     assert "default.journal" in run("clean", "--journals")
     assert home.left() == set()
@@ -111,6 +112,20 @@ def test_a_node_whose_cluster_has_died_is_ended_with_all_that_its_tasks_have_sta
     eventually(lambda: not any(map(alive, family)))
 
 
+def test_what_tasks_started_is_ended_when_nobody_else_is_left_who_knows_it(home: Home, tmp_path: Path):
+    up("-n1")
+    script = HAS_A_CHILD + "\n"
+    with subprocess.Popen([sys.executable, "-c", script, tmp_path / "family"], stderr=subprocess.DEVNULL) as user:
+        eventually((tmp_path / "family").exists)
+        child = int((tmp_path / "family").read_text().split()[1])
+        assert "tasks of dead nodes" not in run("clean", "--dry-run"), "while its node lives"
+        kill_all(home)
+        user.kill()
+    assert alive(child)
+    assert str(child) in next(line for line in run("clean").splitlines() if "tasks of dead nodes have started" in line)
+    assert not alive(child)
+
+
 WITH_A_JOB = """
 import signal
 from zmqsched.cluster import Cluster
@@ -141,7 +156,7 @@ def test_jobs_that_wait_in_a_queue_are_cancelled(home: Home, tmp_path: Path, mon
 def test_what_lives_is_left_alone(home: Home):
     with LocalCluster(1, name="lives"), Client("lives") as client:
         before = home.files()
-        assert run("clean", "--journals") == "nothing is left to clean\n"
+        assert "lives" not in run("clean", "--journals")
         assert home.files() == before
         assert client.submit(pow, 2, 5).result() == 32
 
@@ -165,7 +180,7 @@ def test_one_that_lost_its_broker_for_good_is_its_holders_as_long_as_that_is_the
     with LocalCluster(1, name="headless") as cluster:
         end_broker(cluster)
         eventually(lambda: cluster.broker_death)
-        assert run("clean") == "nothing is left to clean\n"
+        assert "headless" not in run("clean")
 
 
 def test_one_whose_holder_answers_is_not_dead(home: Home):
@@ -198,7 +213,7 @@ def test_what_cannot_be_killed_is_an_error(home: Home, monkeypatch: pytest.Monke
         with monkeypatch.context() as patch:
             patch.setattr("psutil.Process.kill", lambda _: None)
             patch.setattr(cleaning, "KILL_TIMEOUT_S", 0.1)
-            with pytest.raises(StartError, match=f"of the dead cluster gone cannot be killed: {process.pid}"):
+            with pytest.raises(StartError, match=f"cannot be killed: {process.pid}"):
                 left.remove()
         left.remove()
         assert process.wait(10) == -signal.SIGKILL

@@ -6,6 +6,8 @@ Rules
   broker when one dies), and that for ``STALE_AFTER_S``: it may be on its way up.
 * A node is a dead cluster's if its connection file is, or was, in its directory; the node's workers have the same command
   line. One that was started over ``ssh`` has the file from standard input, and ends with that.
+* What tasks have started bears the mark of its worker (``orphans.py``) and descends from a process of ours, as long as the
+  node or its nursery lives. Where both died in the same moment, the mark is all that is left.
 * Jobs of batch systems are those that were recorded on this host (``launch/jobs.py``).
 * A directory and a journal are removed by one who holds the cluster's lock: nobody starts it meanwhile.
 """
@@ -35,6 +37,7 @@ from .control import is_served
 from .errors import ConnectionFileError, StartError
 from .journal import Journal
 from .launch.jobs import Job, cancel_recorded, recorded_jobs
+from .orphans import is_marked
 from .stopping import KILL_TIMEOUT_S, connection_path, is_zmqsched, still_running
 
 _LOG, _JOURNAL = ".log", ".journal"
@@ -60,7 +63,8 @@ def find(*, journals: bool = False, watch_s: float = STALE_AFTER_S) -> list[Left
     kept = {path.stem: path for path in journal_path("any").parent.glob(f"*{_JOURNAL}")} if journals else {}
     dead = _dead(directories | logs.keys() | nodes.keys() | jobs.keys() | kept.keys(), watch_s)
     return [
-        *(_processes(name, nodes[name]) for name in sorted(dead & nodes.keys())),
+        *(_nodes(name, nodes[name]) for name in sorted(dead & nodes.keys())),
+        *_started_by_tasks(),
         *(_batch_jobs(name, jobs[name]) for name in sorted(dead & jobs.keys())),
         *(_directory(name) for name in sorted(dead & directories)),
         *(Leftover(f"log {logs[name]}", logs[name].unlink) for name in sorted(dead & logs.keys())),
@@ -94,21 +98,47 @@ def _nodes_by_cluster(home: Path) -> dict[str, list[psutil.Process]]:
     return {name: nodes for name, nodes in found.items() if _is_name(name)}
 
 
-def _processes(name: str, processes: list[psutil.Process]) -> Leftover:
-    pids = [process.pid for process in processes]
+def _nodes(name: str, processes: list[psutil.Process]) -> Leftover:
+    pids = {process.pid for process in processes}
 
     def remove() -> None:
         # The nodes first: the nursery of one that dies ends its workers, and whatever their tasks have started.
-        for everybody in (False, True):
-            for process in still_running(processes, 0):
-                with contextlib.suppress(psutil.Error):
-                    if everybody or process.ppid() not in pids:
-                        process.kill()
-            if not still_running(processes, KILL_TIMEOUT_S):
-                return
-        raise StartError(f"processes of the dead cluster {name} cannot be killed: {', '.join(map(str, pids))}")
+        with contextlib.suppress(StartError):
+            _kill([process for process in processes if _parent(process) not in pids], processes)
+        _kill(processes, processes)
 
-    return Leftover(f"nodes and workers of the dead cluster {name}: {', '.join(map(str, pids))}", remove)
+    return Leftover(f"nodes and workers of the dead cluster {name}: {_listed(processes)}", remove)
+
+
+def _started_by_tasks() -> list[Leftover]:
+    marked = still_running([process for process in psutil.process_iter() if is_marked(process.pid)], 0)
+    orphans = [process for process in marked if not any(is_zmqsched(one) for one in [process, *_ancestors(process)])]
+    what = f"processes that tasks of dead nodes have started: {_listed(orphans)}"
+    return [Leftover(what, lambda: _kill(orphans, orphans))] if orphans else []
+
+
+def _kill(chosen: list[psutil.Process], until_gone: list[psutil.Process]) -> None:
+    for process in still_running(chosen, 0):
+        with contextlib.suppress(psutil.Error):
+            process.kill()
+    if stuck := still_running(until_gone, KILL_TIMEOUT_S):
+        raise StartError(f"processes cannot be killed: {_listed(stuck)}")
+
+
+def _listed(processes: list[psutil.Process]) -> str:
+    return ", ".join(str(process.pid) for process in processes)
+
+
+def _parent(process: psutil.Process) -> int:
+    with contextlib.suppress(psutil.Error):
+        return int(process.ppid())
+    return 0
+
+
+def _ancestors(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return list(process.parents())
+    return []
 
 
 def _jobs_by_cluster() -> dict[str, list[Job]]:

@@ -40,6 +40,14 @@ def mark(worker: int) -> None:
         resource.setrlimit(resource.RLIMIT_RTTIME, (_MARK + worker, hard))
 
 
+def is_marked(pid: int) -> bool:
+    """Whether this process descends from a worker, one that lives or not. False for other users' processes."""
+    try:
+        return resource.prlimit(pid, resource.RLIMIT_RTTIME)[0] >= _MARK
+    except (OSError, ValueError):
+        return False
+
+
 def end_orphans(worker: int, others: Container[int]) -> None:
     """Kill and bury the children of this process that descend from the worker of this number; ``others`` never do."""
     _end(lambda pid: pid not in others and _bears(pid, worker))

@@ -101,14 +101,15 @@ def _cluster_id(directory: Path) -> str:
         return ""
 
 
-def is_zmqsched(process: psutil.Process, command: str) -> bool:
-    """Whether this user runs ``zmqsched COMMAND`` there."""
+def is_zmqsched(process: psutil.Process, command: str = "") -> bool:
+    """Whether this user runs ``zmqsched COMMAND`` there; any command by default."""
     try:
         words = process.cmdline()
         mine = process.uids().effective == os.geteuid()
     except psutil.Error:
         return False
-    return mine and any(Path(first).name == "zmqsched" and second == command for first, second in itertools.pairwise(words))
+    following = [second for first, second in itertools.pairwise([*words, ""]) if Path(first).name == "zmqsched"]
+    return mine and (command in following if command else bool(following))
 
 
 def connection_path(node: psutil.Process) -> Path | None:
