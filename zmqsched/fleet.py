@@ -425,14 +425,13 @@ class Fleet:
             self._client.shutdown(wait=False)
 
     def _close_group(self, group: Group) -> None:
-        has_lock = self._lock.acquire(timeout=CLOSE_TIMEOUT_S)  # who holds it longer hangs in a command of the site
+        # Whoever calls a launcher now has it; nobody will from now on. Who has it for longer hangs in a command of the site.
+        if self._lock.acquire(timeout=CLOSE_TIMEOUT_S / 2):
+            self._lock.release()
         try:
             group.launcher.close()
         except (ZmqschedError, OSError) as error:
             log.warning("zmqsched: cluster %s: group %s: %s", self._broker.name, group.name, error)
-        finally:
-            if has_lock:
-                self._lock.release()
 
 
 def _check_number(name: str, number: int, least: int) -> None:

@@ -11,8 +11,6 @@ from .errors import StartError
 from .records import NodeInfo
 
 LOOK_EVERY_S = 0.1
-# After the nodes' own failures: one look more, for what the broker has heard meanwhile.
-_INDENT = "\n    "
 
 
 class Asked(NamedTuple):
@@ -73,5 +71,5 @@ def _told(alive: list[NodeInfo], launched: Iterable[Mapping[str, Any]]) -> str:
         if one["label"] not in joined:
             where = f" ({one['where']})" if one["where"] else ""
             why = f": {one['why']}" if one["why"] else ""
-            lines.append(f"\n  {one['label']}{where} {one['state']}{why}".replace("\n", _INDENT).replace(_INDENT, "\n  ", 1))
-    return ":" + "".join(lines) if lines else ""
+            lines.append(f"{one['label']}{where} {one['state']}{why}".replace("\n", "\n    "))
+    return "\n  ".join([":", *lines]) if lines else ""

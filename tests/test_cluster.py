@@ -1,0 +1,442 @@
+"""Clusters of groups of nodes: their beginning and end, more and fewer nodes, and what is told of nodes that fail."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import psutil
+import pytest
+from conftest import Gate, Home, alive, eventually
+
+from zmqsched import Client, Cluster, SlurmCluster, SSHCluster, control
+from zmqsched.clusterfile import BatchPart, BrokerPart, ClusterFile, NodeGroup, Scale
+from zmqsched.config import cluster_dir
+from zmqsched.errors import ClusterExists, ClusterFileError, ClusterNotFound, StartError
+from zmqsched.launch import LAUNCHERS
+from zmqsched.launch.base import Launched, Launcher, Site
+
+
+class Queue(Launcher):
+    """A batch system in which nobody's turn ever comes."""
+
+    queues: ClassVar[bool] = True
+    asked: ClassVar[list[str]] = []
+
+    def __init__(self, group: NodeGroup, site: Site) -> None:
+        super().__init__(group, site)
+        self._labels: list[str] = []
+
+    def start(self, labels: Sequence[str]) -> None:
+        if "unknown" in self.group.tags:
+            raise StartError("sbatch: no such partition: give --partition one that sinfo shows")
+        self._labels += labels
+        self.asked.extend(labels)
+
+    def poll(self) -> list[Launched]:
+        return [Launched(label, "pending", "PD: Resources", "job 7") for label in self._labels]
+
+    def stop(self, labels: Collection[str], *, at_once: bool = False) -> None:
+        self._labels = [label for label in self._labels if label not in labels]
+
+    def preview(self, labels: Sequence[str]) -> list[str]:
+        return []
+
+
+class Stubborn(Queue):
+    """Its nodes cannot be ended."""
+
+    def stop(self, labels: Collection[str], *, at_once: bool = False) -> None:
+        if labels:
+            raise StartError("scancel: the controller does not answer; try again: scancel 7")
+
+
+class Hung(Queue):
+    """The site's commands hang."""
+
+    release: ClassVar[threading.Event] = threading.Event()
+
+    def stop(self, labels: Collection[str], *, at_once: bool = False) -> None:
+        self.release.wait(60)
+
+
+@pytest.fixture(autouse=True)
+def launchers(monkeypatch: pytest.MonkeyPatch, clusters: Home) -> Iterator[None]:
+    for kind in (Queue, Stubborn, Hung):
+        monkeypatch.setitem(LAUNCHERS, kind.__name__.lower(), f"{__name__}:{kind.__name__}")
+    Queue.asked.clear()
+    Hung.release.clear()
+    yield
+    Hung.release.set()
+
+
+def wanted(*groups: NodeGroup, name: str = "lab") -> ClusterFile:
+    return ClusterFile(name=name, broker=BrokerPart(listen=(), journal=False), nodes=groups)
+
+
+def local(**settings: object) -> NodeGroup:
+    return NodeGroup(**{"slots": 1, **settings})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def broken(tmp_path: Path) -> str:
+    """An interpreter whose nodes die with words of their own."""
+    path = tmp_path / "python"
+    path.write_text("#!/bin/sh\necho loading modules >&2\necho 'no licence for this host' >&2\nexit 3\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.fixture
+def deaf(tmp_path: Path) -> str:
+    """An interpreter whose nodes neither join nor listen to anybody."""
+    path = tmp_path / "python-deaf"
+    path.write_text("#!/bin/sh\ntrap '' TERM INT\nwhile :; do sleep 0.1; done\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def labels(cluster: Cluster, state: str = "running") -> list[str]:
+    return sorted(one.label for one in cluster.nodes() if one.state == state)
+
+
+# --- beginning and ending -------------------------------------------------------------------------------------------------
+
+
+def test_each_group_has_its_nodes_and_they_say_their_labels():
+    groups = [local(count=2), local(name="big", slots=2, tags=("big",), resources={"widget": 3})]
+    with Cluster(wanted(*groups)) as cluster, Client(cluster) as client:
+        nodes = {node.label: node for node in client.nodes()}
+        assert {label: node.slots for label, node in nodes.items()} == {"local-1": 1, "local-2": 1, "big-1": 2}
+        assert nodes["big-1"].tags == ("big",)
+        assert nodes["big-1"].resources["widget"] == 3
+        assert {one.label: one.node for one in cluster.nodes()} == {label: node.id for label, node in nodes.items()}
+        assert labels(cluster) == ["big-1", "local-1", "local-2"]
+        assert "3 running" in repr(cluster)
+    assert "closed" in repr(cluster)
+
+
+def test_environment_directory_and_prologue_are_the_groups(tmp_path: Path):
+    group = local(env={"COLOUR": "red"}, cwd=str(tmp_path), prologue=("export SHAPE=round",))
+    with Cluster(wanted(group)) as cluster, Client(cluster) as client:
+        assert client.submit(os.getenv, "COLOUR").result() == "red"
+        assert client.submit(os.getenv, "SHAPE").result() == "round"
+        assert client.submit(os.getcwd).result() == str(tmp_path)
+
+
+def test_the_cpus_are_divided_among_all_local_workers(monkeypatch: pytest.MonkeyPatch):
+    for name in [name for name in os.environ if name.endswith("_NUM_THREADS")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setattr("zmqsched.host.usable_cpus", lambda: 8)
+    with Cluster(wanted(local(count=2), local(name="more", slots=2))) as cluster, Client(cluster) as client:
+        assert client.submit(os.getenv, "OMP_NUM_THREADS").result() == "2"
+
+
+def test_a_file_is_a_cluster(tmp_path: Path):
+    path = tmp_path / "cluster.toml"
+    path.write_text('name = "filed"\n[broker]\njournal = false\n[[nodes]]\nname = "few"\nslots = 1\ncount = 2\n')
+    with Cluster.from_file(path) as cluster:
+        assert cluster.name == "filed"
+        assert labels(cluster) == ["few-1", "few-2"]
+    path.write_text("[[nodes]]\nslots = 'many'\n")
+    with pytest.raises(ClusterFileError, match=r"nodes\[0\].slots"):
+        Cluster.from_file(path)
+
+
+def test_a_launcher_that_is_not_there_is_named_with_those_that_are():
+    with pytest.raises(ValueError, match=r"no launcher 'teleport'; there are .*local.*slurm.*ssh"):
+        Cluster(wanted(local(launcher="teleport")))
+
+
+def test_a_name_is_one_clusters(clusters: Home):
+    with Cluster(wanted(local())), pytest.raises(ClusterExists, match="lab"):
+        Cluster(wanted(local()))
+    clusters.assert_nothing_left()
+
+
+def test_a_cluster_that_nobody_has_any_more_ends_by_itself(clusters: Home):
+    cluster = Cluster(wanted(local()))
+    pids = [cluster.broker_pid, *(node.pid for node in clusters_nodes(cluster))]
+    del cluster
+    gc.collect()
+    eventually(lambda: not any(alive(pid) for pid in pids))
+    clusters.assert_nothing_left()
+
+
+def clusters_nodes(cluster: Cluster) -> list[psutil.Process]:
+    broker = psutil.Process(cluster.broker_pid)
+    return [child for child in psutil.Process().children() if child.pid != broker.pid and "node" in child.cmdline()]
+
+
+def test_nodes_that_do_not_listen_are_killed_at_the_end(deaf: str, clusters: Home, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("zmqsched.cluster.START_TIMEOUT_S", 1.0)
+    with Cluster(wanted(local(), local(name="deaf", python=deaf))) as cluster:
+        assert [(one.label, one.why) for one in cluster.failures] == [("deaf-1", "was not ready within 1 s")]
+    clusters.assert_nothing_left()
+
+
+def test_the_end_says_what_a_launcher_could_not_end(caplog: pytest.LogCaptureFixture, clusters: Home):
+    with Cluster(wanted(local(), NodeGroup(launcher="stubborn"))), caplog.at_level(logging.WARNING, "zmqsched"):
+        pass
+    assert "group stubborn: scancel: the controller does not answer; try again: scancel 7" in caplog.text
+    clusters.assert_nothing_left()
+
+
+def test_a_launcher_that_hangs_holds_up_nothing_else(caplog, clusters: Home, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("zmqsched.fleet.CLOSE_TIMEOUT_S", 0.5)
+    with Cluster(wanted(local(), NodeGroup(launcher="hung"))):
+        pass
+    assert "some nodes do not end; left behind" in caplog.text
+    clusters.assert_nothing_left()
+
+
+DRIVER = """
+import os, signal
+from zmqsched import Cluster
+from zmqsched.clusterfile import ClusterFile, NodeGroup
+Cluster(ClusterFile(name="doomed", nodes=(NodeGroup(slots=1, count=2),)))
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_the_death_of_the_program_ends_everything(scripts):
+    scripts.run(DRIVER, code=-signal.SIGKILL)
+    scripts.home.assert_nothing_left()
+
+
+# --- nodes that fail ------------------------------------------------------------------------------------------------------
+
+
+def test_when_all_nodes_fail_their_own_words_are_in_the_exception(broken: str, clusters: Home):
+    begun = time.monotonic()
+    with pytest.raises(StartError) as failed:
+        Cluster(wanted(local(python=broken, count=2), NodeGroup(launcher="queue", tags=("unknown",))))
+    words = str(failed.value)
+    assert "local-1: exit code 3 before it was ready: loading modules\nno licence for this host" in words
+    assert "local-2: exit code 3 before it was ready" in words
+    assert "queue: sbatch: no such partition: give --partition one that sinfo shows" in words
+    assert time.monotonic() - begun < 20.0  # the limit for a node that says nothing: nobody has waited for it
+    clusters.assert_nothing_left()
+
+
+def test_when_some_nodes_fail_the_others_serve_and_it_is_told(broken: str, caplog: pytest.LogCaptureFixture):
+    with Cluster(wanted(local(), local(name="bad", python=broken))) as cluster, Client(cluster) as client:
+        assert client.submit(pow, 2, 3).result() == 8
+        (failure,) = cluster.failures
+        assert (failure.label, failure.state) == ("bad-1", "ended")
+        assert "no licence for this host" in failure.why
+        assert "node bad-1 of cluster lab ended: exit code 3 before it was ready" in caplog.text
+
+
+def test_a_node_that_dies_is_told_of_and_scale_makes_up_for_it(caplog: pytest.LogCaptureFixture):
+    with Cluster(wanted(local(count=2))) as cluster, Client(cluster) as client:
+        victim = next(node for node in client.nodes() if node.label == "local-2")
+        os.kill(victim.pid, signal.SIGKILL)
+        eventually(lambda: cluster.failures)
+        assert (cluster.failures[0].label, cluster.failures[0].why) == ("local-2", "killed by SIGKILL")
+        assert "node local-2 of cluster lab ended: killed by SIGKILL (1 left)" in caplog.text
+        assert labels(cluster) == ["local-1"]
+        cluster.scale("local", 2)
+        cluster.wait_for_nodes(2, 30)
+        eventually(lambda: labels(cluster) == ["local-1", "local-3"])
+
+
+def test_a_group_that_adapts_replaces_who_died():
+    with Cluster(wanted(local(scale=Scale(min=1, max=2)))) as cluster, Client(cluster) as client:
+        (node,) = client.nodes()
+        os.kill(node.pid, signal.SIGKILL)
+        eventually(lambda: labels(cluster) == ["local-2"], 30)
+        assert [one.label for one in cluster.failures] == ["local-1"]
+
+
+def test_a_node_that_leaves_in_order_is_no_failure():
+    with Cluster(wanted(local(count=2))) as cluster, Client(cluster) as client:
+        client.drain("local-1")
+        eventually(lambda: labels(cluster) == ["local-2"])
+        assert cluster.failures == []
+
+
+# --- waiting for nodes ----------------------------------------------------------------------------------------------------
+
+
+def test_a_cluster_is_there_when_jobs_are_submitted_and_waiting_says_why_they_pend():
+    with Cluster(wanted(NodeGroup(launcher="queue", count=2), local())) as cluster:
+        assert Queue.asked == ["queue-1", "queue-2"]
+        cluster.wait_for_nodes(1, 30)
+        with pytest.raises(TimeoutError) as waited:
+            cluster.wait_for_nodes(3, 0.3)
+        assert str(waited.value) == (
+            "1 of 3 nodes are there after 0.3 s:\n  queue-1 (job 7) pending: PD: Resources\n"
+            "  queue-2 (job 7) pending: PD: Resources"
+        )
+
+
+def test_a_wait_ends_at_once_when_so_many_cannot_come(broken: str):
+    with Cluster(wanted(local(), local(name="bad", python=broken, count=2))) as cluster:
+        with pytest.raises(StartError, match="1 of 2 nodes are there, and no more can come") as failed:
+            cluster.wait_for_nodes(2, 600)
+        assert "no licence for this host" in str(failed.value)
+        cluster.wait_for_nodes(1, 0)
+
+
+def test_a_wait_goes_on_while_others_are_on_their_way(broken: str):
+    with Cluster(wanted(local(), local(name="bad", python=broken), NodeGroup(launcher="queue"))) as cluster:
+        with pytest.raises(TimeoutError, match="bad-1 ended: exit code 3"):
+            cluster.wait_for_nodes(2, 0.3)
+        with pytest.raises(StartError):
+            cluster.wait_for_nodes(3, 600)
+
+
+@pytest.mark.parametrize(("n", "timeout"), [(-1, 1), (True, 1), ("2", 1), (1, -1), (1, "soon"), (1, float("nan"))])
+def test_waits_that_make_no_sense(n, timeout):
+    with Cluster(wanted(NodeGroup(launcher="queue"))) as cluster, pytest.raises(ValueError, match="is"):
+        cluster.wait_for_nodes(n, timeout)
+
+
+# --- more and fewer -------------------------------------------------------------------------------------------------------
+
+
+def test_scaling_down_ends_the_idle_and_waits_for_the_busy(gate: Gate):
+    with Cluster(wanted(local(count=3))) as cluster, Client(cluster) as client:
+        cluster.wait_for_nodes(3, 30)
+        future = client.submit(gate.task, os.getpid)
+        gate.wait_until_begun()
+        busy = next(node.label for node in client.nodes() if node.assigned)
+        cluster.scale("local", 1)
+        eventually(lambda: labels(cluster) == [busy])
+        cluster.scale("local", 0)
+        eventually(lambda: [node.state for node in client.nodes() if node.label == busy] == ["draining"])
+        assert labels(cluster) == [busy]
+        assert not future.done()
+        gate.open()
+        future.result(30)
+        eventually(lambda: cluster.nodes() == [])
+        assert gate.begun() == 1
+        assert cluster.failures == []
+
+
+def test_what_pends_is_called_off_first():
+    with Cluster(wanted(local(), NodeGroup(launcher="queue", batch=BatchPart(nodes=3)))) as cluster:
+        cluster.scale("queue", 1)
+        assert labels(cluster, "pending") == ["queue-1"]
+        cluster.scale("queue", 2)
+        eventually(lambda: labels(cluster, "pending") == ["queue-1", "queue-4"])
+
+
+def test_scaling_what_is_not_there():
+    with Cluster(wanted(local(), NodeGroup(launcher="queue", tags=("unknown",)))) as cluster:
+        with pytest.raises(ValueError, match="no group of nodes 'gpu'; there are local, queue"):
+            cluster.scale("gpu", 2)
+        for number in (-1, 10_001, True, 2.5, "3"):
+            with pytest.raises(ValueError, match="n is a number of nodes from 0 to 10000"):
+                cluster.scale("local", number)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="max is a number of nodes from 3"):
+            cluster.adapt("local", 3, 2)
+        with pytest.raises(StartError, match="no such partition"):
+            cluster.scale("queue", 2)
+    with pytest.raises(StartError, match="closed"):
+        cluster.scale("local", 2)
+
+
+def test_a_group_adapts_to_what_is_asked_of_it(gate: Gate, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("zmqsched.core.adapting.IDLE_S", 1.0)
+    with Cluster(wanted(local(scale=Scale(min=0, max=2)))) as cluster, Client(cluster) as client:
+        assert cluster.nodes() == []
+        futures = [client.submit(gate.task) for _ in range(6)]
+        gate.wait_until_begun(2)
+        cluster.wait_for_nodes(2, 30)
+        gate.open()
+        for future in futures:
+            future.result(30)
+        eventually(lambda: cluster.nodes() == [], 30)
+        assert gate.begun() == 6
+        cluster.adapt("local", 1, 1)
+        cluster.wait_for_nodes(1, 30)
+        cluster.scale("local", 0)
+        eventually(lambda: cluster.nodes() == [])
+
+
+def test_the_death_of_the_broker_ends_neither_nodes_nor_control(caplog: pytest.LogCaptureFixture):
+    with Cluster(wanted(local(count=2))) as cluster, Client(cluster) as client:
+        before = cluster.broker_pid
+        os.kill(before, signal.SIGKILL)
+        eventually(lambda: cluster.broker_pid != before)
+        assert client.submit(pow, 2, 3).result(30) == 8
+        control.ask("lab", {"do": "scale", "group": "local", "n": 3})
+        cluster.wait_for_nodes(3, 30)
+        assert cluster.failures == []
+
+
+# --- logs, and what other processes ask -------------------------------------------------------------------------------
+
+
+def test_what_nodes_write_is_in_their_logs_while_the_cluster_is_there(clusters: Home):
+    def complain() -> None:
+        sys.stderr.write("a task complains\n")
+
+    with Cluster(wanted(local()), echo=True) as cluster, Client(cluster, output=False) as client:
+        client.submit(complain).result(30)
+        path = Path(control.ask("lab", {"do": "log", "label": "local-1"})["path"])
+        assert path == cluster_dir("lab") / "logs" / "local-1.log"
+        eventually(lambda: path.exists() and "a task complains" in path.read_text())
+        assert path.parent.stat().st_mode & 0o077 == 0
+        with pytest.raises(Exception, match="no node 'local-9' was started here; there are local-1"):
+            control.ask("lab", {"do": "log", "label": "local-9"})
+    clusters.assert_nothing_left()
+
+
+def test_another_process_scales_and_looks(clusters: Home):
+    program = """
+        from zmqsched import control
+        control.ask("lab", {"do": "scale", "group": "local", "n": 2})
+        control.ask("lab", {"do": "adapt", "group": "local", "min": 2, "max": 2})
+        print(control.ask("lab", {"do": "nodes"})["nodes"][0]["label"], control.ask("lab", {"do": "facts"})["groups"])
+    """
+    with Cluster(wanted(local())) as cluster:
+        command = [sys.executable, "-c", textwrap.dedent(program)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        assert done.stdout == "local-1 {'local': 2}\n"
+        cluster.wait_for_nodes(2, 30)
+    with pytest.raises(ClusterNotFound, match="no cluster named 'lab' was started here"):
+        control.ask("lab", {"do": "nodes"})
+
+
+# --- those that are short for a file -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: SSHCluster([]), "hosts: the launcher ssh needs some"),
+        (lambda: SSHCluster(["a"], slots=-1), "slots"),
+        (lambda: SSHCluster("a b c"), "hosts"),
+        (lambda: SlurmCluster(nodes=0, tags=["with space\n"]), "tags"),
+        (lambda: SlurmCluster(time="soon"), "soon"),
+    ],
+)
+def test_arguments_that_cannot_be(make, says):
+    with pytest.raises(ValueError, match=says):
+        make()
+
+
+def test_a_cluster_elsewhere_is_what_a_file_would_say(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(LAUNCHERS, "ssh", f"{__name__}:Queue")
+    monkeypatch.setitem(LAUNCHERS, "slurm", f"{__name__}:Queue")
+    with SSHCluster(["gpu[1-2]", "host"], slots=3, listen="127.0.0.1", prologue=["module load python"]) as cluster:
+        (group,) = cluster.wanted.nodes
+        assert (group.hosts, group.slots, group.prologue) == (("gpu1", "gpu2", "host"), 3, ("module load python",))
+        assert cluster.file.addresses.work[0].startswith("tcp://127.0.0.1:")
+        assert Queue.asked == ["ssh-1", "ssh-2", "ssh-3"]
+    with SlurmCluster(nodes=2, time="1h", partition="short", options=["--qos=high"], listen="127.0.0.1") as cluster:
+        (group,) = cluster.wanted.nodes
+        assert group.batch == BatchPart(nodes=2, time=3600.0, partition="short", options=("--qos=high",))
