@@ -55,8 +55,8 @@ def served(clusters: Home) -> Iterator[Path]:
 
 def connect(path: Path) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    connection.settimeout(15)
     connection.connect(str(path))
+    connection.settimeout(15)
     return connection
 
 

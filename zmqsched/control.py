@@ -189,8 +189,7 @@ def ask(name: str, request: Request, timeout: float = ANSWER_S) -> Request:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout)
         try:
-            with _short_path(directory) as path:
-                connection.connect(path)
+            _connect(connection, directory, time.monotonic() + timeout)
             connection.sendall(_line(request))
             answer = _read_line(connection)
         except TimeoutError:
@@ -209,6 +208,17 @@ def is_served(directory: Path) -> bool:
             connection.connect(path)
         return True
     return False
+
+
+def _connect(connection: socket.socket, directory: Path, until: float) -> None:
+    with _short_path(directory) as path:
+        while True:
+            try:
+                return connection.connect(path)
+            except BlockingIOError:  # too many others wait to be let in
+                if time.monotonic() >= until:
+                    raise TimeoutError from None
+                time.sleep(0.02)
 
 
 def _nobody(name: str, directory: Path) -> str:
