@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,8 @@ from conftest import eventually
 
 import zmqsched
 from zmqsched import Client
-from zmqsched.errors import CommandFailed
+from zmqsched.errors import ClusterLost, CommandFailed
+from zmqsched.protocol import Options
 
 ZMQSCHED = [sys.executable, "-m", "zmqsched"]
 
@@ -106,6 +108,57 @@ def test_what_a_node_cannot_be_told_is_said(argument, said):
     done = subprocess.run(
         [*ZMQSCHED, "node", "--connect=x", argument], capture_output=True, text=True, timeout=30, check=False
     )
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+# --- what a broker is told ----------------------------------------------------------------------------------------------
+
+
+def test_tasks_have_what_the_cluster_says_unless_they_say_otherwise(site):
+    site.broker('--task-defaults={"retries": 2, "timeout": 60, "priority": 3}')
+    with site.client() as client:
+        assert client.options()._options == Options(3, 2, timeout=60.0)
+        assert client.options(retries=0, timeout=5)._options == Options(3, 0, timeout=5.0)
+
+
+def test_an_idle_cluster_ends_though_a_client_is_there(site):
+    broker = site.broker("--idle-timeout=2", "--beat-interval=0.2", "--dead-after=1")
+    node = site.node()
+    with site.client() as client:
+        assert client.submit(abs, -1).result(20) == 1
+        assert broker.wait(30) == node.wait(30) == 0
+        with pytest.raises(ClusterLost, match="nothing was asked of it for 2 s"):
+            client.submit(abs, -1).result(20)
+
+
+def test_a_silent_node_is_lost_as_soon_as_the_broker_was_told(site):
+    site.broker("--beat-interval=0.1", "--dead-after=0.5")
+    node = site.node()
+    site.node()
+    with site.client() as client:
+        node.send_signal(signal.SIGSTOP)
+        try:
+            since = time.monotonic()
+            eventually(lambda: states(client)["n1"] == "lost")
+            assert time.monotonic() - since < 3.0, "before it would be by default"
+            assert client.submit(abs, -1).result(20) == 1
+        finally:
+            node.send_signal(signal.SIGCONT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--beat-interval=2", "--dead-after=5"], "--dead-after is at least three beat intervals, 6 s, not 5"),
+        (["--beat-interval=7200"], "a beat interval is at most 3600 s, not 7200"),
+        (['--task-defaults={"retires": 2}'], "unknown field `retires`"),
+        (['--task-defaults={"retries": -2}'], "`$.retries`"),
+        (["--idle-timeout=0"], "0.0 is not a finite number of seconds above 0"),
+    ],
+)
+def test_what_a_broker_cannot_be_told_is_said(arguments, said):
+    done = subprocess.run([*ZMQSCHED, "broker", *arguments], capture_output=True, text=True, timeout=30, check=False)
     assert done.returncode == 2
     assert said in done.stderr
 

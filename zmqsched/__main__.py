@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from .config import NODE_ALONE_S, ConnectionFile, journal_path
+import msgspec
+
+from .config import BEAT_INTERVAL_S, NODE_ALONE_S, ConnectionFile, TaskDefaults, journal_path
 from .core.policy import DEFAULT_POLICY, POLICIES
-from .core.settings import Care
+from .core.settings import DEAD_AFTER_S, Care
 from .errors import ZmqschedError
 from .options import resource_argument, size_argument
 from .shell import BROKER_ENVIRONMENT, LEVELS, Starter, allow_many_connections, file_from_input, set_up_logging
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 T = TypeVar("T")
+
+MAX_BEAT_INTERVAL_S = 3600.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,7 +68,36 @@ def _broker(arguments: list[str]) -> int:
         help="keep a journal, so that a broker that follows this one knows its tasks; without FILE in the user's state "
         "directory",
     )
+    parser.add_argument(
+        "--beat-interval", metavar="SECONDS", type=_seconds, default=BEAT_INTERVAL_S, help="of each node (%(default)s)"
+    )
+    parser.add_argument(
+        "--dead-after",
+        metavar="SECONDS",
+        type=_seconds,
+        help=f"of silence a node is lost ({DEAD_AFTER_S:g} beat intervals; at least 3)",
+    )
+    parser.add_argument(
+        "--idle-timeout",
+        metavar="SECONDS",
+        type=_seconds,
+        default=0.0,
+        help="end the cluster when no task is unfinished and no client has asked for anything but reports for so long",
+    )
+    parser.add_argument(
+        "--task-defaults",
+        metavar="JSON",
+        type=_task_defaults,
+        default=TaskDefaults(),
+        help='what tasks have unless they say otherwise: {"retries": 2, "timeout": 60, "priority": 0, "requeue": true}',
+    )
     options = parser.parse_args(arguments)
+    beat_interval_s = options.beat_interval
+    dead_after_s = options.dead_after or DEAD_AFTER_S * beat_interval_s / BEAT_INTERVAL_S
+    if beat_interval_s > MAX_BEAT_INTERVAL_S:
+        parser.error(f"a beat interval is at most {MAX_BEAT_INTERVAL_S:g} s, not {beat_interval_s:g}")
+    if dead_after_s < 3 * beat_interval_s:
+        parser.error(f"--dead-after is at least three beat intervals, {3 * beat_interval_s:g} s, not {dead_after_s:g}")
     _return_memory_by_page(arguments)
     set_up_logging(options.log_level)
     allow_many_connections()
@@ -75,7 +108,10 @@ def _broker(arguments: list[str]) -> int:
 
         listen = None if options.listen is None else sockets.listen_address(options.listen)
         journal = journal_path(options.name) if options.journal == "" else options.journal and Path(options.journal)
-        broker = Broker(options.name, options.policy, listen, journal or None, options.max_queued)
+        broker = Broker(
+            options.name, options.policy, listen, journal or None, options.max_queued, beat_interval_s=beat_interval_s,
+            dead_after_s=dead_after_s, idle_timeout_s=options.idle_timeout, tasks=options.task_defaults,
+        )  # fmt: skip
     except ValueError as error:
         return starter.failed(error if isinstance(error, ZmqschedError) else ZmqschedError(str(error)))
     except ZmqschedError as error:
@@ -195,6 +231,13 @@ def _positive(text: str) -> int:
     if not 1 <= number <= 10_000:
         raise argparse.ArgumentTypeError(f"{number} is not between 1 and 10000")
     return number
+
+
+def _task_defaults(text: str) -> TaskDefaults:
+    try:
+        return msgspec.json.decode(text, type=TaskDefaults)
+    except (msgspec.MsgspecError, UnicodeError) as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _tasks(text: str) -> int:

@@ -22,7 +22,17 @@ import msgspec
 import zmq
 
 from . import host, sockets
-from .config import CONNECTION_FILE, Addresses, ClusterLock, ConnectionFile, ipc_address, this_host, this_network
+from .config import (
+    BEAT_INTERVAL_S,
+    CONNECTION_FILE,
+    Addresses,
+    ClusterLock,
+    ConnectionFile,
+    TaskDefaults,
+    ipc_address,
+    this_host,
+    this_network,
+)
 from .core.events import (
     Arrived,
     KeysChanged,
@@ -41,7 +51,7 @@ from .core.events import (
     Write,
 )
 from .core.scheduler import Scheduler
-from .core.settings import Settings
+from .core.settings import DEAD_AFTER_S, Settings, patience
 from .errors import ConnectionFileError, JournalError, ProtocolError, VersionMismatch
 from .journal import Journal
 from .keyring import Keyring, Stored
@@ -83,11 +93,19 @@ class Broker:
         listen: str | None = None,
         journal: Path | None = None,
         max_queued: int | None = None,
+        *,
+        beat_interval_s: float = BEAT_INTERVAL_S,
+        dead_after_s: float = DEAD_AFTER_S,
+        idle_timeout_s: float = 0.0,
+        tasks: TaskDefaults | None = None,
     ) -> None:
         """Take the name, open the journal, bind the sockets and write the connection file.
 
         ``listen`` is a ``tcp://`` address (``sockets.listen_address``), besides Unix sockets in the cluster's directory.
         ``max_queued``: bytes held before clients are asked to hold back; by default what the host has room for.
+        ``beat_interval_s``, ``dead_after_s``: how often nodes beat, and after how long a silence they are given up.
+        ``idle_timeout_s``: it ends when nothing has been asked of it for so long; 0: never. ``tasks``: what clients' tasks
+        have unless they say otherwise.
 
         Raises
         ------
@@ -98,12 +116,27 @@ class Broker:
         self._journal: Journal | None = None
         try:
             self._journal = Journal(journal, name) if journal else None
-            self._core = self._restored(name, policy, max_queued)
+            suspect_after_s, ping_grace_s = patience(dead_after_s)
+            settings = Settings(
+                name=name,
+                epoch=secrets.randbits(48),
+                python=".".join(platform.python_version_tuple()[:2]),
+                policy=policy,
+                beat_interval_s=beat_interval_s,
+                suspect_after_s=suspect_after_s,
+                ping_grace_s=ping_grace_s,
+                journal=self._journal is not None,
+                max_queued_bytes=host.room_for_tasks() if max_queued is None else max_queued,
+                settle_s=SETTLE_S if self.lock.was_left or self._journal else 0.0,
+                idle_timeout_s=idle_timeout_s,
+            )
+            self._core = self._restored(settings)
             before = _Identity.read(self._journal, listen)
         except BaseException:
             self._let_go(journal_is_done=False)
             raise
         self._listen = listen or ""
+        self._tasks = tasks or TaskDefaults()
         self._cluster_id = before.cluster_id if before else secrets.token_hex(16)
         self._keyring = Keyring(before.keys if before else None, monotonic()) if listen else None
         self._ctx = sockets.context()
@@ -142,20 +175,10 @@ class Broker:
             identity = _Identity(self._cluster_id, self._listen, self._bound, self._keyring.stored)
             self._journal.identity = msgspec.json.encode(identity)
 
-    def _restored(self, name: str, policy: str, max_queued: int | None) -> Scheduler:
-        journal = self._journal
-        settings = Settings(
-            name=name,
-            epoch=secrets.randbits(48),
-            python=".".join(platform.python_version_tuple()[:2]),
-            policy=policy,
-            journal=journal is not None,
-            max_queued_bytes=host.room_for_tasks() if max_queued is None else max_queued,
-            settle_s=SETTLE_S if self.lock.was_left or journal else 0.0,
-        )
+    def _restored(self, settings: Settings) -> Scheduler:
         core = Scheduler(settings, Random(secrets.randbits(64)))
-        if journal:
-            core.restore(journal.read(), monotonic())
+        if self._journal:
+            core.restore(self._journal.read(), monotonic())
         return core
 
     @property
@@ -293,6 +316,7 @@ class Broker:
             python=platform.python_version(),
             zmqsched=__version__,
             addresses=self._bound,
+            tasks=self._tasks,
         )
         if self._keyring:
             self._keyring.write_files(file, self.lock.directory)

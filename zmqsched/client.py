@@ -155,7 +155,8 @@ class Client(Shown, Tasks):
         self._on_one_host = all(address.startswith("ipc://") for address in file.addresses.work)
         self._local = self._owned or (cast("LocalCluster", cluster) if hasattr(cluster, "broker_death") else None)
         self._client = self
-        self._options = Options()
+        tasks = file.tasks
+        self._options = Options(tasks.priority, tasks.retries, timeout=tasks.timeout, requeue=tasks.requeue)
         self._retry_on = b""
         self._lock = threading.RLock()  # a signal handler that submits may have interrupted a submit
         self._idle = threading.Condition(self._lock)

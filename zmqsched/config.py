@@ -303,6 +303,15 @@ class Addresses(Struct, frozen=True):
     status: _Addresses
 
 
+class TaskDefaults(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What tasks of the cluster's clients have unless they say otherwise, by ``Client.options``; ``timeout`` 0: none."""
+
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] = 0
+    retries: Annotated[int, Meta(ge=0, le=1_000_000)] = 0
+    timeout: Annotated[float, Meta(ge=0, le=2**60)] = 0.0
+    requeue: bool = True
+
+
 class ConnectionFile(Struct, frozen=True, kw_only=True):
     """All that a client or node needs to reach a cluster, as the JSON file that the broker writes.
 
@@ -322,6 +331,7 @@ class ConnectionFile(Struct, frozen=True, kw_only=True):
     addresses: Addresses
     role: Role = "admin"
     network: _Text = ""
+    tasks: TaskDefaults = TaskDefaults()
     server_key: _Key = ""
     client_public: _Key = ""
     client_secret: _Key = ""

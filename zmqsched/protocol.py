@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, c
 import msgspec
 from msgspec import Meta, Struct
 
-from .config import ROLES, Role
+from .config import BEAT_INTERVAL_S, ROLES, SUSPECT_AFTER_BEATS, Role
 from .errors import ProtocolError, VersionMismatch
 
 if TYPE_CHECKING:
@@ -322,7 +322,8 @@ class NodeHello(_Wire, tag=2):
 
 class Welcome(_Wire, tag=3):
     """The broker's yes. ``session`` goes into every later envelope; ``epoch`` is new with each life of a broker.
-    ``remembered``: the broker knows what this client has submitted before."""
+    ``remembered``: the broker knows what this client has submitted before. ``lease_s``: for so long it gives no node up
+    that it has heard."""
 
     session: Count
     life: Count
@@ -330,6 +331,7 @@ class Welcome(_Wire, tag=3):
     name: Name
     beat_interval_s: Annotated[float, Meta(gt=0, le=3600)]
     remembered: bool = False
+    lease_s: Annotated[float, Meta(gt=0, le=36_000)] = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS
 
 
 class No(_Wire, tag=4):

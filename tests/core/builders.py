@@ -662,11 +662,12 @@ class Workplace:
 
     # what the broker does
 
-    def broker_welcomes(self, beat_interval_s: float = 1.0) -> None:
+    def broker_welcomes(self, beat_interval_s: float = 1.0, lease_s: float = 3.0) -> None:
         self.session += 1
         self.link = Link(self.session)
         self._taught.clear()
-        self._arrive(Envelope(self.session, 0, 0, Welcome(self.session, self.hellos[-1].life, 1, "n1", beat_interval_s)))
+        life = self.hellos[-1].life
+        self._arrive(Envelope(self.session, 0, 0, Welcome(self.session, life, 1, "n1", beat_interval_s, lease_s=lease_s)))
         self.turn()
 
     def broker_forgets(self) -> None:

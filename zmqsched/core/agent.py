@@ -260,6 +260,7 @@ class Agent:
     def _welcomed(self, welcome: Welcome) -> None:
         self.name = welcome.name
         self._beat_interval_s = welcome.beat_interval_s
+        self._uplink.pace(welcome.beat_interval_s, welcome.lease_s)
         self._beat_at = 0.0
         self._out.append(Log("info", f"joined as {welcome.name}"))
         self._crew.changed = True

@@ -129,6 +129,7 @@ class Scheduler:
         self._node_numbers = 0
         self._last_tick: float | None = None
         self._next_round = 0.0
+        self._asked_at: float | None = None  # when a client last asked for something
         self._end_at = math.inf
         self._end_why = ""
         self._out: list[SchedulerAction] = []
@@ -216,6 +217,8 @@ class Scheduler:
             self._from_client(session, message, now)
 
     def _from_client(self, session: Session, message: Message, now: float) -> None:
+        if not isinstance(message, Query | Goodbye):
+            self._asked_at = now
         match message:
             case Submit():
                 self.book.submit(session, message)
@@ -329,7 +332,8 @@ class Scheduler:
                 self.book.requeue(self.book.tasks[task_id])
         begins_round = now >= self._next_round
         if begins_round:
-            self._next_round = now + self.settings.beat_interval_s
+            self._next_round = now + self.settings.round_s
+            self._end_if_idle(now)
             self._expire_clients(now)
             if now >= self._settled_at + self.settings.await_lost_s:
                 self.book.expire_limbo()
@@ -398,7 +402,10 @@ class Scheduler:
             session.link.reconnected()
         name = session.node or self.settings.name
         settings = self.settings
-        welcome = Welcome(session.token, session.life, settings.epoch, name, settings.beat_interval_s, session.remembered)
+        welcome = Welcome(
+            session.token, session.life, settings.epoch, name, settings.beat_interval_s, session.remembered,
+            settings.suspect_after_s,
+        )  # fmt: skip
         self._out.append(Send(peer, Envelope(session.token, 0, 0, welcome)))
 
     def _vouched_for(self, incarnation: bytes) -> bool:
@@ -511,7 +518,7 @@ class Scheduler:
             if session.node:
                 self._sessions.send(session, Stop(drain=False))
             else:
-                self._sessions.send(session, Goodbye("the cluster was shut down"))
+                self._sessions.send(session, Goodbye(clipped(f"the cluster was shut down: {why}")))
 
     def _progress(self, node: Node, message: Progress) -> None:
         if message.credit != node.credit:
@@ -616,6 +623,7 @@ class Scheduler:
                 if node.pinged_at is not None:
                     node.pinged_at = now
             self._watch.shift(gap)
+            self._asked_at = self._asked_at and self._asked_at + gap
             self._sessions.forgive(gap)
             self.book.owners.forgive(gap)
             self.counts["own absences"] += 1
@@ -630,6 +638,14 @@ class Scheduler:
         for owner in self.book.owners.old_jobs(self.settings.keep_results_s, now):
             self.book.owners.forget(owner)
             self.book.record(owner.id, Left())
+
+    def _end_if_idle(self, now: float) -> None:
+        """Who only looks keeps no cluster alive, nor does a client that is there and asks for nothing."""
+        if self.book.tasks or self._asked_at is None:
+            self._asked_at = now
+        timeout_s = self.settings.idle_timeout_s
+        if timeout_s and now - self._asked_at >= timeout_s and self._end_at == math.inf:
+            self._shut_down(f"nothing was asked of it for {timeout_s:g} s", now)
 
     def _publish_counts(self) -> None:
         counts = [(name, number) for name, number in self.book.task_counts()]

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, KEEP_RESULTS_S, PING_GRACE_S, SUSPECT_AFTER_BEATS
 from .policy import DEFAULT_POLICY
 
+DEAD_AFTER_S = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS + PING_GRACE_S
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -15,7 +17,8 @@ class Settings:
     A task that no node can ever hold fails after ``unservable_after_s``; a node lost less than ``await_lost_s`` ago counts
     as one that may be back. ``journal``: the shell keeps one. ``settle_s``: how long a broker that follows a crashed one
     waits for nodes before it places anything. Above ``max_queued_bytes`` of payloads clients are asked to hold back
-    (``load.py``).
+    (``load.py``). When no task is unfinished, and no client has asked for anything but reports for ``idle_timeout_s``, the
+    cluster is shut down; 0: it never is.
     """
 
     name: str = "cluster"
@@ -33,6 +36,18 @@ class Settings:
     keep_results_s: float = KEEP_RESULTS_S
     settle_s: float = 0.0
     max_queued_bytes: int = 1 << 30
+    idle_timeout_s: float = 0.0
+
+    @property
+    def round_s(self) -> float:
+        """How often to look at what needs no hurry."""
+        return min(BEAT_INTERVAL_S, self.beat_interval_s)
+
+
+def patience(dead_after_s: float) -> tuple[float, float]:
+    """``suspect_after_s`` and ``ping_grace_s`` of a broker that gives up nodes which were silent for so long."""
+    grace_s = dead_after_s * PING_GRACE_S / DEAD_AFTER_S
+    return dead_after_s - grace_s, grace_s
 
 
 @dataclass(frozen=True)

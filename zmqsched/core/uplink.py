@@ -33,6 +33,11 @@ class Uplink:
         self._hello_at = 0.0
         self._ping_at = 0.0
 
+    def pace(self, keepalive_s: float, lease_s: float) -> None:
+        """As the broker of this session has it."""
+        self._keepalive_s = keepalive_s
+        self._lease_s = lease_s
+
     @property
     def lease_ends(self) -> float:
         return -math.inf if self.link is None else self.link.confirmed_at + self._lease_s
