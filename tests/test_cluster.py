@@ -142,6 +142,16 @@ def test_the_cpus_are_divided_among_all_local_workers(monkeypatch: pytest.Monkey
         assert client.submit(os.getenv, "OMP_NUM_THREADS").result() == "2"
 
 
+def test_over_tcp_nodes_have_their_own_key(tmp_path: Path):
+    file = wanted(local(count=1), NodeGroup(launcher="queue"))
+    broker = BrokerPart(listen=("127.0.0.1",), journal=False)
+    with Cluster(ClusterFile(name="lab", broker=broker, nodes=file.nodes)) as cluster, Client(cluster) as client:
+        (node,) = client.nodes()
+        assert f"--connect={cluster_dir('lab') / 'node.json'}" in psutil.Process(node.pid).cmdline()
+        assert cluster.file.addresses.work[0].startswith("tcp://127.0.0.1:")
+        assert client.submit(pow, 2, 3).result(30) == 8
+
+
 def test_a_file_is_a_cluster(tmp_path: Path):
     path = tmp_path / "cluster.toml"
     path.write_text('name = "filed"\n[broker]\njournal = false\n[[nodes]]\nname = "few"\nslots = 1\ncount = 2\n')

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from . import errors
 from .brokers import START_TIMEOUT_S, STOP_TIMEOUT_S, KeptBroker, check_free, wait_until_ready
 from .clusterfile import BrokerPart, ClusterFile, NodeGroup
-from .config import CONNECTION_FILE, ConnectionFile, check_name, cluster_dir, remove_cluster_dir
+from .config import CONNECTION_FILE, ConnectionFile, check_name, cluster_dir, file_name, remove_cluster_dir
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .display import Sheet, Shown, as_line
 from .errors import StartError
@@ -92,7 +92,7 @@ class Cluster(Shown):
         self._changed: Callable[[], None] = _nothing
         self._lock = threading.Lock()
         directory = cluster_dir(self.name)
-        path = directory / CONNECTION_FILE
+        path = directory / (file_name("node") if _has_keys(wanted) else CONNECTION_FILE)
         check_free(self.name)
         left = path.exists()
         changed = _told(weakref.ref(self))
@@ -109,8 +109,7 @@ class Cluster(Shown):
             if not left:
                 self._broker.wait_until_ready()
             self._fleet.start(local=False)
-            elsewhere = any(group.launcher != "local" for group in wanted.nodes)
-            self._fleet.wait_for_first(ELSEWHERE_TIMEOUT_S if elsewhere else START_TIMEOUT_S)
+            self._fleet.wait_for_first(ELSEWHERE_TIMEOUT_S if _elsewhere(wanted) else START_TIMEOUT_S)
             self._check_started()
         except BaseException:
             self.close()
@@ -369,12 +368,20 @@ def broker_command(wanted: ClusterFile) -> list[str]:
     return [sys.executable, "-m", "zmqsched", "broker", f"--name={wanted.name}", *_broker_options(wanted)]
 
 
+def _elsewhere(wanted: ClusterFile) -> list[NodeGroup]:
+    return [group for group in wanted.nodes if group.launcher != "local"]
+
+
+def _has_keys(wanted: ClusterFile) -> bool:
+    """Whether the broker is to listen on TCP."""
+    return bool(wanted.broker.listen or wanted.broker.port or _elsewhere(wanted))
+
+
 def _listens(wanted: ClusterFile) -> list[str]:
     """The addresses where the broker is to listen for other hosts."""
     part = wanted.broker
-    elsewhere = [group for group in wanted.nodes if group.launcher != "local"]
     addresses = list(part.listen)
-    if not addresses and elsewhere:
+    if not addresses and (elsewhere := _elsewhere(wanted)):
         addresses = own_addresses(host for group in elsewhere for host in group.hosts)
     if not addresses and part.port:
         addresses = [LOOPBACK]

@@ -181,11 +181,12 @@ def this_network() -> str:
 def role_file(directory: Path, role: Role) -> Path:
     """The connection file in a running cluster's directory to hand to whoever is to have this role. On a cluster that only
     has Unix sockets one file serves all."""
-    path = directory / _file_name(role)
+    path = directory / file_name(role)
     return path if path.exists() else directory / CONNECTION_FILE
 
 
-def _file_name(role: Role) -> str:
+def file_name(role: Role) -> str:
+    """What the connection file of this role is called on a cluster that has keys."""
     return CONNECTION_FILE if role == "admin" else f"{role}.json"
 
 
@@ -350,7 +351,7 @@ class ConnectionFile(Struct, frozen=True, kw_only=True):
 
     def write_into(self, directory: Path) -> None:
         """Write the file of this role into the cluster's directory."""
-        self.write(directory / _file_name(self.role))
+        self.write(directory / file_name(self.role))
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the file, replacing one that is there, readable by this user alone from its first moment on.
@@ -539,7 +540,7 @@ class ClusterLock:
             if fd is not None:
                 was_left = (directory / CONNECTION_FILE).exists()
                 for role in ROLES:
-                    (directory / _file_name(role)).unlink(missing_ok=True)
+                    (directory / file_name(role)).unlink(missing_ok=True)
                 return cls(directory, fd, was_left=was_left)
             time.sleep(_LOCK_PAUSE_S)
         raise ClusterExists(
