@@ -20,9 +20,9 @@ import pytest
 from conftest import Gate, Home, alive, eventually
 
 from zmqsched import Client, Cluster, SlurmCluster, SSHCluster, control
-from zmqsched.clusterfile import BatchPart, BrokerPart, ClusterFile, NodeGroup, Scale
+from zmqsched.clusterfile import BatchPart, BrokerPart, ClusterFile, HeartbeatPart, NodeGroup, Scale, TasksPart
 from zmqsched.config import cluster_dir
-from zmqsched.errors import ClusterExists, ClusterFileError, ClusterNotFound, StartError
+from zmqsched.errors import ClusterExists, ClusterFileError, ClusterNotFound, StartError, TaskTimeout
 from zmqsched.launch import LAUNCHERS
 from zmqsched.launch.base import Launched, Launcher, Site
 
@@ -161,6 +161,19 @@ def test_a_file_is_a_cluster(tmp_path: Path):
     path.write_text("[[nodes]]\nslots = 'many'\n")
     with pytest.raises(ClusterFileError, match=r"nodes\[0\].slots"):
         Cluster.from_file(path)
+
+
+def test_heartbeat_and_what_tasks_have_by_default_are_the_files():
+    file = ClusterFile(
+        name="lab", broker=BrokerPart(journal=False, idle_timeout=2.0), nodes=(local(),),
+        heartbeat=HeartbeatPart(interval=0.2, dead_after=0.8), tasks=TasksPart(timeout=0.5),
+    )  # fmt: skip
+    with Cluster(file) as cluster, Client(cluster) as client:
+        with pytest.raises(TaskTimeout):
+            client.submit(time.sleep, 60).result(30)
+        words = psutil.Process(cluster.broker_pid).cmdline()
+        assert {"--beat-interval=0.2", "--dead-after=0.8"} <= set(words)
+        eventually(lambda: cluster.broker_death == "exit code 0", 30)  # idle
 
 
 def test_a_launcher_that_is_not_there_is_named_with_those_that_are():

@@ -201,7 +201,7 @@ def test_with_how_many_nodes_a_group_starts(group, size):
         ("broker = {journal = 3}", "broker.journal: expected bool | str, got int"),
         ("heartbeat = {interval = 0}", "heartbeat.interval: must be above 0"),
         ("heartbeat = {interval = inf}", "heartbeat.interval: expected float <= "),
-        ("heartbeat = {interval = 5}", "heartbeat.dead_after: must be more than heartbeat.interval (5 s), not 3.5"),
+        ("heartbeat = {interval = 5}", "heartbeat.dead_after: must be at least three times heartbeat.interval (5 s)"),
         ("tasks = {timeout = -1}", "tasks.timeout: expected float >= 0.0, not -1"),
         ("a = [1, 2", "is not TOML: Unclosed array"),
         ("a = 1\na = 2\n", "is not TOML: Cannot overwrite a value (at line 2"),
@@ -280,7 +280,7 @@ def test_dots_in_texts_and_comments_are_no_keys(load):
         (ClusterFile(name="a b"), "name: 'a b' cannot name a cluster"),
         (ClusterFile(nodes=(NodeGroup(slots="8"),)), "nodes[0].slots: expected int, got str"),
         (ClusterFile(nodes=(NodeGroup(launcher="ssh", hosts=("a[1-",)),)), "nodes[0].hosts: 'a[1-': brackets"),
-        (ClusterFile(heartbeat=HeartbeatPart(interval=2.0, dead_after=2.0)), "heartbeat.dead_after: must be more than"),
+        (ClusterFile(heartbeat=HeartbeatPart(interval=2.0, dead_after=2.0)), "heartbeat.dead_after: must be at least"),
         (ClusterFile(nodes=(NodeGroup(cwd=object()),)), "unsupported"),
     ],
 )

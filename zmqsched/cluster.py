@@ -19,11 +19,12 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
+import msgspec
 from msgspec.structs import replace
 
 from . import errors
 from .brokers import START_TIMEOUT_S, STOP_TIMEOUT_S, KeptBroker, check_free, wait_until_ready
-from .clusterfile import BrokerPart, ClusterFile, NodeGroup
+from .clusterfile import BrokerPart, ClusterFile, HeartbeatPart, NodeGroup, TasksPart
 from .config import CONNECTION_FILE, ConnectionFile, check_name, cluster_dir, file_name, remove_cluster_dir
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .display import Sheet, Shown, as_line
@@ -352,8 +353,13 @@ def _journal(journal: bool | str | os.PathLike[str]) -> bool | str:
 
 
 def _broker_options(wanted: ClusterFile) -> list[str]:
-    part = wanted.broker
+    part, beats = wanted.broker, wanted.heartbeat
     options = [f"--policy={part.policy}"]
+    if beats != HeartbeatPart():
+        options += [f"--beat-interval={beats.interval:g}", f"--dead-after={beats.dead_after:g}"]
+    options += [f"--idle-timeout={part.idle_timeout:g}"] if part.idle_timeout else []
+    if wanted.tasks != TasksPart():
+        options.append(f"--task-defaults={msgspec.json.encode(wanted.tasks).decode()}")
     options += [f"--listen={address}" for address in _listens(wanted)[:1]]
     options += [f"--max-queued={part.max_queued}"] if part.max_queued else []
     if part.journal is True:

@@ -231,9 +231,9 @@ def _problems(file: ClusterFile) -> Iterator[str]:
     yield from _problems_of_broker(file.broker)
     if not 0 < file.heartbeat.interval <= MAX_SLEEP_S:
         yield f"heartbeat.interval: must be above 0 and at most {MAX_SLEEP_S:.0f} s, not {file.heartbeat.interval:g}"
-    elif file.heartbeat.dead_after <= file.heartbeat.interval:
+    elif file.heartbeat.dead_after < 3 * file.heartbeat.interval:
         beat, dead = file.heartbeat.interval, file.heartbeat.dead_after
-        yield f"heartbeat.dead_after: must be more than heartbeat.interval ({beat:g} s), not {dead:g}"
+        yield f"heartbeat.dead_after: must be at least three times heartbeat.interval ({beat:g} s), not {dead:g}"
     names: dict[str, str] = {}
     for index, group in enumerate(file.nodes):
         path = f"nodes[{index}]"
