@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "zmqsched"
 
 CORE_MAY = {"errors", "config", "protocol"}
 SHELL_MAY = CORE_MAY | {
-    "core", "sockets", "pipes", "broker", "keyring", "journal", "monitor", "node", "nursery", "orphans", "blackbox",
+    "core", "sockets", "pipes", "broker", "keyring", "journal", "seal", "monitor", "node", "nursery", "orphans", "blackbox",
     "streams", "listening", "origin", "shell", "host", "version",
 }  # fmt: skip
 EDGE_MAY = CORE_MAY | {"core", "payload", "sockets", "pipes"}
@@ -31,7 +31,8 @@ MAY = {
     "sockets": CORE_MAY | {"core"},
     "pipes": CORE_MAY | {"core"},
     "broker": SHELL_MAY,
-    "journal": CORE_MAY | {"core"},
+    "journal": CORE_MAY | {"core", "seal"},
+    "seal": {"errors"},
     "monitor": SHELL_MAY,
     "keyring": CORE_MAY | {"sockets"},
     "node": SHELL_MAY,
@@ -92,6 +93,7 @@ NEVER = {
     "pipes": PICKLERS,
     "broker": PICKLERS,
     "journal": PICKLERS,
+    "seal": PICKLERS,
     "monitor": PICKLERS,
     "keyring": PICKLERS,
     "node": PICKLERS,

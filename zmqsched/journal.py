@@ -2,8 +2,9 @@
 
 Rules
 -----
-* A log of records (``protocol.Record``), each commit one row or a few, numbered without a gap and each with its CRC. The
-  core decides what is written and when it is written anew (``core/ledger.py``); nothing here knows what a task is.
+* A log of records (``protocol.Record``), each commit one row or a few, numbered without a gap, each with its CRC and an HMAC
+  (``seal.py``), which is checked before anything else is made of the row. The core decides what is written and when it is
+  written anew (``core/ledger.py``); nothing here knows what a task is.
 * One thread writes, off the broker's loop. It takes all commits that have gathered and makes one transaction of them
   (group commit); so under load many tasks share one ``fsync``. SQLite's WAL with ``synchronous=FULL``: what was said to
   be written survives a power failure, and a commit torn by one is no commit.
@@ -32,8 +33,9 @@ from .config import journal_path, make_private
 from .core.events import Troubled, Write, Written
 from .errors import JournalError, ProtocolError
 from .protocol import Record, decode_record, encode_record
+from .seal import Seal, key_path, new_key
 
-SCHEMA = 1
+SCHEMA = 2
 RETRY_S = 1.0
 ROW_BYTES = 64 * 1024 * 1024  # a longer commit is cut into rows of this size: SQLite's limit for one is 10**9
 CLOSE_TIMEOUT_S = 2.0
@@ -41,11 +43,14 @@ KEEP_TIMEOUT_S = 2.0
 
 _CREATE = """
 CREATE TABLE about (name TEXT PRIMARY KEY, value BLOB NOT NULL);
-CREATE TABLE log (number INTEGER PRIMARY KEY, more INTEGER NOT NULL, crc INTEGER NOT NULL, body BLOB NOT NULL)
+CREATE TABLE log (number INTEGER PRIMARY KEY, more INTEGER NOT NULL, crc INTEGER NOT NULL, mac BLOB NOT NULL,
+    body BLOB NOT NULL)
 """
 _CRC = struct.Struct("<I")
 _COUNT = struct.Struct("<I")
 _LENGTH = struct.Struct("<Q")
+_PLACE = struct.Struct("<Q?")
+_IDENTITY, _MAC_BYTES = b"identity", 32
 
 
 class _Identity:
@@ -77,6 +82,7 @@ class Journal:
             raise _refusal(path, error) from None
         try:
             self._check(cluster)
+            self._seal = Seal(path)
         except BaseException as error:
             self._db.close()
             if isinstance(error, sqlite3.Error | UnicodeDecodeError):
@@ -100,9 +106,11 @@ class Journal:
             It is damaged; or, when it is set, cannot be written.
         """
         found = self._about("identity")
-        value = found[_CRC.size :]
-        if found and found[: _CRC.size] != _CRC.pack(zlib.crc32(value)):
+        crc, mac, value = found[: _CRC.size], found[_CRC.size : _CRC.size + _MAC_BYTES], found[_CRC.size + _MAC_BYTES :]
+        if found and crc != _CRC.pack(zlib.crc32(value)):
             raise _damaged(self.path, "the cluster's identity is not what was written there")
+        if found and not self._seal.holds(mac, _IDENTITY, value):
+            raise _changed(self.path, "the cluster's identity")
         return value
 
     @identity.setter
@@ -116,8 +124,8 @@ class Journal:
             raise _refusal(self.path, error) from None
 
     def _keep(self, identity: bytes) -> None:
-        with_crc = _CRC.pack(zlib.crc32(identity)) + identity
-        self._db.execute("INSERT OR REPLACE INTO about VALUES ('identity', ?)", (with_crc,))
+        checked = _CRC.pack(zlib.crc32(identity)) + self._seal.of(_IDENTITY, identity) + identity
+        self._db.execute("INSERT OR REPLACE INTO about VALUES ('identity', ?)", (checked,))
 
     def _have_kept(self, identity: _Identity) -> None:
         """By the thread, whose the file is; this is rare and worth a wait."""
@@ -136,9 +144,12 @@ class Journal:
         try:
             self._next = int(self._about("first"))
             parts = []
-            for number, more, crc, part in self._db.execute("SELECT number, more, crc, body FROM log ORDER BY number"):
+            rows = self._db.execute("SELECT number, more, crc, mac, body FROM log ORDER BY number")
+            for number, more, crc, mac, part in rows:
                 if number != self._next or _crc(number, more, part) != crc:
                     raise _damaged(self.path, f"row {number} is not what was written there")
+                if not self._seal.holds(mac, _PLACE.pack(number, more), part):
+                    raise _changed(self.path, f"row {number}")
                 self._next += 1
                 self.bytes += len(part)
                 parts.append(part)
@@ -181,8 +192,8 @@ class Journal:
         self._db.close()
         os.close(self._wake)
         if remove:
-            for name in (self.path.name, f"{self.path.name}-wal"):
-                self.path.with_name(name).unlink(missing_ok=True)
+            for path in (self.path, self.path.with_name(f"{self.path.name}-wal"), key_path(self.path)):
+                path.unlink(missing_ok=True)
             if self.path == journal_path(self._cluster):  # else the directory is the user's
                 with contextlib.suppress(OSError):  # another cluster's journal is in there
                     self.path.parent.rmdir()
@@ -237,7 +248,9 @@ class Journal:
             for start in range(0, len(body), ROW_BYTES):
                 part = body[start : start + ROW_BYTES]
                 more = start + ROW_BYTES < len(body)
-                self._db.execute("INSERT INTO log VALUES (?, ?, ?, ?)", (number, more, _crc(number, more, part), part))
+                mac = self._seal.of(_PLACE.pack(number, more), part)
+                row = (number, more, _crc(number, more, part), mac, part)
+                self._db.execute("INSERT INTO log VALUES (?, ?, ?, ?, ?)", row)
                 number += 1
                 size += len(part)
         self._db.execute("COMMIT")
@@ -294,6 +307,7 @@ def _create(path: Path, cluster: str) -> None:
             db.execute("PRAGMA auto_vacuum = INCREMENTAL")
             db.executescript(f"BEGIN; {_CREATE}; PRAGMA user_version = {SCHEMA}; COMMIT")
             db.executemany("INSERT INTO about VALUES (?, ?)", [("cluster", cluster), ("first", "1")])
+        new_key(path)
         draft.rename(path)
     except BaseException:
         draft.unlink(missing_ok=True)
@@ -336,6 +350,13 @@ def _refusal(path: Path, error: sqlite3.Error | OSError | UnicodeDecodeError) ->
 def _damaged(path: Path, how: str) -> JournalError:
     how = " ".join(how.split())
     return JournalError(f"the journal {path} is damaged ({how}); move it away to begin without it: mv {path} {path}.damaged")
+
+
+def _changed(path: Path, what: str) -> JournalError:
+    return JournalError(
+        f"the journal {path} was changed by somebody who does not have its key: {what} is not signed with {key_path(path)}; "
+        f"move it away to begin without it: mv {path} {path}.changed"
+    )
 
 
 def _crc(number: int, more: bool, part: bytes) -> int:

@@ -15,6 +15,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
@@ -28,6 +29,7 @@ from zmqsched.config import cluster_dir, is_held
 from zmqsched.core.events import Troubled, Written
 from zmqsched.errors import JournalError
 from zmqsched.journal import SCHEMA, Journal
+from zmqsched.seal import Seal, key_path
 
 ADVICE = re.compile(
     r"move it away|use the zmqsched that wrote it|of the cluster|another broker|put it elsewhere \(--journal\)|worth a copy"
@@ -125,6 +127,7 @@ def test_44_a_damaged_file_is_refused_or_holds_what_it_held(path, tmp_path, dama
     for _ in range(SAMPLES):
         for entry in copy.parent.iterdir():
             entry.unlink()
+        shutil.copy(key_path(path), key_path(copy))
         copy.write_bytes(damage(content, random))
         found = attempt(copy)
         refusals += isinstance(found, str)
@@ -179,8 +182,8 @@ def test_44_a_directory_of_that_name(path):
 @pytest.mark.parametrize(
     "statement",
     {
-        "a row twice": "INSERT INTO log SELECT number + 100, more, crc, body FROM log WHERE number = 40",
-        "the last row twice": "INSERT INTO log SELECT max(number) + 1, more, crc, body FROM log",
+        "a row twice": "INSERT INTO log SELECT number + 100, more, crc, mac, body FROM log WHERE number = 40",
+        "the last row twice": "INSERT INTO log SELECT max(number) + 1, more, crc, mac, body FROM log",
         "a row less": "DELETE FROM log WHERE number = 20",
         "the first row less": "DELETE FROM log WHERE number = 1",
         "rows exchanged": "UPDATE log SET body = (SELECT body FROM log WHERE number = 8) WHERE number = 16",
@@ -207,9 +210,80 @@ def test_44_a_record_that_cannot_be_read(path):
     """Its bytes are those that were written: by another version, say."""
     filled(path)
     body = b"\x01\0\0\0\x03\0\0\0\0\0\0\0abc"
-    crc = module._crc(41, False, body)
-    edited(path, f"INSERT INTO log VALUES (41, 0, {crc}, x'{body.hex()}')")
+    crc, mac = module._crc(41, False, body), Seal(path).of(module._PLACE.pack(41, False), body)
+    edited(path, f"INSERT INTO log VALUES (41, 0, {crc}, x'{mac.hex()}', x'{body.hex()}')")
     assert "damaged" in attempt(path)
+
+
+# --- changed by somebody -------------------------------------------------------------------------------------------------
+
+
+def rows_of(path: Path, numbers: str) -> list[tuple[int, bytes]]:
+    with contextlib.closing(sqlite3.connect(path)) as db:
+        return db.execute(f"SELECT number, body FROM log WHERE number IN ({numbers})").fetchall()
+
+
+def forged(path: Path, number: int, body: bytes) -> None:
+    """A row with a checksum that is right."""
+    edited(path, f"UPDATE log SET body = x'{body.hex()}', crc = {module._crc(number, False, body)} WHERE number = {number}")
+
+
+def test_44_a_row_that_was_changed_is_refused_before_it_is_read(path, monkeypatch):
+    filled(path)
+    [(_, held)] = rows_of(path, "20")
+    forged(path, 20, held.replace(b"t19", b"t99"))
+    seen, decode = [], module.decode_record
+
+    def seeing(frames):
+        seen.append(bytes(frames[0]))
+        return decode(frames)
+
+    monkeypatch.setattr(module, "decode_record", seeing)
+    assert "changed by somebody who does not have its key: row 20" in attempt(path)
+    assert len(seen) == 19
+    assert not any(b"t99" in frame for frame in seen)
+
+
+def test_44_so_are_rows_that_have_changed_places(path):
+    filled(path)
+    edited(path, "UPDATE log SET number = -1 WHERE number = 8", "UPDATE log SET number = 8 WHERE number = 16")
+    edited(path, "UPDATE log SET number = 16 WHERE number = -1")
+    for number, body in rows_of(path, "8, 16"):
+        edited(path, f"UPDATE log SET crc = {module._crc(number, False, body)} WHERE number = {number}")
+    assert "changed by somebody" in attempt(path)
+
+
+def test_44_and_an_identity_that_is_anothers(path):
+    """Who could put his own keys there would be let in."""
+    filled(path)
+    value = b"who they are"
+    checked = zlib.crc32(value).to_bytes(4, "little") + bytes(32) + value
+    edited(path, f"UPDATE about SET value = x'{checked.hex()}' WHERE name = 'identity'")
+    assert "changed by somebody who does not have its key: the cluster's identity" in attempt(path)
+
+
+@pytest.mark.parametrize("what", ["gone", "another", "short", "open to others", "a symlink"])
+def test_44_without_its_key_a_journal_is_refused(path, what):
+    held = filled(path)
+    key = key_path(path)
+    right = key.read_bytes()
+    match what:
+        case "gone":
+            key.unlink()
+        case "another":
+            key.write_bytes(bytes(32))
+        case "short":
+            key.write_bytes(right[:31])
+        case "open to others":
+            key.chmod(0o644)
+        case "a symlink":
+            key.rename(path.with_name("elsewhere"))
+            key.symlink_to(path.with_name("elsewhere"))
+    assert "changed by somebody" in attempt(path) if what == "another" else "cannot be checked" in attempt(path)
+    key.unlink(missing_ok=True)
+    key.write_bytes(right)
+    key.chmod(0o600)
+    assert read(path) == held, "it was left alone"
 
 
 # --- not ours ------------------------------------------------------------------------------------------------------------
