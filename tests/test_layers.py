@@ -77,7 +77,7 @@ MAY = {
 }
 ASSEMBLY = {
     "__init__", "__main__", "cluster", "brokers", "fleet", "elsewhere", "cleaning", "doctor", "hops", "launch",
-    "stopping", "easy", "sim", "cli", "joblib",
+    "stopping", "ranks", "easy", "sim", "cli", "joblib",
 }  # fmt: skip
 
 # What the layers must not take from outside, as prefixes of dotted names.

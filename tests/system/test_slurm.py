@@ -34,6 +34,8 @@ from zmqsched.errors import StartError
 from zmqsched.launch.base import Launched, Site
 from zmqsched.launch.jobs import NODE_FILE, Files, Job, cancel_recorded, directory_of, recorded_jobs
 from zmqsched.launch.slurm import SlurmLauncher
+from zmqsched.ranks import remove_left
+from zmqsched.records import NodeInfo
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(180)]
 JOIN_S = 60.0
@@ -91,7 +93,11 @@ def launched(launcher: SlurmLauncher, label: str) -> Launched:
 
 def nodes(client: Client) -> dict[str, str]:
     """Ids, by label, of those that Slurm has started."""
-    return {node.label: node.id for node in client.nodes() if node.state == "alive" and node.label}
+    return {node.label: node.id for node in started(client) if node.state == "alive"}
+
+
+def started(client: Client) -> list[NodeInfo]:
+    return [node for node in client.nodes() if not node.label.startswith("local-")]
 
 
 def joined(client: Client, *labels: str) -> dict[str, str]:
@@ -115,8 +121,8 @@ def test_nodes_are_submitted_joined_used_and_ended(slurm, site, client, launcher
     assert launched(many, "many-1").state == "running"
     placed = [client.submit(lambda: host()) for _ in range(6)]
     assert {future.result(timeout=30) for future in placed} >= {"zs1" if array else "zs2"}
-    assert all(0 < node.leaves_in_s <= 600 for node in client.nodes() if node.label)
-    assert {node.label: node.slots for node in client.nodes() if node.label} == {"many-1": 1, "many-2": 1}
+    assert all(0 < node.leaves_in_s <= 600 for node in started(client) if node.state == "alive")
+    assert {node.label: node.slots for node in started(client) if node.state == "alive"} == {"many-1": 1, "many-2": 1}
     many.close()
     assert slurm.jobs() == {}
     eventually(lambda: not nodes(client))
@@ -316,3 +322,45 @@ def test_a_submission_that_was_recorded_but_not_answered_is_found_by_its_name(sl
     assert cancel_recorded("doomed") == [f"Slurm job {number}_0", f"Slurm job {number}_1"]
     assert slurm.jobs() == {}
     assert not shared_dir("jobs").exists()
+
+
+SRUN = """
+    import os, sys, time
+    from zmqsched import Client
+
+    with Client() as client:
+        while len(client.nodes()) < 3:
+            time.sleep(0.01)
+        futures = [client.submit(lambda: time.sleep(0.3) or os.environ["SLURM_PROCID"]) for _ in range(6)]
+        print(*sorted({future.result() for future in futures}), [node.slots for node in client.nodes()])
+        sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(("hosts", "code"), [(2, 0), (1, 5)])
+def test_srun_makes_a_cluster_of_all_its_ranks_for_one_script(slurm, tmp_path, hosts, code):
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SRUN))
+    words = ["srun", "--mpi=none", f"--nodes={hosts}", "--ntasks=3", "--kill-on-bad-exit=0"]
+    done = subprocess.run(
+        [*words, sys.executable, "-m", "zmqsched", "run", script, str(code)], capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert (done.returncode, done.stdout) == (code, "0 1 2 [1, 1, 1]\n"), done.stderr
+    eventually(lambda: slurm.jobs() == {})
+    assert not shared_dir("ranks").exists()
+
+
+def test_when_the_first_rank_of_srun_is_killed_nothing_is_left(slurm, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import time; print('up', flush=True); time.sleep(100)")
+    words = ["srun", "--mpi=none", "--nodes=2", "--kill-on-bad-exit=0", sys.executable, "-m", "zmqsched", "run", script]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as srun:
+        assert srun.stdout.readline() == "up\n"
+        ranks = [pid for pid, words in processes_knowing(tmp_path).items() if "zmqsched run" in words]
+        first = next(pid for pid in ranks if b"SLURM_PROCID=0\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        os.kill(first, signal.SIGKILL)
+        srun.communicate(timeout=60)
+        assert srun.returncode == 137
+    eventually(lambda: slurm.jobs() == {})
+    remove_left()

@@ -16,7 +16,7 @@ import click
 
 from ..errors import ZmqschedError
 from ..version import __version__
-from . import clean, config, doctor, execute, hand, keys, look, stop, up
+from . import clean, config, doctor, execute, hand, keys, look, script, stop, up
 
 
 def run(arguments: list[str]) -> int:
@@ -54,6 +54,7 @@ def zmqsched() -> None:
     """
 
 
-_care = (doctor.doctor, clean.clean, execute.execute)
-for _command in (up.up, config.config, look.ls, look.status, stop.down, keys.keys, *_care, hand.broker, hand.node):
+_use = (execute.execute, script.run_script)
+_care = (doctor.doctor, clean.clean, keys.keys)
+for _command in (up.up, config.config, look.ls, look.status, stop.down, *_use, *_care, hand.broker, hand.node):
     zmqsched.add_command(_command)

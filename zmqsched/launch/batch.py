@@ -30,6 +30,7 @@ from ..errors import StartError
 from .base import Launched, Launcher, Site, node_command
 from .jobs import (
     NODE_FILE,
+    STOP_TIMEOUT_S,
     BatchSystem,
     CommandFailed,
     Files,
@@ -44,6 +45,9 @@ from .jobs import (
 from .output import tail_of
 
 ASK_EVERY_S = 2.0
+# When the site does not answer: it has enough to do.
+ASK_AGAIN_S = 20.0
+CLOSE_TIMEOUT_S = 4.0
 # With six digits, as long as the shortest limit among batch systems, 15 characters.
 _JOB_NAME = "zmqsched-"
 
@@ -63,6 +67,7 @@ class BatchLauncher(Launcher):
         self._seen: dict[str, Seen] = {}  # by id
         self._trouble = ""  # why the batch system could not be asked
         self._asked_at = float("-inf")
+        self._patience_s = STOP_TIMEOUT_S
         self._directory: Path | None = None
 
     # --- start -----------------------------------------------------------------------------------------------------
@@ -164,7 +169,7 @@ class BatchLauncher(Launcher):
     # --- poll ------------------------------------------------------------------------------------------------------
 
     def poll(self) -> list[Launched]:
-        if self._jobs and time.monotonic() >= self._asked_at + ASK_EVERY_S:
+        if self._jobs and time.monotonic() >= self._asked_at + (ASK_AGAIN_S if self._trouble else ASK_EVERY_S):
             self._ask()
         return [self._launched(label, job_id) for label, job_id in self._nodes().items()]
 
@@ -227,7 +232,7 @@ class BatchLauncher(Launcher):
             where = self._where(chosen[shared[0]])
             raise StartError(f"{', '.join(shared)} cannot be killed alone: others are in {where} too; use an array of jobs")
         going = {job_id for label, job_id in chosen.items() if label not in shared and label not in self._ended}
-        cancel_and_wait(self.system, sorted(going), at_once=at_once)
+        cancel_and_wait(self.system, sorted(going), at_once=at_once, within_s=self._patience_s)
         self._stopped.update(chosen)
         for job in list(self._jobs.values()):
             if self._stopped.issuperset(job.labels):
@@ -241,7 +246,9 @@ class BatchLauncher(Launcher):
             self._stopped.discard(label)
 
     def close(self) -> None:
-        super().close()
+        """What the batch system has not ended after a moment, it was told to end: that is an error, but not for long."""
+        self._patience_s = CLOSE_TIMEOUT_S
+        self.stop(list(self._nodes()))
         if self._directory is not None and not self._jobs:
             remove_if_empty(self._directory)
             self._directory = None

@@ -225,21 +225,21 @@ def end_predecessors(cluster: str) -> None:
                 log.warning("job %s, left by a cluster %s that was killed, stays: %s", job.id or job.name, cluster, error)
 
 
-def cancel_and_wait(system: BatchSystem, ids: Sequence[str], *, at_once: bool) -> None:
-    """End these jobs, by force if they do not end otherwise, and wait until they have.
+def cancel_and_wait(
+    system: BatchSystem, ids: Sequence[str], *, at_once: bool, within_s: float = STOP_TIMEOUT_S
+) -> None:
+    """End these jobs, and wait until they have ended; in order, they have ``within_s`` for that.
 
     Raises
     ------
     StartError
-        Some do not; or the batch system cannot be asked.
+        Some have not; or the batch system cannot be asked.
     """
-    left = list(ids)
-    for force in (True,) if at_once else (False, True):
-        if left:
-            system.cancel(left, at_once=force)
-            left = _left(system, left, KILL_TIMEOUT_S if force else STOP_TIMEOUT_S)
-    if left:
-        raise StartError(f"{system.title} has cancelled the jobs {', '.join(left)}, but they do not end")
+    if not ids:
+        return
+    system.cancel(ids, at_once=at_once)
+    if left := _left(system, ids, KILL_TIMEOUT_S if at_once else within_s):
+        raise StartError(f"{system.title} was told to end the jobs {', '.join(left)}, but they have not ended yet")
 
 
 def _left(system: BatchSystem, ids: Sequence[str], timeout_s: float) -> list[str]:
