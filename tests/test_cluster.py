@@ -320,6 +320,35 @@ def test_a_wait_goes_on_while_others_are_on_their_way(broken: str):
             cluster.wait_for_nodes(3, 600)
 
 
+def test_clients_wait_too_and_are_told_what_the_program_knows_that_has_started_the_nodes(broken: str):
+    with Cluster(wanted(local(), local(name="bad", python=broken), name="lab")) as cluster, Client("lab") as client:
+        client.wait_for_nodes(1)
+        with pytest.raises(StartError, match="no licence for this host"):
+            client.wait_for_nodes(2, 600)
+        cluster.scale("local", 2)
+        client.wait_for_nodes(2, 30)
+
+
+def test_a_client_alone_says_what_is_there(clusters: Home):
+    """Nodes that were started by hand may be followed by others."""
+    command = [sys.executable, "-m", "zmqsched", "broker", "--name=lab", "--ready-fd=1", "--log-level=error", "--until-eof"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as broker:
+        assert broker.stdout is not None
+        broker.stdout.readline()
+        with Client("lab") as client, pytest.raises(TimeoutError, match=r"^0 of 2 nodes are there after 0\.2 s$"):
+            client.wait_for_nodes(2, 0.2)
+        assert broker.stdin is not None
+        broker.stdin.close()
+
+
+def test_a_cluster_elsewhere_of_the_same_name_is_another(monkeypatch: pytest.MonkeyPatch):
+    with Cluster(wanted(NodeGroup(launcher="queue"))), Client("lab") as client:
+        client._cluster_id = "of the other"
+        with pytest.raises(TimeoutError) as waited:
+            client.wait_for_nodes(1, 0.2)
+        assert "queue-1" not in str(waited.value)
+
+
 @pytest.mark.parametrize(("n", "timeout"), [(-1, 1), (True, 1), ("2", 1), (1, -1), (1, "soon"), (1, float("nan"))])
 def test_waits_that_make_no_sense(n, timeout):
     with Cluster(wanted(NodeGroup(launcher="queue"))) as cluster, pytest.raises(ValueError, match="is"):

@@ -53,7 +53,7 @@ MAY = {
     "display": set(),
     "records": CORE_MAY | {"display"},
     "control": CORE_MAY,
-    "readiness": CORE_MAY | {"records"},
+    "readiness": CORE_MAY | {"records", "control"},
     "callbacks": set(),
     "printing": {"protocol"},
     "futures": CORE_MAY | {"payload", "callbacks", "display", "printing", "nesting"},
@@ -70,7 +70,7 @@ MAY = {
     "tasks": EDGE_MAY | {"futures", "maps", "options", "client", "taskgroup"},
     "client": EDGE_MAY
     | {"worker", "futures", "callbacks", "printing", "waiting", "lifetime", "records", "display", "host", "options"}
-    | {"arguments", "tasks", "nesting", "origin"}
+    | {"arguments", "tasks", "nesting", "origin", "readiness"}
     | MAPS,
     "taskgroup": EDGE_MAY | {"futures", "tasks", "waiting"},
     "waitgroup": EDGE_MAY | {"futures", "tasks", "worker", "waiting", "nesting"},

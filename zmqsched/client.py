@@ -74,6 +74,7 @@ from .protocol import (
     encode,
     tag_of,
 )
+from .readiness import asked_here, wait_for_nodes
 from .records import NodeList, Status, WorkerList, node_infos, nodes_table, status_of, task_facts, worker_infos
 from .tasks import Tasks
 from .waiting import cancel_all
@@ -151,6 +152,7 @@ class Client(Shown, Tasks):
         self._printer = Printer() if boolean("output", output) else None
         self._cell = cell_reader()
         file = self._find(cluster)
+        self._cluster_id = file.cluster_id
         # A broker on Unix sockets has nodes on its own host only.
         self._on_one_host = all(address.startswith("ipc://") for address in file.addresses.work)
         self._local = self._owned or (cast("LocalCluster", cluster) if hasattr(cluster, "broker_death") else None)
@@ -209,6 +211,19 @@ class Client(Shown, Tasks):
     def status(self) -> Status:
         """The cluster at this moment: nodes, tasks by state, why tasks wait, and what has happened so far."""
         return status_of(self._report())
+
+    def wait_for_nodes(self, n: int, timeout: float | None = None) -> None:
+        """Return when ``n`` nodes are alive.
+
+        Raises
+        ------
+        TimeoutError
+            They are not, after ``timeout`` seconds. If a process on this host has started nodes: says of each that is
+            missing its state and the reason.
+        StartError
+            Nodes have failed, so that no ``n`` can come; their own words say why.
+        """
+        wait_for_nodes(n, timeout, self.nodes, lambda: asked_here(self.cluster_name, self._cluster_id))
 
     def drain(self, node: str) -> None:
         """Have this node, named by its id or its label, finish what it holds, take nothing new, and leave. Returns when it

@@ -221,7 +221,7 @@ class Fleet:
         """What the control socket says to a request."""
         match request:
             case {"do": "nodes"}:
-                return self.asked()._asdict()
+                return {**self.asked()._asdict(), "cluster_id": self._broker.file.cluster_id}
             case {"do": "scale", "group": str(name), "n": int(number)}:
                 self.scale(name, number)
                 return {}

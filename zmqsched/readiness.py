@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .errors import StartError
+from .control import ask
+from .errors import StartError, ZmqschedError
 from .records import NodeInfo
 
 LOOK_EVERY_S = 0.1
+ANSWER_S = 2.0
 
 
 class Asked(NamedTuple):
@@ -19,6 +21,16 @@ class Asked(NamedTuple):
 
     nodes: list[dict[str, Any]]
     may_grow: bool
+
+
+def asked_here(name: str, cluster_id: str) -> Asked | None:
+    """What the process says that has started nodes of this cluster, if there is one on this host."""
+    try:
+        said = ask(name, {"do": "nodes"}, ANSWER_S)
+    except ZmqschedError:
+        return None
+    # A cluster on another host may have the name of one here.
+    return Asked(said["nodes"], said["may_grow"]) if said["cluster_id"] == cluster_id else None
 
 
 def wait_for_nodes(
