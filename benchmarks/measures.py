@@ -22,7 +22,7 @@ import psutil
 
 from zmqsched import Client, LocalCluster
 
-from . import echo, maps, stops, work
+from . import echo, launch, maps, stops, work
 
 WORKERS = 2
 TASKS = 10_000
@@ -32,6 +32,7 @@ SHORT_ITEMS = 100_000
 CHUNK = 2_000
 NAPS, NAP_S = 200, 0.010
 QUEUED = 300_000
+JOINS = 1_000
 
 Executor = concurrent.futures.Executor
 
@@ -197,6 +198,37 @@ def _own(title: str, unit: str, value: float, limit: float) -> Row:
     return Row(title, unit, {"zmqsched": [value]}, f"{value:.2f} {unit}", f"<= {limit:g} {unit}", value <= limit)
 
 
+def up_and_down(repeats: int) -> list[Row]:
+    times = [launch.up_and_down_s(WORKERS) for _ in range(repeats)]
+    return [
+        _own("zmqsched up --detach, to ready", "s", median(up for up, _ in times), 1),
+        _own("zmqsched down, nothing left", "s", median(down for _, down in times), 3),
+    ]
+
+
+def joins(_repeats: int) -> list[Row]:
+    return [_own(f"{JOINS:,} nodes join at once, with CURVE", "s", launch.join_s(JOINS), 10)]
+
+
+def submit_curve(repeats: int) -> list[Row]:
+    """The same cluster; one client is on its host, the other comes as from elsewhere."""
+    with (
+        LocalCluster(WORKERS, listen="127.0.0.1") as cluster,
+        Client(cluster) as near,
+        Client(launch.by_tcp(cluster.file)) as far,
+    ):
+        _gather_rate(near, work.noop)
+        rates = _interleaved(
+            repeats, zmqsched=lambda: _gather_rate(far, work.noop), ipc=lambda: _gather_rate(near, work.noop)
+        )
+        bulks = _interleaved(repeats, zmqsched=lambda: launch.bulk_mbs(near), curve=lambda: launch.bulk_mbs(far))
+    ratio, times = _ratio(rates, "zmqsched", "ipc"), _ratio(bulks, "zmqsched", "curve")
+    return [
+        Row(f"submit + gather of {TASKS:,} over CURVE", "tasks/s", rates, f"{ratio:.2f} x ipc", ">= 0.5 x", ratio >= 0.5),
+        Row("16 MiB there and back, on the broker's host", "MB/s", bulks, f"{times:.1f} x CURVE", "> 1 x", times > 1),
+    ]
+
+
 MEASURES: dict[str, Callable[[int], list[Row]]] = {
     "submit": submit_gather,
     "closure": submit_closure,
@@ -212,6 +244,9 @@ MEASURES: dict[str, Callable[[int], list[Row]]] = {
     "cancel": cancel,
     "stop": stop_button,
     "import": imports,
+    "up": up_and_down,
+    "joins": joins,
+    "curve": submit_curve,
 }
 
 
