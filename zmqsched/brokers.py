@@ -157,6 +157,11 @@ def wait_until_ready(
         line = pipe.readline()
     if not line:
         raise StartError(f"{process.args!r} ended with exit code {process.wait()} before it was ready; see its words above")
+    return facts_of(line)
+
+
+def facts_of(line: bytes) -> dict[str, Any]:
+    """What a process says when it is ready, or the exception that says why it is not."""
     facts: dict[str, Any] = json.loads(line)
     if "error" in facts:
         kind = getattr(errors, facts["type"], StartError)

@@ -1,50 +1,77 @@
-"""``up --detach``: the same ``up`` in a session of its own, with a pipe on which it says that it is ready, or why not.
-What it and the tasks print goes to a log."""
+"""``up --detach``: this very process goes on in the background, as a child in a session of its own, with a pipe on which it
+says that it is ready, or why not. What it and the tasks print goes to a log.
+
+It is a fork and not a new interpreter, which would take a third of a second more, and to which all that was asked for had to
+be told where nobody else reads it. Nothing here has started a thread before.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import select
-import subprocess
+import signal
 import sys
 import time
-from collections.abc import Sequence
-from typing import IO, Any
+from collections.abc import Callable
+from typing import IO, Any, NoReturn, TextIO
 
-from ..cluster import STOP_TIMEOUT_S, check_free, wait_until_ready
+from ..brokers import STOP_TIMEOUT_S, check_free, facts_of
 from ..errors import StartError, ZmqschedError
+from ..shell import Starter
 from .names import log_path, new_log
 
 COPY_EVERY_S = 0.2
 
 
-def start_detached(name: str, arguments: Sequence[str], wanted: bytes, timeout_s: float | None) -> dict[str, Any]:
-    """Run ``zmqsched`` with these arguments until it says that its cluster is ready; what it says.
-
-    What it writes meanwhile is written here too. ``wanted`` it reads from a descriptor: everybody sees arguments, and an
-    environment may be in it.
-    """
+def start_detached(name: str, run: Callable[[Starter], int], timeout_s: float | None) -> dict[str, Any]:
+    """Run it in the background until it says that it is ready; what it says. What it writes meanwhile is written here."""
     check_free(name)
     read, write = os.pipe()
-    with os.fdopen(write, "wb"), os.fdopen(os.memfd_create("zmqsched"), "wb") as memory, new_log(name) as log:
-        memory.write(wanted)
-        memory.seek(0)
-        words = [*arguments, f"--ready-fd={write}", f"--wanted-fd={memory.fileno()}", f"--name={name}"]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "zmqsched", *words],
-            stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=[write, memory.fileno()], start_new_session=True,
-        )  # fmt: skip
+    with new_log(name) as log:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        child = os.fork()
+        if not child:
+            _go_on(run, write, log)
+    os.close(write)
     with log_path(name).open("rb") as said, os.fdopen(read, "rb") as ready:
         try:
             _copy_until(ready, said, timeout_s)
-            return wait_until_ready(process, ready, 0.0)
+            if not (line := ready.readline()):
+                raise StartError("it ended before it was ready")
+            return facts_of(line)
         except BaseException as error:
-            _end(process, at_once=not isinstance(error, ZmqschedError))
+            _end(child, at_once=not isinstance(error, ZmqschedError))
             if isinstance(error, StartError):
                 _copy(said)
             log_path(name).unlink(missing_ok=True)
             raise
+
+
+def _go_on(run: Callable[[Starter], int], ready: int, log: TextIO) -> NoReturn:
+    """The child: of what its starter has open it keeps the pipe alone."""
+    code = 1
+    try:
+        os.setsid()
+        with open(os.devnull, "rb") as nothing:
+            os.dup2(nothing.fileno(), 0)
+        for descriptor in (1, 2):
+            os.dup2(log.fileno(), descriptor)
+        for descriptor in sorted(map(int, os.listdir("/proc/self/fd"))):
+            if descriptor not in (0, 1, 2, ready):
+                with contextlib.suppress(OSError):  # the one that listed them
+                    os.close(descriptor)
+        code = run(Starter(ready))
+    except KeyboardInterrupt:  # its starter has given it up
+        code = 128 + signal.SIGINT
+    except BaseException:  # noqa: BLE001 - as the interpreter does with what nobody catches
+        sys.excepthook(*sys.exc_info())
+    finally:
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)  # nobody above this frame knows that there are two
 
 
 def _copy_until(ready: IO[bytes], said: IO[bytes], timeout_s: float | None) -> None:
@@ -61,10 +88,13 @@ def _copy(said: IO[bytes]) -> None:
     sys.stderr.flush()
 
 
-def _end(process: subprocess.Popen[bytes], *, at_once: bool) -> None:
+def _end(child: int, *, at_once: bool) -> None:
     """One that has said why it cannot start is about to end; a signal then would only make it complain."""
     if not at_once:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_TIMEOUT_S)
-    process.terminate()
-    process.wait()
+        process = os.pidfd_open(child)
+        try:
+            select.select([process], [], [], STOP_TIMEOUT_S)
+        finally:
+            os.close(process)
+    os.kill(child, signal.SIGTERM)
+    os.waitpid(child, 0)

@@ -8,10 +8,10 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import click
-import msgspec
 
 from ..cluster import START_TIMEOUT_S, Cluster, broker_command
 from ..clusterfile import ClusterFile, NodeGroup
@@ -121,36 +121,24 @@ OF_NODES = {
 @click.option("--dry-run", is_flag=True, help="Print what would be run, and start nothing.")
 @click.option("--wait", is_flag=True, help="It is ready when all nodes are there, also those that wait in a queue.")
 @click.option("--detach", is_flag=True, help="Return when it is ready; it runs on in the background.")
-@click.option("--ready-fd", type=int, hidden=True)
-@click.option("--wanted-fd", type=int, hidden=True)
 def up(
     words: tuple[str, ...],
     dry_run: bool,
     wait: bool,
     detach: bool,
-    ready_fd: int | None,
-    wanted_fd: int | None,
     **given: Any,
 ) -> int:
     """Start a cluster, and stay until Ctrl-C: on this machine, or what FILE (cluster.toml), --ssh or --slurm say.
 
     A file says which nodes there are, so options for these do not go with one; other options change what it says.
     """
-    if wanted_fd is not None:
-        with open(wanted_fd, "rb") as file:
-            wanted = msgspec.json.decode(file.read(), type=ClusterFile)
-    else:
-        wanted = _wanted(words, Options(**given))
+    wanted = _wanted(words, Options(**given))
     if dry_run:
         print("\n".join(_preview(wanted)))
         return 0
     if detach:
         return _up_detached(wanted, wait=wait)
-    starter = Starter(ready_fd)
-    try:
-        return _stay_up(wanted, starter, wait=wait, detached=wanted_fd is not None)
-    except ZmqschedError as error:
-        return starter.failed(error)
+    return _stay_up(wanted, Starter(None), wait=wait)
 
 
 def _wanted(words: tuple[str, ...], options: Options) -> ClusterFile:
@@ -200,7 +188,14 @@ def _preview(wanted: ClusterFile) -> list[str]:
     return lines
 
 
-def _stay_up(wanted: ClusterFile, starter: Starter, *, wait: bool, detached: bool) -> int:
+def _stay_up(wanted: ClusterFile, starter: Starter, *, wait: bool, detached: bool = False) -> int:
+    try:
+        return _run(wanted, starter, wait=wait, detached=detached)
+    except ZmqschedError as error:
+        return starter.failed(error)
+
+
+def _run(wanted: ClusterFile, starter: Starter, *, wait: bool, detached: bool) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
     with Progress() as progress, Cluster(wanted, echo=True, told=progress.tell) as cluster:
         if wait:
@@ -260,7 +255,7 @@ def _watch(cluster: Cluster, stop: StopSignals) -> str:
 def _up_detached(wanted: ClusterFile, *, wait: bool) -> int:
     # It has a limit of its own for each process it starts; this one is for a machine that does not even start it.
     timeout_s = None if wait else START_TIMEOUT_S * (2 + sum(group.size for group in wanted.nodes)) + ELSEWHERE_S
-    facts = start_detached(wanted.name, ["up", *(["--wait"] if wait else [])], msgspec.json.encode(wanted), timeout_s)
+    facts = start_detached(wanted.name, partial(_stay_up, wanted, wait=wait, detached=True), timeout_s)
     print("\n".join(facts["greeting"]))
     print(f"  log:       {log_path(wanted.name)}")
     return 0
