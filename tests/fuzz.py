@@ -30,6 +30,7 @@ import msgspec
 from msgspec import inspect
 
 from zmqsched import protocol
+from zmqsched.codec import decode, decode_pipe, decode_record, encode, encode_pipe, encode_record
 from zmqsched.core import events
 from zmqsched.core.agent import Agent
 from zmqsched.core.requests import Requests
@@ -48,12 +49,6 @@ from zmqsched.protocol import (
     Run,
     Shape,
     Welcome,
-    decode,
-    decode_pipe,
-    decode_record,
-    encode,
-    encode_pipe,
-    encode_record,
 )
 
 MESSAGES = get_args(protocol.Message)

@@ -11,10 +11,10 @@ PACKAGE = Path(__file__).parent.parent / "zmqsched"
 
 CORE_MAY = {"errors", "config", "protocol"}
 SHELL_MAY = CORE_MAY | {
-    "core", "sockets", "pipes", "broker", "keyring", "journal", "seal", "monitor", "node", "nursery", "orphans", "blackbox",
-    "streams", "listening", "origin", "shell", "host", "version",
+    "core", "codec", "sockets", "pipes", "broker", "keyring", "journal", "seal", "monitor", "node", "nursery", "orphans",
+    "blackbox", "streams", "listening", "origin", "shell", "host", "version",
 }  # fmt: skip
-EDGE_MAY = CORE_MAY | {"core", "payload", "sockets", "pipes"}
+EDGE_MAY = CORE_MAY | {"core", "codec", "payload", "sockets", "pipes"}
 MAPS = {"maps", "mapping"}
 
 # The modules of zmqsched that a module may import; a package stands for all that is in it. Not listed: assembly,
@@ -25,13 +25,14 @@ MAY = {
     "hostlist": set(),
     "schema": set(),
     "clusterfile": {"errors", "config", "core", "options", "hostlist", "schema"},
-    "protocol": {"errors", "config"},
+    "protocol": {"config"},
+    "codec": {"errors", "protocol"},
     "payload": {"errors", "config", "protocol"},  # its limits and its word for a payload
     "core": CORE_MAY | {"core"},
     "sockets": CORE_MAY | {"core"},
     "pipes": CORE_MAY | {"core"},
     "broker": SHELL_MAY,
-    "journal": CORE_MAY | {"core", "seal"},
+    "journal": CORE_MAY | {"core", "codec", "seal"},
     "seal": {"errors"},
     "monitor": SHELL_MAY,
     "keyring": CORE_MAY | {"sockets"},
@@ -87,6 +88,7 @@ NEVER = {
     "errors": ("zmq", *PICKLERS),
     "config": ("zmq", *PICKLERS),
     "protocol": ("zmq", *PICKLERS),
+    "codec": ("zmq", *PICKLERS),
     "payload": ("zmq",),
     "core": CORE_NEVER,
     "sockets": PICKLERS,

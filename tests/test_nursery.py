@@ -19,10 +19,11 @@ import psutil
 import pytest
 from conftest import eventually
 
+from zmqsched.codec import decode_pipe, encode_pipe
 from zmqsched.nursery import Born, Exited, Gone, Nursery, Wires
 from zmqsched.payload import FunctionPickler, pack_call, unpack_value
 from zmqsched.pipes import Pipe
-from zmqsched.protocol import Run, decode_pipe, encode_pipe
+from zmqsched.protocol import Run
 
 ROOT = Path(__file__).parent.parent
 PATIENCE_S = 20.0

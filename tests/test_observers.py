@@ -7,7 +7,8 @@ import time
 import pytest
 
 from zmqsched import Client, LocalCluster, sockets
-from zmqsched.protocol import Fact, decode
+from zmqsched.codec import decode
+from zmqsched.protocol import Fact
 
 DEADLINE_S = 15.0
 

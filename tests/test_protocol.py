@@ -15,7 +15,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from zmqsched import protocol
+from zmqsched import codec, protocol
+from zmqsched.codec import decode, decode_pipe, decode_record, encode, encode_pipe, encode_record
 from zmqsched.errors import ProtocolError, VersionMismatch
 from zmqsched.protocol import (
     BATCH_BYTES,
@@ -48,12 +49,6 @@ from zmqsched.protocol import (
     TaskSpec,
     Welcome,
     batches,
-    decode,
-    decode_pipe,
-    decode_record,
-    encode,
-    encode_pipe,
-    encode_record,
     payload_bytes,
 )  # fmt: skip
 
@@ -170,7 +165,7 @@ def joined(value: Any) -> Any:
 
 def payloads_of(message: Any) -> list[Any]:
     found = []
-    for where, field in protocol._CARRIES.get(type(message), ()):
+    for where, field in codec._CARRIES.get(type(message), ()):
         found += [getattr(item, field) for item in (getattr(message, where) if where else (message,))]
     return found
 

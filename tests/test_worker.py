@@ -15,11 +15,12 @@ from collections.abc import Iterator
 import pytest
 
 from zmqsched import worker
+from zmqsched.codec import decode_pipe, encode_pipe
 from zmqsched.errors import PayloadTooLarge, ProtocolError, ResultNotSerializable
 from zmqsched.nursery import Exited, Nursery
 from zmqsched.payload import FunctionPickler, pack_call, pickling, unpack_exception, unpack_value
 from zmqsched.pipes import pair
-from zmqsched.protocol import Declined, Done, GroupAdd, Run, decode_pipe, encode_pipe
+from zmqsched.protocol import Declined, Done, GroupAdd, Run
 
 TASK = bytes(15)
 PATIENCE_S = 20.0

@@ -22,6 +22,7 @@ import msgspec
 import zmq
 
 from . import host, sockets
+from .codec import decode, encode
 from .config import (
     BEAT_INTERVAL_S,
     CONNECTION_FILE,
@@ -56,7 +57,7 @@ from .errors import ConnectionFileError, JournalError, ProtocolError, VersionMis
 from .journal import Journal
 from .keyring import Keyring, Stored
 from .monitor import Monitor
-from .protocol import ChangeKeys, Envelope, KeyReport, No, decode, encode
+from .protocol import ChangeKeys, Envelope, KeyReport, No
 from .shell import Starter, StopSignals, log, return_memory, tune_garbage_collection
 from .version import __version__
 

@@ -31,6 +31,7 @@ from msgspec.structs import replace
 from . import errors, lifetime, nesting, sockets
 from .arguments import fail, first_failed, inputs_of, values_of
 from .callbacks import Callbacks
+from .codec import decode, encode
 from .config import CONNECT_TIMEOUT_S, ConnectionFile, find_cluster, lasting_name
 from .core import events
 from .core.events import ClientAction, ClientEvent
@@ -70,8 +71,6 @@ from .protocol import (
     Shape,
     Words,
     clipped,
-    decode,
-    encode,
     tag_of,
 )
 from .readiness import asked_here, wait_for_nodes

@@ -29,10 +29,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from queue import SimpleQueue
 
+from .codec import decode_record, encode_record
 from .config import journal_path, make_private
 from .core.events import Troubled, Write, Written
 from .errors import JournalError, ProtocolError
-from .protocol import Record, decode_record, encode_record
+from .protocol import Record
 from .seal import Seal, key_path, new_key
 
 SCHEMA = 2

@@ -12,11 +12,12 @@ from collections.abc import Sequence
 import zmq
 
 from . import sockets
+from .codec import decode
 from .core.events import BeatArrived, Malformed
 from .core.roles import BEATERS, role_of
 from .errors import ProtocolError
 from .keyring import Keyring
-from .protocol import Beat, decode
+from .protocol import Beat
 
 MAX_BEATS_PER_TURN = 1_000
 

@@ -16,6 +16,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from . import host, origin, orphans
+from .codec import decode, decode_pipe, encode, encode_pipe
 from .config import ConnectionFile
 from .core import events
 from .core.agent import Agent
@@ -37,10 +38,6 @@ from .protocol import (
     Run,
     Waits,
     WorkerState,
-    decode,
-    decode_pipe,
-    encode,
-    encode_pipe,
 )  # fmt: skip
 from .shell import Relay, Starter, StopSignals, log, relay_logging, tune_garbage_collection
 

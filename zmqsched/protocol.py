@@ -1,35 +1,27 @@
-"""The one protocol: every message between clients, broker, nodes and workers, and its bytes.
+"""The one protocol: every message between clients, broker, nodes and workers. Their bytes are in ``codec.py``.
 
 Rules
 -----
-* A message on a ZeroMQ link is a header frame and then *bulk* frames. The header is ``b"ZQ"``, the major and the minor
-  version (a byte each), then one msgpack-encoded :class:`Envelope`. Another major version is a
-  :class:`~zmqsched.errors.VersionMismatch`; a newer minor one is read, its unknown trailing fields ignored.
-* A message on a worker's pipe has no envelope: the kernel keeps a pipe's order and loses nothing. Its header is the
-  msgpack-encoded message alone.
+* A message on a ZeroMQ link lies in an :class:`Envelope`. One on a worker's pipe has none: the kernel keeps a pipe's order
+  and loses nothing.
 * Whatever can be many travels as many: a message carries lists.
 * A **payload** is pickled bytes that only clients and workers ever look into. In memory it is ``bytes``, or a list of
-  buffers (the pickle stream, then its out-of-band buffers). On the wire ``bytes`` of at most ``INLINE_MAX`` lie inside
-  the header; anything else is replaced by the count of bulk frames that hold it, taken in order of appearance.
-* Decoding never trusts: types, lengths and ranges are stated in the structs and checked by msgspec in C, counts of bulk
-  frames here. Whatever is wrong raises :class:`~zmqsched.errors.ProtocolError`; cost is bounded by the input's size,
-  and the size by the limits below.
+  buffers (the pickle stream, then its out-of-band buffers).
+* Types, lengths and ranges are stated here; whoever decodes a message has them checked.
+* A new field has a default and comes last: that is a new minor version.
 
 Sessions, sequence numbers and acknowledgements (the envelope's fields) are explained in ``core/link.py``.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, TypeVar, cast
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias, TypeVar
 
-import msgspec
 from msgspec import Meta, Struct
 
 from .config import BEAT_INTERVAL_S, ROLES, SUSPECT_AFTER_BEATS, Role
-from .errors import ProtocolError, VersionMismatch
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
@@ -804,93 +796,7 @@ class Record(Struct, array_like=True, frozen=True, gc=False):
     body: RecordMessage
 
 
-# --- bytes ---------------------------------------------------------------------------------------------------------------
-
-_encoder = msgspec.msgpack.Encoder()
-_envelopes = msgspec.msgpack.Decoder(Envelope)
-_pipe_messages = msgspec.msgpack.Decoder(PipeMessage)
-_records = msgspec.msgpack.Decoder(Record)
-_PREFIX = MAGIC + bytes((MAJOR, MINOR))
-
-# Which messages carry payloads: (field of the message or "" for itself, field of the item).
-_CARRIES: dict[type, tuple[tuple[str, str], ...]] = {
-    Submit: (("functions", "blob"), ("tasks", "call")),
-    Functions: (("functions", "blob"),),
-    Dispatch: (("functions", "blob"), ("orders", "call")),
-    Results: (("outcomes", "value"),),
-    Finals: (("finals", "value"),),
-    Inputs: (("finals", "value"),),
-    Run: (("", "function"), ("", "call"), ("inputs", "value")),
-    Done: (("", "value"),),
-}
-
-
-def encode(envelope: Envelope) -> list[Buffer]:
-    """One message as frames: the header, then bulk frames in order."""
-    bulk: list[Buffer] = []
-    body = envelope.body
-    if type(body) in _CARRIES:
-        slim = _without_bulk(body, bulk)
-        if slim is not body:
-            envelope = Envelope(envelope.session, envelope.seq, envelope.ack, slim)
-    return [_PREFIX + _encoder.encode(envelope), *bulk]
-
-
-def decode(frames: Sequence[Buffer]) -> Envelope:
-    """The message in these frames.
-
-    Raises
-    ------
-    ProtocolError
-        Not a message of this protocol, or over one of its limits.
-    """
-    if not 1 <= len(frames) <= MAX_FRAMES:
-        raise ProtocolError(f"a message has 1 to {MAX_FRAMES} frames, not {len(frames)}")
-    header = memoryview(frames[0])
-    if header.nbytes > MAX_HEADER:
-        raise ProtocolError(f"header of {header.nbytes} bytes is over the limit of {MAX_HEADER}")
-    prefix = bytes(header[:4])
-    if len(prefix) < 4 or prefix[:2] != MAGIC:
-        raise ProtocolError("not a zmqsched message")
-    if prefix[2] != MAJOR:
-        raise VersionMismatch(f"the peer speaks protocol {prefix[2]}.{prefix[3]}, this side {MAJOR}.{MINOR}")
-    envelope: Envelope = _decoded(_envelopes, header[4:])
-    _check(envelope.body)
-    _fill_bulk(envelope.body, frames)
-    return envelope
-
-
-def encode_pipe(message: PipeMessage) -> list[Buffer]:
-    if type(message) in _CARRIES:
-        bulk: list[Buffer] = []
-        message = _without_bulk(message, bulk)
-        return [_encoder.encode(message), *bulk]
-    return [_encoder.encode(message)]
-
-
-def decode_pipe(frames: Sequence[Buffer]) -> PipeMessage:
-    if not frames:
-        raise ProtocolError("a message has at least one frame")
-    message: PipeMessage = _decoded(_pipe_messages, frames[0])
-    _fill_bulk(message, frames)
-    return message
-
-
-def encode_record(record: Record) -> list[Buffer]:
-    bulk: list[Buffer] = []
-    if type(record.body) in _CARRIES:
-        record = Record(record.owner, _without_bulk(record.body, bulk))
-    return [_encoder.encode(record), *bulk]
-
-
-def decode_record(frames: Sequence[Buffer]) -> Record:
-    if not frames:
-        raise ProtocolError("a record has at least one frame")
-    record: Record = _decoded(_records, frames[0])
-    _check(record.body)
-    _fill_bulk(record.body, frames)
-    return record
-
+# --- sizes -----------------------------------------------------------------------------------------------------------------
 
 def payload_bytes(payload: Payload) -> int:
     """Size of a payload, in bytes."""
@@ -936,101 +842,3 @@ def batches(items: list[T], size: Callable[[T], int], limit: int = BATCH_BYTES) 
         total += bytes_
     if start < len(items):
         yield items[start:]
-
-
-def _decoded(decoder: Any, data: Buffer) -> Any:
-    try:
-        return decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
-        raise ProtocolError(f"malformed message: {error}") from None
-
-
-def _without_bulk(message: Any, bulk: list[Buffer]) -> Any:
-    """The message with every payload that is not small replaced by its count of frames, which join ``bulk``."""
-    replaced: dict[str, Any] = {}
-    for where, field in _CARRIES[type(message)]:
-        if not where:
-            payload = getattr(message, field)
-            if type(payload) is bytes and len(payload) <= INLINE_MAX:
-                continue
-            if (parts := _parts(payload)) is not None:
-                bulk.extend(parts)
-                replaced[field] = len(parts)
-            continue
-        items = getattr(message, where)
-        slim: list[Any] | None = None
-        for index, item in enumerate(items):
-            payload = getattr(item, field)
-            if type(payload) is bytes and len(payload) <= INLINE_MAX:
-                continue
-            parts = _parts(payload) or []
-            bulk.extend(parts)
-            slim = slim or list(items)
-            slim[index] = msgspec.structs.replace(item, **{field: len(parts)})
-        if slim is not None:
-            replaced[where] = slim
-    return msgspec.structs.replace(message, **replaced) if replaced else message
-
-
-def _parts(payload: Payload) -> list[Buffer] | None:
-    """The frames that this payload needs; None if it goes into the header."""
-    if isinstance(payload, bytes):
-        return None if len(payload) <= INLINE_MAX else [payload]
-    return payload
-
-
-def _fill_bulk(message: Any, frames: Sequence[Buffer]) -> None:
-    """Put the bulk frames where the header left their counts; they must come out even."""
-    taken = 1
-    for where, field in _CARRIES.get(type(message), ()):
-        for item in getattr(message, where) if where else (message,):
-            count = getattr(item, field)
-            if type(count) is int:
-                parts = list(frames[taken : taken + count])
-                taken += count
-                if taken > len(frames):
-                    raise ProtocolError("the header names more bulk frames than came with it")
-                msgspec.structs.force_setattr(item, field, parts)
-    if taken != len(frames):
-        raise ProtocolError(f"{len(frames) - taken} bulk frames that the header does not name")
-
-
-def _check(body: Message | RecordMessage) -> None:
-    """What msgspec cannot state: indices within the message, and NaN, which passes every comparison it makes."""
-    kind = type(body)
-    if kind is Submit or kind is Dispatch:
-        items = body.tasks if isinstance(body, Submit) else cast(Dispatch, body).orders
-        shapes = cast(Submit, body).shapes
-        if items and max([item.shape for item in items]) >= len(shapes):
-            raise ProtocolError("a task names a shape that the message does not have")
-        for shape in shapes:
-            _check_amounts(shape.options.resources)
-            if not math.isfinite(shape.options.backoff + shape.options.timeout):
-                raise ProtocolError("a task's seconds must be finite numbers")
-    elif kind is Output:
-        if any(math.isnan(advance.fraction) for advance in cast(Output, body).advances):
-            raise ProtocolError("how far a task has come must be a number")
-    elif isinstance(body, NodeHello | ClientHello):
-        _check_names(body)
-        if isinstance(body, NodeHello):
-            _check_amounts(body.resources)
-            if not math.isfinite(body.leaves_in_s):
-                raise ProtocolError("a node's seconds must be a finite number")
-
-
-def _check_names(hello: ClientHello | NodeHello) -> None:
-    """They appear in logs and on terminals, where a line break or an escape sequence could say anything."""
-    names = [hello.where.host, hello.where.python, *itertools.chain(*hello.where.versions)]
-    if isinstance(hello, NodeHello):
-        names += [hello.label, *hello.tags, *(name for name, _ in hello.resources)]
-    for name in names:
-        if not name.isprintable():
-            raise ProtocolError(f"a name has characters that cannot be printed: {name[:40]!a}")
-
-
-def _check_amounts(resources: tuple[tuple[str, float], ...]) -> None:
-    for _, amount in resources:
-        if not math.isfinite(amount):
-            raise ProtocolError("resource amounts must be finite numbers")
-    if len(resources) > 1 and len({name for name, _ in resources}) < len(resources):
-        raise ProtocolError("a resource is named twice")

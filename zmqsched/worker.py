@@ -30,6 +30,7 @@ from time import monotonic, perf_counter
 from types import FrameType
 from typing import Any
 
+from .codec import decode_pipe, encode_pipe
 from .errors import ProtocolError
 from .payload import (
     Shipped,
@@ -42,7 +43,7 @@ from .payload import (
     unpack_call,
 )
 from .pipes import EXIT_PIPE_LOST, Pipe
-from .protocol import Declined, Done, Interrupted, Payload, PipeMessage, Run, decode_pipe, encode_pipe
+from .protocol import Declined, Done, Interrupted, Payload, PipeMessage, Run
 from .streams import Voice
 from .surroundings import Surroundings
 

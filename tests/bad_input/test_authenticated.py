@@ -14,6 +14,7 @@ import msgspec
 import pytest
 from core.builders import PYTHON, Broker, digest, task_id, token
 
+from zmqsched.codec import decode, encode
 from zmqsched.core.events import Arrived, BeatArrived, Send
 from zmqsched.errors import ProtocolError, VersionMismatch
 from zmqsched.protocol import (
@@ -42,8 +43,6 @@ from zmqsched.protocol import (
     Submit,
     TaskSpec,
     WorkerState,
-    decode,
-    encode,
 )  # fmt: skip
 from zmqsched.shell import LINE
 

@@ -22,10 +22,11 @@ from zmtp import Speaker, command, frame, greeting, ready
 
 from zmqsched import Client, LocalCluster, errors, sockets
 from zmqsched.broker import Broker
+from zmqsched.codec import encode
 from zmqsched.config import ipc_address
 from zmqsched.core.events import Arrived, Malformed
 from zmqsched.keyring import Keyring
-from zmqsched.protocol import Ack, Envelope, encode
+from zmqsched.protocol import Ack, Envelope
 from zmqsched.sockets import Keys
 
 pytestmark = pytest.mark.timeout(60)

@@ -17,11 +17,12 @@ from typing import Any
 import zmq
 
 from zmqsched import host, sockets
+from zmqsched.codec import decode, encode
 from zmqsched.config import ConnectionFile
 from zmqsched.core import events
 from zmqsched.core.agent import Agent
 from zmqsched.payload import load_function, pack_value, unpack_call
-from zmqsched.protocol import Done, Envelope, NodeHello, Run, decode, encode
+from zmqsched.protocol import Done, Envelope, NodeHello, Run
 
 TURN_MS = 10
 

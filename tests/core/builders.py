@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 
 from msgspec.structs import replace
 
+from zmqsched.codec import decode, decode_record, encode, encode_record
 from zmqsched.config import BEAT_INTERVAL_S, CLUSTER_LOST_AFTER_S
 from zmqsched.core.agent import Agent
 from zmqsched.core.events import (
@@ -116,10 +117,6 @@ from zmqsched.protocol import (
     Words,
     Workers,
     WorkerState,
-    decode,
-    decode_record,
-    encode,
-    encode_record,
 )  # fmt: skip
 
 M = TypeVar("M")

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zmqsched.codec import decode, encode
 from zmqsched.core.certificate import MAX_ENTRY, MAX_TEXT, certificate, entry
-from zmqsched.protocol import Death, Envelope, Final, Finals, Remains, decode, encode
+from zmqsched.protocol import Death, Envelope, Final, Finals, Remains
 
 TASK = b"sixteen byte id."
 STACK = '  File "/home/me/model.py", line 7 in step\n  File "/home/me/model.py", line 5 in train'

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from zmqsched.codec import decode_record, encode_record
 from zmqsched.core.events import Arrived, Send, Tick
 from zmqsched.core.link import ACK_DELAY_S
 from zmqsched.core.recovery import snapshot
@@ -42,8 +43,6 @@ from zmqsched.protocol import (
     Unknown,
     Welcome,
     Workers,
-    decode_record,
-    encode_record,
 )
 
 from .builders import Broker, Client, Node, blob, digest, label_of, task_id, token

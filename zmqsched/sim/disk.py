@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+from ..codec import decode_record, encode_record
 from ..core.events import Troubled, Write, Written
-from ..protocol import Record, decode_record, encode_record
+from ..protocol import Record
 from .world import World
 
 SYNC_S = 0.002

@@ -11,8 +11,9 @@ from collections.abc import Callable
 from random import Random
 from typing import Literal
 
+from ..codec import decode, encode
 from ..core.events import Tick
-from ..protocol import Dispatch, Envelope, Finals, Message, Progress, Results, Revoke, Submit, decode, encode
+from ..protocol import Dispatch, Envelope, Finals, Message, Progress, Results, Revoke, Submit
 
 DELAY_S = 0.0002
 MOST_STEPS = 30_000  # of a run; usual are 1,000
