@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from . import errors
 from .brokers import START_TIMEOUT_S, STOP_TIMEOUT_S, KeptBroker, check_free, wait_until_ready
 from .clusterfile import BrokerPart, ClusterFile, HeartbeatPart, NodeGroup, TasksPart
-from .config import CONNECTION_FILE, ConnectionFile, check_name, cluster_dir, file_name, remove_cluster_dir
+from .config import CONNECTION_FILE, ConnectionFile, check_name, cluster_dir, file_name, remove_cluster_dir, this_host
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .display import Sheet, Shown, as_line
 from .errors import StartError
@@ -354,6 +354,11 @@ def _journal(journal: bool | str | os.PathLike[str]) -> bool | str:
 
 def _broker_options(wanted: ClusterFile) -> list[str]:
     part, beats = wanted.broker, wanted.heartbeat
+    if part.host not in ("", "localhost", this_host()):
+        raise StartError(
+            f"broker.host: this cluster is to be started on {part.host}, and this is {this_host()}: "
+            "log in there to start it, or leave the key out"
+        )
     options = [f"--policy={part.policy}"]
     if beats != HeartbeatPart():
         options += [f"--beat-interval={beats.interval:g}", f"--dead-after={beats.dead_after:g}"]

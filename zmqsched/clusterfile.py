@@ -55,10 +55,10 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class BrokerPart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``host``: where the broker runs, by the name that ``ssh`` takes; "" is here. ``listen``: the addresses to bind;
-    none is Unix sockets, unless a group of nodes is elsewhere. ``port``: the first of three in a row, 0 any that are free.
-    ``journal``: as LocalCluster takes it. ``idle_timeout``: the cluster ends when nothing has been asked of it for so many
-    seconds; 0 is never. ``max_queued``: bytes; 0 is what the host has room for."""
+    """``host``: where the cluster is to be started, and with it its broker; elsewhere it is refused. "" is anywhere.
+    ``listen``: the addresses to bind; none is Unix sockets, unless a group of nodes is elsewhere. ``port``: the first of
+    three in a row, 0 any that are free. ``journal``: as LocalCluster takes it. ``idle_timeout``: the cluster ends when
+    nothing has been asked of it for so many seconds; 0 is never. ``max_queued``: bytes; 0 is what the host has room for."""
 
     host: Text = ""
     listen: tuple[Text, ...] = ()

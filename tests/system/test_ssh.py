@@ -510,19 +510,6 @@ def test_a_preview_is_what_is_run(hosts, clusters):
         assert launcher.poll() == []
 
 
-@pytest.mark.parametrize(
-    ("group", "says"),
-    [
-        ({"hosts": ()}, "no hosts are named"),
-        ({"env": {"A-B": "1"}}, "'A-B' cannot be the name of an environment variable"),
-        ({"prologue": ("a\0b",)}, "a zero byte"),
-    ],
-)
-def test_groups_that_cannot_be_launched(group, says, tmp_path):
-    with pytest.raises(ValueError, match=says):
-        SSHLauncher(NodeGroup(launcher="ssh", **{"hosts": ("alpha",), **group}), Site(tmp_path / "x", tmp_path))
-
-
 def test_an_sshd_that_is_busy_is_asked_again(hosts, clusters):
     hosts.add("alpha", options={"MaxStartups": "1:100:1"})
     with broker(hosts, clusters) as here:

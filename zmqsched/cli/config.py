@@ -24,7 +24,7 @@ TEMPLATE = """\
 name = "default"                     # to find the cluster by: zmqsched.Client("default")
 
 [broker]
-# host = ""                          # where it runs, by the name that ssh takes; "" is here
+# host = ""                          # the host to start the cluster on; elsewhere it is refused. "": any
 # listen = ["10.0.0.1"]              # addresses to bind, encrypted; none: Unix sockets, unless there are nodes elsewhere
 # port = 0                           # the first of three in a row; 0: any that are free
 # journal = true                     # keep tasks and answers for when it dies: true, false, or a file's path

@@ -13,7 +13,6 @@ Rules
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from shlex import quote
 
@@ -27,7 +26,6 @@ MARK = "ZMQSCHED_LAUNCH"
 TUNNEL = "/tmp/zmqsched-{token}.{role}"
 ROLES = ("work", "beats")
 
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # Reads also on a Python that is too old for the rest.
 _PROBE = """
 import sys
@@ -39,16 +37,6 @@ except ImportError as error: sys.exit("%s: %s" % (sys.executable, error))
 if found != wanted: sys.exit(sys.executable + ": has zmqsched " + found)
 """
 _KILLED_AT_ONCE_S, _GIVEN_UP_S = 2, 4
-
-
-def check(group: NodeGroup) -> None:
-    """Raise ValueError if a shell cannot be told what the group asks for."""
-    for name in group.env:
-        if not _NAME.fullmatch(name):
-            raise ValueError(f"env: {name!r} cannot be the name of an environment variable")
-    texts = [*group.env.values(), *group.prologue, group.cwd, group.python, *group.tags, *group.resources]
-    if any("\0" in text for text in texts):
-        raise ValueError("a zero byte cannot be given to a shell")
 
 
 def line(script: str) -> bytes:

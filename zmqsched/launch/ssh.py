@@ -97,9 +97,6 @@ class SSHLauncher(Launcher):
 
     def __init__(self, group: NodeGroup, site: Site) -> None:
         super().__init__(group, site)
-        if not group.hosts:
-            raise ValueError(f"the nodes {group.name or group.launcher!r} are launched by ssh, and no hosts are named")
-        remote.check(group)
         self._children = Children(site.wake, echo=site.echo)
         self._file: ConnectionFile  # as it was when nodes were last started
         self._targets: dict[str, str]

@@ -1,0 +1,148 @@
+"""Nodes by ``ssh`` where there is none: a stand-in runs on this host what it would run on another. What a real sshd shows is
+in ``system/test_ssh.py``."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import Home, alive
+
+from zmqsched import Client, Cluster, SSHCluster
+from zmqsched.clusterfile import BrokerPart, ClusterFile, NodeGroup
+from zmqsched.errors import StartError
+from zmqsched.launch import remote
+
+SHELLS = [shell for shell in ("sh", "bash", "csh", "tcsh", "fish", "zsh", "dash") if shutil.which(shell)]
+# What a shell must not touch. A newline at its end would be lost, as it is in any shell's $(...).
+NASTY = "it's \"so\" $HOME `id` !! !x \\n \\\\ %s %% \t{a,b} *\n  second line; ~ #"
+
+
+@pytest.fixture
+def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clusters: Home) -> Path:
+    """A directory. While its file ``words`` exists, that is said and nobody is reached; ``hosts`` has who was asked."""
+    (tmp_path / "bin").mkdir()
+    script = tmp_path / "bin" / "ssh"
+    script.write_text(f"""#!/bin/sh
+for word; do host=$command; command=$word; done
+echo "$host" >> {tmp_path}/hosts
+if [ -e {tmp_path}/words ]; then cat {tmp_path}/words >&2; exit 255; fi
+exec sh -c "$command"
+""")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    return tmp_path
+
+
+def one_line() -> str:
+    return f"exec 3<&0; printf %s {remote.quote(NASTY)}; cat <&3"
+
+
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_script_arrives_whole_in_whatever_shell_one_logs_in_to(shell):
+    script = f"\n\nif true; then\n  {one_line()}\nfi\n\n"
+    done = subprocess.run(
+        [shell, "-c", remote.COMMAND],
+        input=remote.line(script) + b'{"a": 1}\nrest',
+        capture_output=True,
+        timeout=20,
+        check=True,
+    )
+    assert done.stdout.decode() == NASTY + '{"a": 1}\nrest'
+    assert done.stderr == b""
+
+
+def test_a_cluster_of_hosts(fake_ssh):
+    with SSHCluster(["alpha", "beta"], slots=1, python=sys.executable, listen="") as cluster, Client(cluster) as client:
+        assert [(one.label, one.state, one.where) for one in cluster.nodes()] == [
+            ("ssh-1", "running", "alpha"),
+            ("ssh-2", "running", "beta"),
+        ]
+        assert client.submit(pow, 2, 10).result(timeout=20) == 1024
+        assert (fake_ssh / "hosts").read_text().split() == ["alpha", "beta"]
+        pids = [node.pid for node in client.nodes()]
+    assert not any(alive(pid) for pid in pids)
+
+
+@pytest.mark.parametrize(
+    ("words", "fix"),
+    [
+        ("@ WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED! @\nHost key verification failed.", r"ssh-keygen -R alpha"),
+        ("Host key verification failed.", r"log in once by hand \(ssh alpha\)"),
+        ("u@alpha: Permission denied (publickey).", "ssh-copy-id alpha"),
+        ("ssh: Could not resolve hostname alpha: Name or service not known", "no such host"),
+        ("ssh: connect to host alpha port 22: Connection refused", "no sshd answers there"),
+        ("ssh: connect to host alpha port 22: Connection timed out", "does a firewall let port 22 through"),
+    ],
+)
+def test_what_ssh_says_is_said_with_what_to_do(words, fix, fake_ssh):
+    (fake_ssh / "words").write_text(words)
+    with pytest.raises(StartError, match=fix) as caught:
+        SSHCluster("alpha", python=sys.executable, listen="")
+    assert words in str(caught.value)
+    assert "ssh-1 (alpha): alpha: exit code 255" in str(caught.value)
+
+
+def test_who_is_busy_is_asked_again_and_in_the_end_not_any_more(fake_ssh, monkeypatch):
+    monkeypatch.setattr("zmqsched.launch.ssh.uniform", lambda least, most: 0.0)
+    (fake_ssh / "words").write_text("kex_exchange_identification: Connection closed by remote host")
+    with pytest.raises(StartError, match="kex_exchange_identification"):
+        SSHCluster("alpha", python=sys.executable, listen="")
+    assert (fake_ssh / "hosts").read_text().split() == ["alpha"] * 6
+
+
+def test_what_is_left_of_a_node_is_found_by_its_mark_and_nothing_else_is_touched(tmp_path):
+    """Also what has left its session, and what does not listen to signals; the ends of its ways back, too."""
+    mark = {remote.MARK: "f00d"}
+    stubborn = "trap '' TERM HUP; while :; do sleep 0.1; done"
+    started = [
+        subprocess.Popen(["sh", "-c", stubborn], env={**os.environ, **environment}, start_new_session=True)
+        for environment in (mark, mark, {remote.MARK: "beef"}, {})
+    ]
+    ends = [Path(remote.tunnel_path(token, role)) for token in ("f00d", "beef") for role in remote.ROLES]
+    try:
+        for end in ends:
+            end.touch()
+        script = remote.line(remote.sweep_script([("f00d", started[0].pid), ("dead", 0)]))
+        subprocess.run(["sh", "-c", remote.COMMAND], input=script, timeout=20, check=True)
+        assert [process.poll() for process in started] == [-9, -9, None, None]
+        assert [end.exists() for end in ends] == [False, False, True, True]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+        for end in ends:
+            end.unlink(missing_ok=True)
+
+
+def test_a_node_is_killed_before_its_nursery_which_knows_what_its_tasks_have_started(tmp_path):
+    order = tmp_path / "order"
+    alone = "while kill -0 $NODE 2>/dev/null; do sleep 0.05; done"
+    watch = f"trap 'echo nursery >> {order}' EXIT; {alone}; echo node >> {order}"
+    environment = {**os.environ, remote.MARK: "cafe"}
+    node = subprocess.Popen(["sleep", "600"], env=environment)
+    nursery = subprocess.Popen(["sh", "-c", watch], env={**environment, "NODE": str(node.pid)})
+    try:
+        sweeper = subprocess.Popen(["sh", "-c", remote.COMMAND], stdin=subprocess.PIPE)
+        sweeper.stdin.write(remote.line(remote.sweep_script([("cafe", node.pid)])))
+        sweeper.stdin.close()
+        assert node.wait(timeout=20) == -9
+        assert nursery.wait(timeout=20) == 0  # by itself
+        assert sweeper.wait(timeout=20) == 0
+        assert order.read_text().split() == ["node", "nursery"]
+    finally:
+        for process in (node, nursery):
+            process.kill()
+            process.wait()
+
+
+def test_a_cluster_is_started_on_its_own_host_only(clusters):
+    group = NodeGroup(slots=1)
+    with pytest.raises(StartError, match="to be started on elsewhere, and this is"):
+        Cluster(ClusterFile(broker=BrokerPart(host="elsewhere"), nodes=(group,)))
+    with Cluster(ClusterFile(name="here", broker=BrokerPart(host=os.uname().nodename, journal=False), nodes=(group,))):
+        pass
