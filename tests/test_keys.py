@@ -21,8 +21,9 @@ from conftest import PATIENCE_S, eventually, from_afar
 
 from zmqsched import Client, LocalCluster, errors, get_client, sockets
 from zmqsched.__main__ import main
+from zmqsched.codec import encode
 from zmqsched.config import ROLES, ConnectionFile, Role, cluster_dir, role_file
-from zmqsched.protocol import ChangeKeys, Envelope, NodeHello, encode
+from zmqsched.protocol import ChangeKeys, Envelope, NodeHello
 
 pytestmark = pytest.mark.timeout(90)
 
