@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -150,6 +151,22 @@ def test_over_tcp_nodes_have_their_own_key(tmp_path: Path):
         assert f"--connect={cluster_dir('lab') / 'node.json'}" in psutil.Process(node.pid).cmdline()
         assert cluster.file.addresses.work[0].startswith("tcp://127.0.0.1:")
         assert client.submit(pow, 2, 3).result(30) == 8
+
+
+@pytest.mark.parametrize("journal", [False, True])
+def test_the_broker_listens_at_each_address_and_so_does_who_follows_it(journal: bool, tmp_path: Path):
+    listen = ("127.0.0.1", "127.0.0.2")
+    broker = BrokerPart(listen=listen, journal=str(tmp_path / "journal") if journal else False)
+    with Cluster(ClusterFile(name="lab", broker=broker, nodes=(local(),))) as cluster:
+        before, pid = cluster.file.addresses, cluster.broker_pid
+        assert [address.rpartition(":")[0] for address in before.work] == ["tcp://127.0.0.1", "tcp://127.0.0.2", "ipc"]
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: cluster.broker_pid != pid)
+        assert len(cluster.file.addresses.work) == 3
+        assert (cluster.file.addresses == before) is journal
+        for address in cluster.file.addresses.work[:2]:
+            host, _, port = address.removeprefix("tcp://").rpartition(":")
+            socket.create_connection((host, int(port)), 10).close()
 
 
 def test_a_file_is_a_cluster(tmp_path: Path):

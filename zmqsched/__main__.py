@@ -48,10 +48,12 @@ def _broker(arguments: list[str]) -> int:
     parser.add_argument("--name", default="default", help="the cluster's name (default: %(default)s)")
     parser.add_argument(
         "--listen",
+        action="append",
         nargs="?",
         const="",
+        default=[],
         metavar="ADDRESS[:PORT]",
-        help="listen on TCP, encrypted, instead of Unix sockets; without an address on loopback",
+        help="listen on TCP, encrypted, besides Unix sockets; without an address on loopback; may be repeated",
     )
     parser.add_argument("--policy", choices=sorted(POLICIES), default=DEFAULT_POLICY, help="who gets a task (%(default)s)")
     parser.add_argument(
@@ -106,7 +108,7 @@ def _broker(arguments: list[str]) -> int:
         from . import sockets
         from .broker import Broker
 
-        listen = None if options.listen is None else sockets.listen_address(options.listen)
+        listen = [sockets.listen_address(text) for text in options.listen]
         journal = journal_path(options.name) if options.journal == "" else options.journal and Path(options.journal)
         broker = Broker(
             options.name, options.policy, listen, journal or None, options.max_queued, beat_interval_s=beat_interval_s,

@@ -76,7 +76,7 @@ class _Identity(msgspec.Struct):
     keys: Stored
 
     @classmethod
-    def read(cls, journal: Journal | None, listen: str | None) -> _Identity | None:
+    def read(cls, journal: Journal | None, listen: str) -> _Identity | None:
         """That of the broker before, if it listened as this one is to."""
         if journal is None or not listen or not journal.identity:
             return None
@@ -91,7 +91,7 @@ class Broker:
         self,
         name: str,
         policy: str,
-        listen: str | None = None,
+        listen: Sequence[str] = (),
         journal: Path | None = None,
         max_queued: int | None = None,
         *,
@@ -102,7 +102,7 @@ class Broker:
     ) -> None:
         """Take the name, open the journal, bind the sockets and write the connection file.
 
-        ``listen`` is a ``tcp://`` address (``sockets.listen_address``), besides Unix sockets in the cluster's directory.
+        ``listen``: ``tcp://`` addresses (``sockets.listen_address``), besides Unix sockets in the cluster's directory.
         ``max_queued``: bytes held before clients are asked to hold back; by default what the host has room for.
         ``beat_interval_s``, ``dead_after_s``: how often nodes beat, and after how long a silence they are given up.
         ``idle_timeout_s``: it ends when nothing has been asked of it for so long; 0: never. ``tasks``: what clients' tasks
@@ -132,11 +132,11 @@ class Broker:
                 idle_timeout_s=idle_timeout_s,
             )
             self._core = self._restored(settings)
-            before = _Identity.read(self._journal, listen)
+            before = _Identity.read(self._journal, " ".join(listen))
         except BaseException:
             self._let_go(journal_is_done=False)
             raise
-        self._listen = listen or ""
+        self._listen = listen
         self._tasks = tasks or TaskDefaults()
         self._cluster_id = before.cluster_id if before else secrets.token_hex(16)
         self._keyring = Keyring(before.keys if before else None, monotonic()) if listen else None
@@ -168,12 +168,12 @@ class Broker:
         have this one's name, on a host of this one's name."""
         if not self._listen:
             return [ipc_address(self.lock.directory, channel)]
-        tcp = getattr(before.addresses, channel)[0] if before else _port_of(self._listen, channel)
-        return [tcp, ipc_address(self.lock.directory, f"{channel}-{self._cluster_id[:8]}")]
+        tcp = getattr(before.addresses, channel)[:-1] if before else [_port_of(each, channel) for each in self._listen]
+        return [*tcp, ipc_address(self.lock.directory, f"{channel}-{self._cluster_id[:8]}")]
 
     def _keep_identity(self) -> None:
         if self._journal and self._keyring:
-            identity = _Identity(self._cluster_id, self._listen, self._bound, self._keyring.stored)
+            identity = _Identity(self._cluster_id, " ".join(self._listen), self._bound, self._keyring.stored)
             self._journal.identity = msgspec.json.encode(identity)
 
     def _restored(self, settings: Settings) -> Scheduler:

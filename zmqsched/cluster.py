@@ -365,7 +365,7 @@ def _broker_options(wanted: ClusterFile) -> list[str]:
     options += [f"--idle-timeout={part.idle_timeout:g}"] if part.idle_timeout else []
     if wanted.tasks != TasksPart():
         options.append(f"--task-defaults={msgspec.json.encode(wanted.tasks).decode()}")
-    options += [f"--listen={address}" for address in _listens(wanted)[:1]]
+    options += [f"--listen={address}" for address in _listens(wanted)]
     options += [f"--max-queued={part.max_queued}"] if part.max_queued else []
     if part.journal is True:
         options.append("--journal")

@@ -21,7 +21,8 @@ def own_addresses(hosts: Iterable[str] = ()) -> list[str]:
         found.update(dict.fromkeys(_towards(host.rpartition("@")[2]) or _towards_everywhere()))
     if not found:
         found.update(dict.fromkeys(_towards_everywhere()))
-    return [address for address in found if not ip_address(address).is_loopback] or [LOOPBACK]
+    # One of a link is of no use without the interface's name, which is another on each host.
+    return [one for one in found if not ip_address(one).is_loopback and not ip_address(one).is_link_local] or [LOOPBACK]
 
 
 def _towards_everywhere() -> list[str]:
