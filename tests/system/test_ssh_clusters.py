@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import sshd
 from conftest import Home, eventually
 from sshd import HERE, Hosts
 
-from zmqsched import Client, Cluster
+from zmqsched import Client, Cluster, SSHCluster
 from zmqsched.clusterfile import BrokerPart, ClusterFile, NodeGroup
 from zmqsched.errors import StartError
 
@@ -46,23 +47,33 @@ def spin(seconds: float) -> str:
     return os.uname().nodename
 
 
+def nested() -> int:
+    from zmqsched import get_client
+
+    return sum(get_client().map(abs, [-1, 2, -3]))
+
+
 def assert_nothing_left(hosts: Hosts) -> None:
     for host in hosts.hosts:
         eventually(lambda host=host: not host.processes())
 
 
 def test_a_cluster_of_three_hosts(hosts, clusters):
+    """Its nodes have the key of a node, which their tasks' clients can use, too."""
     began = time.monotonic()
-    with Cluster(wanted(hosts)) as cluster, Client(cluster) as client:
-        took = time.monotonic() - began
-        assert took < 30
+    options = ("-F", str(hosts.config))
+    cluster = SSHCluster(NAMES, slots=1, python=sys.executable, ssh_options=options, listen=HERE)
+    with cluster, Client(cluster) as client:
+        assert time.monotonic() - began < 30  # as many as 5 when nothing else goes on
         assert [(one.label, one.state, one.where) for one in cluster.nodes()] == [
-            (f"g-{number}", "running", name) for number, name in enumerate(NAMES, 1)
+            (f"ssh-{number}", "running", name) for number, name in enumerate(NAMES, 1)
         ]
+        assert cluster._fleet._site.file.role == "node"
+        assert client.submit(nested).result(timeout=40) == 6
         assert set(client.map(spin, [0.2] * 12)) == set(NAMES)
-        cluster.scale("g", 1)
+        cluster.scale("ssh", 1)
         eventually(lambda: sum(bool(host.processes()) for host in hosts.hosts) == 1)
-        cluster.scale("g", 4)
+        cluster.scale("ssh", 4)
         cluster.wait_for_nodes(4, 40)
         assert set(client.map(spin, [0.2] * 12)) == set(NAMES)
     assert_nothing_left(hosts)
@@ -109,8 +120,7 @@ def test_a_host_that_is_cut_off_and_comes_back_while_tasks_run(way, hosts, clust
 DRIVER = """
 import sys
 from zmqsched import Cluster
-from zmqsched.clusterfile import ClusterFile
-with Cluster(ClusterFile.load(sys.argv[1])):
+with Cluster.from_file(sys.argv[1]):
     print("up", flush=True)
     sys.stdin.read()
 """
@@ -154,4 +164,24 @@ def test_nothing_is_left_when_the_program_ends(how, hosts, clusters: Home):
                 driver.stdin.close()
             for future in futures:
                 future.cancel()
+    clusters.assert_nothing_left()
+
+
+def test_up_with_hosts_and_down(hosts, clusters: Home, tmp_path, monkeypatch):
+    """The same from a shell. Since the user's own ``~/.ssh/config`` is not to be touched, ``ssh`` is told of another."""
+    script = tmp_path / "ssh"
+    script.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {hosts.config} "$@"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    zmqsched = [sys.executable, "-m", "zmqsched"]
+    up = ["up", "--ssh", "alpha,beta", "-n", "2", "--name=lab", "--no-journal", f"--python={sys.executable}", "--detach"]
+    done = subprocess.run([*zmqsched, *up], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    try:
+        with Client("lab") as client:
+            assert {(node.label, node.slots) for node in client.nodes()} == {("ssh-1", 2), ("ssh-2", 2)}
+            assert set(client.map(spin, [0.2] * 12)) == {"alpha", "beta"}
+    finally:
+        subprocess.run([*zmqsched, "down", "lab"], check=True, timeout=40, capture_output=True)
+    assert_nothing_left(hosts)
     clusters.assert_nothing_left()
