@@ -30,7 +30,7 @@ from zmqsched.version import __version__
 
 PATIENCE_S = 20.0
 ZMQSCHED = [sys.executable, "-m", "zmqsched"]
-COMMANDS = ["up", "config", "ls", "status", "down", "keys", "doctor", "clean", "exec", "broker", "node"]
+COMMANDS = ["up", "config", "ls", "status", "down", "keys", "doctor", "clean", "exec", "run", "broker", "node"]
 
 
 class Home:

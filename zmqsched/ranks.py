@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .config import (
-    CONNECTION_FILE,
     NODE_ALONE_S,
     ConnectionFile,
     cluster_dir,
     is_held,
     make_private,
+    role_file,
     shared_dir,
     this_host,
 )
@@ -128,7 +128,7 @@ def _lead(words: Sequence[str], ranks: Ranks, slots: int, path: Path) -> int:
         directory = cluster_dir(cluster.name)
         make_private(path.parent)
         try:
-            ConnectionFile.load(directory / CONNECTION_FILE).write(path)
+            ConnectionFile.load(role_file(directory, "node")).write(path)
             code = _run_script(words, cluster.name)
             with contextlib.suppress(StartError, TimeoutError):
                 cluster.wait_for_nodes(ranks.size, LATE_S)

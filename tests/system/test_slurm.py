@@ -18,7 +18,7 @@ import pytest
 from conftest import Home, eventually, processes_knowing
 from slurm import Slurm, running_slurm
 
-from zmqsched import Client, LocalCluster
+from zmqsched import Client, LocalCluster, SlurmCluster
 from zmqsched.clusterfile import BatchPart, NodeGroup
 from zmqsched.config import (
     CONNECTION_FILE,
@@ -364,3 +364,65 @@ def test_when_the_first_rank_of_srun_is_killed_nothing_is_left(slurm, tmp_path):
         assert srun.returncode == 137
     eventually(lambda: slurm.jobs() == {})
     remove_left()
+
+
+def test_a_slurm_cluster_says_why_its_nodes_are_not_there_and_scales_when_they_are(slurm):
+    slurm("scontrol", "update", "PartitionName=short", "State=DOWN")
+    with SlurmCluster(nodes=1, slots=1, time="10m", array=True, listen="127.0.0.1") as cluster:
+        with pytest.raises(TimeoutError, match=r"0 of 1 nodes .*\n  slurm-1 \(Slurm job \d+\) pending: PD: PartitionDown"):
+            cluster.wait_for_nodes(1, timeout=5)
+        slurm("scontrol", "update", "PartitionName=short", "State=UP")
+        cluster.wait_for_nodes(1, timeout=JOIN_S)
+        with Client(cluster) as client:
+            assert sum(client.map(abs, range(-10, 0))) == 55
+        cluster.scale("slurm", 3)
+        cluster.wait_for_nodes(3, timeout=JOIN_S)
+        assert len(slurm.jobs()) >= 2
+        cluster.scale("slurm", 1)
+        eventually(lambda: len(slurm.jobs()) == 1, JOIN_S)
+        assert {one.state for one in cluster.nodes()} == {"running"}
+        assert cluster.failures == []
+    eventually(lambda: slurm.jobs() == {})
+
+
+def test_what_sbatch_refuses_is_what_the_cluster_raises(slurm):
+    with pytest.raises(StartError, match="invalid partition specified: nosuch"):
+        SlurmCluster(nodes=1, partition="nosuch", listen="127.0.0.1")
+
+
+def test_a_job_that_fails_is_told_to_who_waits_for_its_node(slurm):
+    cluster = SlurmCluster(slots=1, listen="127.0.0.1", prologue=["echo no module gcc/99 >&2; exit 3"])
+    told = r"no more can come:\n.*FAILED, exit code 3\n\s+no module gcc/99"
+    with cluster, pytest.raises(StartError, match=told):
+        cluster.wait_for_nodes(1, timeout=JOIN_S)
+
+
+def zmqsched(*words: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "zmqsched", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s, stdin=subprocess.DEVNULL)
+
+
+def test_a_cluster_on_slurm_from_the_command_line(slurm):
+    words = ("-n", "2", "--nodes", "2", "--name", "lined", "--listen", "127.0.0.1", "--detach", "--wait")
+    up = zmqsched("up", "--slurm", "--time", "10m", *words, "--", "--partition=short")
+    assert up.returncode == 0, up.stderr
+    try:
+        assert "Partition=short" in slurm("scontrol", "show", "job", next(iter(slurm.jobs())))
+        with Client("lined") as client:
+            assert sum(client.map(abs, range(-10, 0))) == 55
+        status = zmqsched("status", "lined")
+        assert "slurm-1" in status.stdout
+        assert "slurm-2" in status.stdout
+    finally:
+        down = zmqsched("down", "lined")
+    assert down.returncode == 0, down.stderr
+    eventually(lambda: slurm.jobs() == {})
+    assert not shared_dir("jobs").exists()
+
+
+def test_what_would_be_submitted_is_shown_and_nothing_is(slurm):
+    shown = zmqsched("up", "--slurm", "--time", "1h", "-n", "4", "--dry-run", "--", "--qos=high").stdout
+    assert "sbatch" in shown
+    assert "--time=1:00:00" in shown
+    assert "--qos=high" in shown
+    assert slurm.jobs() == {}

@@ -54,7 +54,7 @@ def zmqsched() -> None:
     """
 
 
+_care = (keys.keys, doctor.doctor, clean.clean)
 _use = (execute.execute, script.run_script)
-_care = (doctor.doctor, clean.clean, keys.keys)
-for _command in (up.up, config.config, look.ls, look.status, stop.down, *_use, *_care, hand.broker, hand.node):
+for _command in (up.up, config.config, look.ls, look.status, stop.down, *_care, *_use, hand.broker, hand.node):
     zmqsched.add_command(_command)
