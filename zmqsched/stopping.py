@@ -20,12 +20,13 @@ from .cluster import STOP_TIMEOUT_S
 from .config import CONNECTION_FILE, STOPPING_FILE, ConnectionFile, cluster_dir, is_held, remove_cluster_dir, this_host
 from .core.events import Tell
 from .errors import BrokerUnreachable, ClusterExists, ClusterLost, ConnectionFileError, ZmqschedError
+from .fleet import CLOSE_TIMEOUT_S
 from .protocol import Query, Shutdown
 
 # A broker answers in milliseconds; one that is busy for so long is hung or stopped.
 ASK_TIMEOUT_S = 2.0
-# An `up` gives its children STOP_TIMEOUT_S, and kills them then.
-END_TIMEOUT_S = STOP_TIMEOUT_S + 2.0
+# An `up` gives its nodes CLOSE_TIMEOUT_S, wherever they are, its broker STOP_TIMEOUT_S, and kills it then.
+END_TIMEOUT_S = CLOSE_TIMEOUT_S + STOP_TIMEOUT_S + 1.0
 # What is killed is gone when the kernel lets it: at once, unless a file system hangs.
 KILL_TIMEOUT_S = 3.0
 

@@ -16,7 +16,7 @@ import click
 
 from ..errors import ZmqschedError
 from ..version import __version__
-from . import clean, config, doctor, execute, hand, keys, look, script, stop, up
+from . import clean, config, doctor, execute, hand, keys, logs, look, nodes, scaling, script, stop, up
 
 
 def run(arguments: list[str]) -> int:
@@ -54,7 +54,9 @@ def zmqsched() -> None:
     """
 
 
-_care = (keys.keys, doctor.doctor, clean.clean)
+_look = (look.ls, look.status, logs.logs, nodes.wait)
+_nodes = (scaling.scale, scaling.adapt, nodes.drain, nodes.pause, nodes.resume, nodes.retire)
 _use = (execute.execute, script.run_script)
-for _command in (up.up, config.config, look.ls, look.status, stop.down, *_care, *_use, hand.broker, hand.node):
+_care = (doctor.doctor, clean.clean, keys.keys)
+for _command in (up.up, config.config, *_look, *_nodes, stop.down, *_use, *_care, hand.broker, hand.node):
     zmqsched.add_command(_command)

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from ..config import DEFAULT_CLUSTER, ConnectionFile, find_cluster, running_clusters
+from ..config import DEFAULT_CLUSTER, ConnectionFile, find_cluster, running_clusters, this_host
 from ..errors import ClusterNotFound, ZmqschedError
 from .names import log_path
 
@@ -35,10 +35,14 @@ def _find(name: str | None) -> ConnectionFile:
 
 
 def _stop(file: ConnectionFile) -> int:
+    from ..launch.jobs import cancel_recorded
     from ..stopping import stop_cluster
 
     try:
         stop_cluster(file)
+        if file.host == this_host():
+            for job in cancel_recorded(file.name):  # what its `up` could not cancel
+                print(f"cancelled {job}")
     except ZmqschedError as error:
         print(f"zmqsched: {error}", file=sys.stderr)
         return 1

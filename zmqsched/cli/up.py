@@ -23,11 +23,12 @@ from ..host import usable_cpus
 from ..hostlist import hosts_of
 from ..launch import find_launcher
 from ..launch.base import Launched, Site
-from ..options import duration_argument, resource_argument, size_argument
+from ..options import resource_argument, size_argument
 from ..shell import Starter, StopSignals
 from .background import start_detached
 from .names import log_path, path_of, remove_own_log
 from .progress import Progress
+from .reading import duration, read
 from .wanted import Options, load, of_options
 
 MAX_COUNT = 10_000
@@ -54,26 +55,15 @@ def _listen(ctx: click.Context, _: click.Parameter, text: str | None) -> str | N
 
 
 def _resources(ctx: click.Context, parameter: click.Parameter, texts: tuple[str, ...]) -> tuple[tuple[str, float], ...]:
-    return tuple(_read(resource_argument, text, ctx, parameter) for text in texts)
+    return tuple(read(resource_argument, text, ctx, parameter) for text in texts)
 
 
 def _size(ctx: click.Context, parameter: click.Parameter, text: str | None) -> int | None:
-    return None if text is None else _read(size_argument, text, ctx, parameter)
-
-
-def _duration(ctx: click.Context, parameter: click.Parameter, text: str | None) -> float | None:
-    return None if text is None else _read(duration_argument, text, ctx, parameter)
+    return None if text is None else read(size_argument, text, ctx, parameter)
 
 
 def _hosts(ctx: click.Context, parameter: click.Parameter, text: str | None) -> tuple[str, ...] | None:
-    return None if text is None else _read(hosts_of, text, ctx, parameter)
-
-
-def _read(reads: Any, text: str, ctx: click.Context, parameter: click.Parameter) -> Any:
-    try:
-        return reads(text)
-    except ValueError as error:
-        raise click.BadParameter(str(error), ctx, parameter) from None
+    return None if text is None else read(hosts_of, text, ctx, parameter)
 
 
 # What a file says itself.
@@ -96,7 +86,7 @@ OF_NODES = {
 )  # fmt: skip
 @click.option("--ssh", metavar="HOSTS", callback=_hosts, help="Nodes on these hosts: host1,host2,gpu[1-4].")
 @click.option("--slurm", is_flag=True, help="Nodes in a job of Slurm; what follows -- goes to sbatch.")
-@click.option("--time", metavar="TIME", callback=_duration, help="How long a job may last: 30m, 1h, 1-12:00:00.")
+@click.option("--time", metavar="TIME", callback=duration, help="How long a job may last: 30m, 1h, 1-12:00:00.")
 @click.option("--python", metavar="PATH", help="The interpreter of the nodes.  [default: this one, or theirs with zmqsched]")
 @click.option("--prologue", multiple=True, metavar="LINE", help="For the shell, before a node; may be repeated.")
 @click.option("--policy", type=click.Choice(sorted(POLICIES)), help=f"Which node gets a task.  [default: {DEFAULT_POLICY}]")
