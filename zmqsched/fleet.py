@@ -40,8 +40,8 @@ LOOK_EVERY_S = 1.0
 ASK_EVERY_S = 0.2
 # A broker answers in milliseconds, or is being replaced.
 ANSWER_S = 3.0
-# What launchers have to end their nodes.
-CLOSE_TIMEOUT_S = 5.0
+# What launchers have to end their nodes, or to say which may be left: a host that is down is waited for by ssh.
+CLOSE_TIMEOUT_S = 10.0
 MAX_NODES = 10_000
 MAX_FAILURES = 100
 HERE = ("alive", "suspect", "paused", "draining")

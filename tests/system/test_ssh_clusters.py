@@ -185,3 +185,17 @@ def test_up_with_hosts_and_down(hosts, clusters: Home, tmp_path, monkeypatch):
         subprocess.run([*zmqsched, "down", "lab"], check=True, timeout=40, capture_output=True)
     assert_nothing_left(hosts)
     clusters.assert_nothing_left()
+
+
+def test_a_host_that_is_away_when_the_cluster_ends_is_named(hosts, clusters, caplog):
+    """What runs there ends by itself: at the latest when it has not heard of the broker for a minute."""
+    with Cluster(wanted(hosts, "alpha", "beta")) as cluster, Client(cluster) as client:
+        assert set(client.map(spin, [0.2] * 8)) == {"alpha", "beta"}
+        hosts.hosts[0].cable("down")
+    try:
+        assert "nodes may be left on alpha (ssh: connect to host" in caplog.text
+        assert not hosts.hosts[1].processes()
+        assert hosts.hosts[0].processes()
+    finally:
+        hosts.hosts[0].cable("up")
+    assert_nothing_left(hosts)
