@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "zmqsched"
 
 CORE_MAY = {"errors", "config", "protocol"}
 SHELL_MAY = CORE_MAY | {
-    "core", "codec", "sockets", "pipes", "broker", "keyring", "journal", "seal", "monitor", "node", "nursery", "orphans",
-    "blackbox", "streams", "listening", "origin", "shell", "host", "version",
+    "core", "codec", "sockets", "pipes", "broker", "keyring", "facts", "lookout", "journal", "seal", "monitor", "node",
+    "nursery", "orphans", "blackbox", "streams", "listening", "origin", "shell", "host", "version",
 }  # fmt: skip
 EDGE_MAY = CORE_MAY | {"core", "codec", "payload", "sockets", "pipes"}
 MAPS = {"maps", "mapping"}
@@ -36,6 +36,8 @@ MAY = {
     "seal": {"errors"},
     "monitor": SHELL_MAY,
     "keyring": CORE_MAY | {"sockets"},
+    "facts": CORE_MAY | {"core", "codec", "sockets", "keyring"},
+    "lookout": {"core", "sockets"},
     "node": SHELL_MAY,
     "nursery": SHELL_MAY,
     "blackbox": set(),
@@ -98,6 +100,8 @@ NEVER = {
     "seal": PICKLERS,
     "monitor": PICKLERS,
     "keyring": PICKLERS,
+    "facts": PICKLERS,
+    "lookout": PICKLERS,
     "node": PICKLERS,
     "nursery": PICKLERS,
 }

@@ -13,7 +13,6 @@ import os
 import platform
 import secrets
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from random import Random
 from time import monotonic
@@ -54,8 +53,10 @@ from .core.events import (
 from .core.scheduler import Scheduler
 from .core.settings import DEAD_AFTER_S, Settings, patience
 from .errors import ConnectionFileError, JournalError, ProtocolError, VersionMismatch
+from .facts import Facts
 from .journal import Journal
 from .keyring import Keyring, Stored
+from .lookout import Lookout
 from .monitor import Monitor
 from .protocol import ChangeKeys, Envelope, KeyReport, No
 from .shell import Starter, StopSignals, log, return_memory, tune_garbage_collection
@@ -150,8 +151,8 @@ class Broker:
         try:
             self._router, work = sockets.bind_router(self._ctx, self._addresses("work", before), keys)
             self._monitor = Monitor(self._ctx, self._addresses("beats", before), self._keyring)
-            self._pub, status = sockets.bind_pub(self._ctx, self._addresses("status", before), keys)
-            self._bound = Addresses(work, self._monitor.addresses, status)
+            self._facts = Facts(self._ctx, self._addresses("status", before), self._keyring)
+            self._bound = Addresses(work, self._monitor.addresses, self._facts.addresses)
             self._keep_identity()
         except BaseException:
             if self._authenticator:  # its socket is its thread's: closed from here, libzmq aborts the process
@@ -159,6 +160,7 @@ class Broker:
             self._ctx.destroy(linger=0)
             self._let_go(journal_is_done=self._core.book.keeps_nothing)
             raise
+        self._lookout = Lookout(self._authenticator)
         self.file = self._write_files(name)
         if self._journal:
             self._journal.start()
@@ -219,8 +221,10 @@ class Broker:
         why = ""
         if self._keyring and now >= self._keyring.deadline:
             gone = self._keyring.expire(now)
-            self._put_keys_into_force()
+            self._put_keys_into_force(gone)
             why = self._perform(self._core.handle(KeysChanged({}, gone), now), now)
+        for news in self._lookout.look(now):
+            self._perform(self._core.handle(news, now), now)
         for event in self._journal.news() if self._journal else ():
             why = self._perform(self._core.handle(event, now), now) or why
         for frames in sockets.receive_all(self._router, MAX_MESSAGES_PER_TURN):
@@ -251,8 +255,8 @@ class Broker:
                     if (refusal := self._send(peer, envelope)) is not None:
                         self._core.handle(refusal, now)
                 case Publish(fact):
-                    with suppress(zmq.Again):  # facts are for observers; a slow one misses some
-                        self._pub.send_multipart(encode(Envelope(0, 0, 0, fact)), zmq.NOBLOCK)
+                    for offence in self._facts.publish(fact):
+                        self._core.handle(offence, now)
                 case Write() if self._journal:
                     self._journal.write(action)
                 case Rekey(session, request):
@@ -290,15 +294,17 @@ class Broker:
             gone = self._keyring.revoke(request.roles)
         if moved or gone:
             log.info("keys of %s: %s", ", ".join(request.roles), request.action)
-            warning = self._put_keys_into_force()
+            warning = self._put_keys_into_force(gone)
         report = KeyReport(request.request, self._keyring.info(now), str(self.lock.directory), warning)
         return KeysChanged(moved, gone, session, report)
 
-    def _put_keys_into_force(self) -> str:
+    def _put_keys_into_force(self, gone: frozenset[str]) -> str:
         """Here, in the files, and for the next broker. Returns what of it did not work."""
         assert self._keyring is not None, "a cluster without keys"
         assert self._authenticator is not None, "nobody to be told"
         self._authenticator.admit(self._keyring.users)
+        if gone:
+            self._facts.cut_off()
         try:
             self._keyring.write_files(self.file, self.lock.directory)
             self._keep_identity()
@@ -326,8 +332,8 @@ class Broker:
         return file
 
     def _close(self) -> None:
-        for made in (self._monitor.socket, self._pub):
-            made.close(linger=0)
+        self._monitor.socket.close(linger=0)
+        self._facts.close()
         self._router.close(linger=LINGER_MS)
         if self._authenticator:
             self._authenticator.stop()

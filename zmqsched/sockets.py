@@ -55,6 +55,8 @@ _SLACK = 1024
 _MAX_FRAME = protocol.MAX_PAYLOAD + _SLACK
 # Beats and facts are a header without bulk frames.
 _MAX_SMALL_FRAME = protocol.MAX_HEADER + _SLACK
+# All that an observer sends, its handshake included: about 300 bytes.
+_MAX_SUBSCRIPTION = 512
 _HWM = 1000
 # A beat is of use while it is fresh: better none than one from before the jam.
 _BEATS_SENT_HWM, _BEATS_RECEIVED_HWM = 10, 100
@@ -157,11 +159,12 @@ def bind_sub(ctx: Context, addresses: Iterable[str], keys: Keys | None) -> Bound
     return _bind(sub, addresses, keys)
 
 
-def bind_pub(ctx: Context, addresses: Iterable[str], keys: Keys | None) -> Bound:
-    """The broker's socket for facts. A slow observer loses facts and nobody else notices."""
-    pub = _socket(ctx, zmq.PUB, _MAX_SMALL_FRAME)
-    pub.setsockopt(zmq.LINGER, 0)
-    return _bind(pub, addresses, keys)
+def bind_xpub(ctx: Context, addresses: Iterable[str], keys: Keys | None) -> Bound:
+    """A socket for the broker's facts (``facts.py``). A slow observer loses facts and nobody else notices."""
+    xpub = _socket(ctx, zmq.XPUB, _MAX_SUBSCRIPTION)
+    xpub.setsockopt(zmq.XPUB_MANUAL, 1)
+    xpub.setsockopt(zmq.LINGER, 0)
+    return _bind(xpub, addresses, keys)
 
 
 def connect_dealer(
@@ -471,6 +474,7 @@ class Authenticator:
     def __init__(self, ctx: Context, users: Mapping[bytes, str]) -> None:
         self._ctx = ctx
         self.admit(users)
+        self.refused = (0, "")  # how many with keys that are none of these, and from where the last
         self._thread: threading.Thread | None = None
 
     def admit(self, users: Mapping[bytes, str]) -> None:
@@ -530,6 +534,7 @@ class Authenticator:
         except Exception:  # noqa: BLE001 - whatever it is, an answer must go out
             version, number, user = b"1.0", request[1] if len(request) > 1 else b"", None
         if user is None:
+            self.refused = (self.refused[0] + 1, request[3].decode(errors="replace") if len(request) > 3 else "somewhere")
             return [version, number, b"400", b"No access", b"", b""]
         return [version, number, b"200", b"OK", user.encode(), b""]
 

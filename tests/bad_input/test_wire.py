@@ -25,8 +25,9 @@ from zmqsched.broker import Broker
 from zmqsched.codec import encode
 from zmqsched.config import ipc_address
 from zmqsched.core.events import Arrived, Malformed
+from zmqsched.facts import MAX_SUBSCRIPTIONS, Facts
 from zmqsched.keyring import Keyring
-from zmqsched.protocol import Ack, Envelope
+from zmqsched.protocol import Ack, Envelope, Fact
 from zmqsched.sockets import Keys
 
 pytestmark = pytest.mark.timeout(60)
@@ -361,22 +362,63 @@ def test_42_two_connections_can_not_claim_one_routing_id(reader: Reader):
 
 
 def test_45_subscriptions_by_the_thousand_and_a_topic_of_a_mebibyte():
-    """To the facts' socket, from one who is let in: memory is what it costs, and the others hear as ever."""
+    """To the facts' socket, from one who is let in: nobody gets a topic of his own, and the others hear as ever."""
     directory = Path(tempfile.mkdtemp(prefix="zs-", dir="/tmp"))
     context = sockets.context()
-    pub, addresses = sockets.bind_pub(context, [ipc_address(directory, "status")], None)
-    with pub, Speaker(addresses[0]) as greedy, sockets.connect_sub(context, addresses, None) as honest:
+    facts = Facts(context, [ipc_address(directory, "status")], None)
+    offences: list[Malformed] = []
+    with Speaker(facts.addresses[0]) as greedy, sockets.connect_sub(context, facts.addresses, None) as honest:
         greedy.say(greeting(), ready(b"SUB"))
         greedy.hears(64)
 
         def heard() -> bool:
-            pub.send(b"fact")  # which also takes in what was subscribed to
+            offences.extend(facts.publish(Fact("counts", "lab")))
             return bool(honest.poll(10))
 
-        topics = [b"topic %d" % number for number in range(20_000)] + [bytes(1 << 20)]
+        topics = [b"topic %d" % number for number in range(2 * MAX_SUBSCRIPTIONS)]
         saying = threading.Thread(target=greedy.say, args=[frame(b"\x01" + topic) for topic in topics])
         saying.start()
         eventually(lambda: heard() and not saying.is_alive())
-        assert honest.recv() == b"fact"
+        assert eventually(lambda: heard() and len(offences) > MAX_SUBSCRIPTIONS)
+        assert {offence.reason for offence in offences} <= {
+            "subscription to a topic", "too many subscriptions to facts: all were cut off"
+        }  # fmt: skip
+        assert "too many subscriptions to facts: all were cut off" in {offence.reason for offence in offences}
+        greedy.say(frame(b"\x01" + bytes(1 << 20))[:600])
+        assert greedy.cut_off()
+        assert heard()
+    facts.close()
     context.term()
     shutil.rmtree(directory)
+
+
+def test_45_and_facts_are_for_those_whose_key_is_good():
+    context, keyring = sockets.context(), Keyring()
+    authenticator = sockets.Authenticator(context, keyring.users)
+    authenticator.start()
+    facts = Facts(context, [TCP], keyring)
+    pair = keyring._current["observer"]
+    keys = Keys(keyring.keys.server_public, pair.public.encode(), pair.secret.encode())
+    with sockets.connect_sub(context, facts.addresses, keys) as observer:
+
+        def heard() -> list[Malformed] | None:
+            offences = facts.publish(Fact("counts", "lab"))
+            return offences if observer.poll(10) else None
+
+        assert eventually(lambda: heard() is not None)
+        authenticator.admit({})
+        keyring.revoke(["observer"])
+        facts.cut_off()
+        while observer.poll(100):
+            observer.recv_multipart()
+        for _ in range(20):
+            assert heard() is None
+    authenticator.stop()
+    public, secret = sockets.key_pair()  # now libzmq lets everybody in
+    rogue = Keys(keys.server_public, public, secret)
+    with sockets.connect_sub(context, facts.addresses, rogue) as observer:
+        (offence,) = eventually(lambda: facts.publish(Fact("counts", "lab")))
+        assert offence.reason == "subscription: no authenticated sender"
+        assert not observer.poll(100)
+    facts.close()
+    context.term()

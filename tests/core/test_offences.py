@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from zmqsched.core.events import Malformed, Send, Unreadable
-from zmqsched.core.offences import STRIKES, STRIKES_WITHIN_S, Offences, Strikes
-from zmqsched.protocol import Cancel, Envelope, No, Query, Results
+from zmqsched.core.events import Alarmed, BeatArrived, Malformed, Send, Unreadable
+from zmqsched.core.offences import FLOOD, STRIKES, STRIKES_WITHIN_S, Offences, Strikes
+from zmqsched.core.scheduler import ALARM_EVERY_S
+from zmqsched.protocol import Beat, Cancel, Envelope, No, Query, Results
 
 from .builders import Broker, Workplace, task_id
 
@@ -96,3 +97,46 @@ def test_a_node_begins_anew_when_the_broker_cannot_be_understood():
     place.finishes("a")
     assert place.results == ["a"]
     assert place.agent.counts == {"dropped: malformed message": STRIKES}
+
+
+# --- floods -----------------------------------------------------------------------------------------------------------
+
+
+def test_who_floods_the_broker_without_a_session_is_answered_so_much_and_no_more():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    answers = sum([len(broker.hears(Envelope(12345, 1, 0, Cancel([])))) for _ in range(10 * FLOOD)])
+    assert answers == FLOOD
+    assert broker.counts["dropped: too many messages without a session"] == 9 * FLOOD
+    client.submits("a")
+    node.finishes("a")
+    assert client.answers == {"a": "ok"}
+    broker.passes(2.0)
+    assert broker.hears(Envelope(12345, 1, 0, Cancel([]))), "a second later it is listened to again"
+
+
+def test_nor_is_who_floods_it_with_what_cannot_be_read():
+    broker = Broker()
+    garbage = Malformed(b"mad", "malformed message", CANNOT_BE_READ)
+    answers = sum([isinstance(action, Send) for _ in range(10 * FLOOD) for action in broker.step(garbage)])
+    assert answers <= FLOOD
+    assert broker.counts["dropped: malformed message"] == 10 * FLOOD
+
+
+def test_beats_are_taken_in_as_often_as_anybody_needs():
+    broker = Broker()
+    node = broker.node()
+    for number in range(1, 10 * FLOOD):
+        broker.step(BeatArrived(Beat(node.hello.incarnation, number, [])))
+    assert broker.counts["dropped: too many beats"] == 9 * FLOOD - 1
+    broker.passes(10)
+    assert broker.counts.get("requeued: node lost") is None
+
+
+def test_an_alarm_is_counted_while_it_lasts_and_logged_now_and_then():
+    broker = Broker()
+    for _ in range(2 * int(ALARM_EVERY_S)):
+        broker.step(Alarmed("no descriptors left", "raise the limit"))
+        broker.passes(1.0)
+    assert broker.counts["alarm: no descriptors left"] == 2 * int(ALARM_EVERY_S)
+    assert broker.log.count("no descriptors left: raise the limit") in (2, 3)

@@ -65,6 +65,13 @@ class Malformed(NamedTuple):
     sender: str = "somebody"
 
 
+class Alarmed(NamedTuple):
+    """Something is wrong with this process's surroundings, and what can be done; said again while it lasts."""
+
+    what: str
+    advice: str
+
+
 class KeysChanged(NamedTuple):
     """``moved``: by User-Id, the key pair to go on with in place of the one it has; ``gone``: whose key is good for nothing
     any more. ``report`` is for the session that asked, if one did."""
@@ -146,7 +153,7 @@ class Troubled(NamedTuple):
     reason: str
 
 
-SchedulerEvent = Arrived | BeatArrived | Malformed | Undelivered | KeysChanged | Written | Troubled | Leave | Tick
+SchedulerEvent = Arrived | BeatArrived | Malformed | Undelivered | Alarmed | KeysChanged | Written | Troubled | Leave | Tick
 SchedulerAction = Send | Publish | Write | Rekey | Log | Shrunk | Quit
 
 

@@ -4,6 +4,8 @@ Rules
 -----
 * Reasons are few: they name a kind of message and a role, never what is in it. So a count per reason is bounded.
 * The log gets a line a second at most, however many there were: how many of what since the last, and who came last.
+* Of one peer only ``FLOOD`` messages without a session, unreadable ones and beats are looked at in a round; the rest
+  is counted, and not answered.
 * What cannot be read cannot be acknowledged: its sender would send it again for ever, and all that waits behind it with
   it. So after ``STRIKES`` of them within ``STRIKES_WITHIN_S`` the peer's session is over, and it is told why.
 """
@@ -14,6 +16,7 @@ from collections import Counter, deque
 
 STRIKES = 3
 STRIKES_WITHIN_S = 10.0
+FLOOD = 100
 
 
 class Strikes:
@@ -30,6 +33,22 @@ class Strikes:
     def old(self, now: float) -> bool:
         """The last is so long ago that none of them counts any more."""
         return self._times[-1] <= now - STRIKES_WITHIN_S
+
+
+class Floods:
+    """How much each of those has said that one need not listen to, since the last look at the clock."""
+
+    def __init__(self) -> None:
+        self._said: Counter[bytes] = Counter()
+
+    def add(self, who: bytes) -> bool:
+        """Once more; True if that is more than anybody says who means well."""
+        self._said[who] += 1
+        return self._said[who] > FLOOD
+
+    def clear(self) -> None:
+        """To be called once a round."""
+        self._said.clear()
 
 
 class Offences:

@@ -77,6 +77,7 @@ from .book import Book
 from .commands import Commands
 from .dispatching import Dispatching
 from .events import (
+    Alarmed,
     Arrived,
     BeatArrived,
     KeysChanged,
@@ -98,7 +99,7 @@ from .events import (
 from .functions import function_bytes
 from .ledger import Answered, Consequence, Counted, Ledger, Placed
 from .nodes import ALIVE, DRAINING, GONE, LOST, PAUSED, SUSPECT, Node
-from .offences import Offences
+from .offences import Floods, Offences
 from .owners import Owner
 from .reasons import SETTLING, UNREAD, Reasons
 from .recovery import replay, snapshot
@@ -108,6 +109,7 @@ from .settings import Settings
 from .timers import Timers
 
 PARTING_S = 2.0  # how long a shutdown waits for goodbyes
+ALARM_EVERY_S = 60.0  # an alarm that lasts is logged again
 FORMER_NODES = 32  # lost and departed nodes kept for reports
 
 
@@ -116,6 +118,8 @@ class Scheduler:
         self.settings = settings
         self.counts: Counter[str] = Counter()
         self._offences = Offences(self.counts)
+        self._floods = Floods()
+        self._alarmed: dict[str, float] = {}  # when it was logged last
         self._sessions = Sessions(random, cautious=settings.journal)
         self._nodes: dict[str, Node] = {}
         self.book = Book(settings, random, self.counts, self._sessions, self._nodes)
@@ -151,6 +155,8 @@ class Scheduler:
                 self.counts[f"send refused: {reason}"] += 1
             case KeysChanged():
                 self._keys_changed(event)
+            case Alarmed(what, advice):
+                self._alarm(what, advice, now)
             case Written(number, size):
                 assert self.book.ledger is not None, "a journal nobody asked for"
                 self._release(*self.book.ledger.written(number, size), now)
@@ -192,7 +198,9 @@ class Scheduler:
         session = self._sessions.get(envelope.session)
         if session is None or (session.user != user and not self._sessions.has_new_key(session, user)):
             body = envelope.body
-            if isinstance(body, ClientHello | NodeHello):
+            if self._floods.add(peer):
+                self.counts["dropped: too many messages without a session"] += 1
+            elif isinstance(body, ClientHello | NodeHello):
                 self._hello(peer, user, body, now)
             elif not isinstance(body, SayHello):
                 self.counts["unknown session"] += 1
@@ -289,7 +297,9 @@ class Scheduler:
 
     def _malformed(self, event: Malformed, now: float) -> None:
         self._offences.note(event.reason, event.sender)
-        if event.answer is None or (event.answer.code == "malformed" and not self._offences.strike(event.peer, now)):
+        if event.answer is None or self._floods.add(event.peer):
+            return
+        if event.answer.code == "malformed" and not self._offences.strike(event.peer, now):
             return
         for session in [session for session in self._sessions if session.peer == event.peer]:
             self._cut(session, f"cannot be understood: {event.answer.text}")
@@ -300,6 +310,12 @@ class Scheduler:
             self._node_ends(self._nodes[session.node], left=False, why=why)
         else:
             self._client_gone(session, why, force=True)
+
+    def _alarm(self, what: str, advice: str, now: float) -> None:
+        self.counts[f"alarm: {what}"] += 1
+        if now >= self._alarmed.get(what, -math.inf) + ALARM_EVERY_S:
+            self._alarmed[what] = now
+            self._out.append(Log("error", f"{what}: {advice}"))
 
     def _keys_changed(self, event: KeysChanged) -> None:
         for session in list(self._sessions):
@@ -315,6 +331,9 @@ class Scheduler:
         node = self._by_incarnation.get(beat.incarnation)
         if node is None or beat.number <= node.beat:
             self.counts["beats of nobody or out of order"] += 1
+            return
+        if self._floods.add(beat.incarnation):
+            self.counts["dropped: too many beats"] += 1
             return
         node.beat = beat.number
         # Which workers there are, the work channel says, in order. A beat may be older, or newer: it says how they are.
@@ -333,6 +352,7 @@ class Scheduler:
         begins_round = now >= self._next_round
         if begins_round:
             self._next_round = now + self.settings.round_s
+            self._floods.clear()
             self._end_if_idle(now)
             self._expire_clients(now)
             if now >= self._settled_at + self.settings.await_lost_s:

@@ -1,0 +1,47 @@
+"""What the broker's shell looks at once a second: whether anybody new can still come in, and who was not let in.
+
+Descriptors are looked at themselves, not libzmq's word of connections that it could not accept: without any left it tries
+again and again, and would say so a hundred thousand times a second to a monitor, which it waits for.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+
+from . import sockets
+from .core.events import Alarmed, Malformed
+
+EVERY_S = 1.0
+FEW = 0.9  # of the descriptors there are, used
+
+
+class Lookout:
+    def __init__(self, authenticator: sockets.Authenticator | None) -> None:
+        self._authenticator = authenticator
+        self._refused = 0
+        self._next = 0.0
+
+    def look(self, now: float) -> list[Alarmed | Malformed]:
+        """The news, if it is time."""
+        if now < self._next:
+            return []
+        self._next = now + EVERY_S
+        return [*descriptors(), *self._refusals()]
+
+    def _refusals(self) -> list[Malformed]:
+        refused, where = self._authenticator.refused if self._authenticator else (0, "")
+        new, self._refused = refused - self._refused, refused
+        return [Malformed(b"", "handshake with an unknown key", sender=where)] * min(new, 1_000)
+
+
+def descriptors() -> list[Alarmed]:
+    """An alarm if there are few or none left. The system gives the lowest that is free."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    advice = f"this process may have {limit} (ulimit -n); raise that, or see who connects (ss -tnp)"
+    try:
+        lowest = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        return [Alarmed("no descriptors left", f"nobody new can connect: {error.strerror}; {advice}")]
+    os.close(lowest)
+    return [Alarmed("few descriptors left", f"{lowest} are in use; {advice}")] if lowest > FEW * limit else []
