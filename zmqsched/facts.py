@@ -72,7 +72,10 @@ class Facts:
             bound.close(linger=0)
 
     def _take_subscriptions(self, bound: sockets.Socket) -> None:
-        for frames in sockets.receive_all(bound, MAX_SUBSCRIPTIONS + 1):
+        for _ in range(MAX_SUBSCRIPTIONS + 1):
+            if not (messages := sockets.receive_all(bound, 1)):  # what is granted is granted to who was read last
+                return
+            frames = messages[0]
             said = frames[0].bytes
             if said[:1] == NOTHING:
                 self._subscriptions = max(0, self._subscriptions - 1)
