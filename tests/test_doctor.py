@@ -145,7 +145,7 @@ def test_leftovers_are_told(home: Home):
 @pytest.mark.usefixtures("home")
 def test_clusters_are_asked_and_one_that_does_not_answer_fails(monkeypatch: pytest.MonkeyPatch):
     with LocalCluster(1, name="alive") as cluster:
-        assert step(list(doctor.look_here()), "cluster alive").found == "1 workers on 1 nodes"
+        assert step(list(doctor.look_here()), "cluster alive").found == "1 worker on 1 node"
         monkeypatch.setattr(doctor, "ANSWER_TIMEOUT_S", 0.3)
         os.kill(cluster.broker_pid, 19)
         try:

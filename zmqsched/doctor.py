@@ -26,6 +26,7 @@ from msgspec import Struct
 from . import cleaning, host, sockets
 from .client import Client
 from .config import ConnectionFile, ipc_address, running_clusters, runtime_dir
+from .display import counted
 from .errors import BrokerUnreachable, ConnectionFileError, StartError, ZmqschedError
 from .version import __version__
 
@@ -200,7 +201,8 @@ def _cluster(file: ConnectionFile) -> Finding:
     hop = f"cluster {file.name}"
     try:
         with Client(file, timeout=ANSWER_TIMEOUT_S) as client:
-            return Finding(hop, "ok", f"{len(client.workers())} workers on {len(client.nodes())} nodes")
+            nodes = [node for node in client.nodes() if node.state not in ("lost", "gone")]
+            return Finding(hop, "ok", f"{counted(len(client.workers()), 'worker')} on {counted(len(nodes), 'node')}")
     except ZmqschedError as error:
         return Finding(hop, "failed", str(error), f"zmqsched down {file.name}")
 

@@ -8,14 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from ..config import ConnectionFile, find_cluster
+from ..config import find_cluster
 from ..display import counted
-from ..errors import ClusterNotFound, ZmqschedError
+from ..errors import ZmqschedError
 from .reading import by_name, some_seconds
 
 if TYPE_CHECKING:
     from ..client import Client
-    from ..readiness import Asked
 
 # What a node is called by: its label or its id, as `zmqsched status` shows them.
 _nodes = click.argument("nodes", nargs=-1, required=True, metavar="NODE...")
@@ -80,24 +79,13 @@ def _each(nodes: Sequence[str], name: str | None, done: str, tell: Callable[[Cli
 def wait(number: int, name: str | None, timeout: float | None) -> int:
     """Wait until N nodes of a cluster are there. If they cannot come, or not in time, say of each that is missing why."""
     from ..client import Client
-    from ..readiness import wait_for_nodes
+    from ..readiness import asked_here, wait_for_nodes
 
     file = find_cluster(name)
     with Client(file) as client:
         try:
-            wait_for_nodes(number, timeout, client.nodes, lambda: _asked(file))
+            wait_for_nodes(number, timeout, client.nodes, lambda: asked_here(file.name, file.cluster_id))
         except TimeoutError as error:
             raise ZmqschedError(str(error)) from None
     print(f"{counted(number, 'node')} there")
     return 0
-
-
-def _asked(file: ConnectionFile) -> Asked | None:
-    """What the process that holds the cluster's nodes says of them, if there is one."""
-    from ..control import ask
-    from ..readiness import Asked
-
-    try:
-        return Asked(**ask(file.name, {"do": "nodes"}))
-    except ClusterNotFound:
-        return None
