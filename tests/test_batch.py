@@ -13,15 +13,16 @@ from typing import Any
 import pytest
 from conftest import Home, eventually, processes_knowing
 from fake_batch import FakeBatch
+from msgspec.structs import replace
 
 from zmqsched import Client, LocalCluster
 from zmqsched.clusterfile import BatchPart, NodeGroup
-from zmqsched.config import CONNECTION_FILE, cluster_dir, make_private, shared_dir, this_host
+from zmqsched.config import CONNECTION_FILE, ConnectionFile, cluster_dir, make_private, shared_dir, this_host
 from zmqsched.errors import StartError
 from zmqsched.launch import find_launcher
 from zmqsched.launch.base import Launched, Site
 from zmqsched.launch.batch import BatchLauncher, in_hours
-from zmqsched.launch.jobs import Files, Job, cancel_recorded, directory_of, recorded_jobs
+from zmqsched.launch.jobs import NODE_FILE, Files, Job, cancel_recorded, directory_of, recorded_jobs
 from zmqsched.launch.slurm import _in_words
 
 KINDS = ("slurm", "pbs", "sge")
@@ -175,8 +176,10 @@ def test_jobs_are_found_by_name_if_their_driver_died_before_their_id_was_recorde
     assert not shared_dir("jobs").exists()
 
 
-def test_another_hosts_jobs_are_not_touched(batch):
-    directory = directory_of("doomed")
+@pytest.mark.parametrize("where", ["doomed@elsewhere-00000000", "doomed@{host}-00000000"])
+def test_jobs_of_another_host_or_another_directory_of_clusters_are_not_touched(batch, where):
+    """Of a cluster of the same name, that is."""
+    directory = shared_dir("jobs") / where.format(host=this_host())
     make_private(directory)
     job = Job(
         launcher=batch.kind, cluster="doomed", host="elsewhere", pid=1, name="zmqsched-abc123", labels=("many-1",), id="1"
@@ -185,7 +188,8 @@ def test_another_hosts_jobs_are_not_touched(batch):
     files.write(job)
     try:
         assert cancel_recorded("doomed") == []
-        assert recorded_jobs("doomed") == [job]
+        assert recorded_jobs("doomed") == recorded_jobs() == []
+        assert files.record.exists()
     finally:
         files.remove()
         directory.rmdir()
@@ -230,3 +234,29 @@ def test_durations_as_batch_systems_write_them():
 )
 def test_how_slurm_says_that_a_job_has_ended(said, words):
     assert _in_words(*said) == words
+
+
+def test_a_job_that_waits_is_handed_the_keys_that_are_good_when_it_begins(batch, site, tmp_path):
+    """A broker that follows another may have others, and keys are rotated."""
+    handed = tmp_path / "node.json"
+    old = replace(site.file, created="before")
+    old.write(handed)
+    batch.hold("no room")
+    many = find_launcher(batch.kind)(NodeGroup(name="many"), Site(handed, tmp_path))
+    try:
+        many.start(["many-1"])
+        copy = directory_of(site.file.name) / NODE_FILE
+        assert ConnectionFile.load(copy) == old
+        site.file.write(handed)
+        assert launched(many, "many-1").state == "pending"
+        assert ConnectionFile.load(copy) == site.file
+    finally:
+        many.close()
+
+
+@pytest.mark.parametrize("batch", ["slurm"], indirect=True)
+def test_a_cluster_that_is_started_in_a_job_of_slurm_does_not_hand_that_jobs_facts_down(batch, launcher, monkeypatch):
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "7")
+    many = launcher(prologue=("echo cpus: $SLURM_CPUS_PER_TASK.", "exit 3"))
+    many.start(["many-1"])
+    assert ended(many, "many-1").why.endswith("\ncpus: .")

@@ -26,7 +26,8 @@ import msgspec
 
 from .. import config
 from ..clusterfile import NodeGroup
-from ..errors import StartError
+from ..config import ConnectionFile
+from ..errors import ConnectionFileError, StartError
 from .base import Launched, Launcher, Site, node_command
 from .jobs import (
     NODE_FILE,
@@ -69,6 +70,7 @@ class BatchLauncher(Launcher):
         self._asked_at = float("-inf")
         self._patience_s = STOP_TIMEOUT_S
         self._directory: Path | None = None
+        self._file: ConnectionFile | None = None  # that is in it
 
     # --- start -----------------------------------------------------------------------------------------------------
 
@@ -81,9 +83,9 @@ class BatchLauncher(Launcher):
             )
         if self._directory is None:
             end_predecessors(file.name)
-        self._directory = directory_of(file.name)
+        self._directory, self._file = directory_of(file.name), None
         config.make_private(self._directory)
-        file.write(self._directory / NODE_FILE)
+        self._hand_on()
         begun: list[Job] = []
         try:
             begun.extend(self._submit(job) for job in self._planned(labels, file.name))
@@ -180,7 +182,17 @@ class BatchLauncher(Launcher):
             for label, job_id in zip(job.labels, self.system.ids(job), strict=True) if label not in self._stopped
         }  # fmt: skip
 
+    def _hand_on(self) -> None:
+        """The connection file for those that will begin: a broker that follows another may have other keys, and keys are
+        rotated."""
+        with suppress(ConnectionFileError):  # no broker is up
+            file = self.site.file
+            if file != self._file and self._directory is not None:
+                self._file = file
+                file.write(self._directory / NODE_FILE)
+
     def _ask(self) -> None:
+        self._hand_on()
         going = {job_id for label, job_id in self._nodes().items() if label not in self._ended}
         try:
             found = self.system.states(sorted(going)) if going else {}

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import subprocess
 import time
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -169,15 +170,13 @@ class Files:
 
 
 def recorded_jobs(cluster: str = "") -> list[Job]:
-    """The jobs that were submitted for this cluster, or for all of this user's, and were not seen to end: by any host that
-    shares this one's file system. Those of a cluster that runs are among them."""
+    """The jobs that were submitted on this host for this cluster, or for all of this user's, and were not seen to end. Those
+    of a cluster that runs are among them."""
     found = []
-    for directory in _directories():
+    for directory in [directory_of(cluster)] if cluster else _directories():
         for record in sorted(directory.glob(f"*{_RECORD}")):
             with suppress(OSError, msgspec.MsgspecError):  # it went away this moment
-                job = msgspec.json.decode(record.read_bytes(), type=Job)
-                if not cluster or job.cluster == cluster:
-                    found.append(job)
+                found.append(msgspec.json.decode(record.read_bytes(), type=Job))
     return found
 
 
@@ -190,8 +189,7 @@ def cancel_recorded(cluster: str) -> list[str]:
     StartError
         The batch system cannot be asked, or a job does not end: the records stay.
     """
-    here = [job for job in recorded_jobs(cluster) if job.host == config.this_host()]
-    return [said for job in here for said in _cancel_job(job)]
+    return [said for job in recorded_jobs(cluster) for said in _cancel_job(job)]
 
 
 def _cancel_job(job: Job) -> list[str]:
@@ -217,7 +215,7 @@ def _system_of(job: Job) -> BatchSystem:
 def end_predecessors(cluster: str) -> None:
     """Of a cluster of this name that was killed: this one has the name now."""
     for job in recorded_jobs(cluster):
-        if job.host == config.this_host() and job.pid != os.getpid():
+        if job.pid != os.getpid():
             try:
                 for said in _cancel_job(job):
                     log.warning("cancelled %s, left by a cluster %s that was killed", said, cluster)
@@ -259,13 +257,17 @@ def _left(system: BatchSystem, ids: Sequence[str], timeout_s: float) -> list[str
 
 
 def directory_of(cluster: str) -> Path:
-    """Two login hosts that share a home may each have a cluster of this name."""
-    return config.shared_dir(_DIRECTORY) / f"{config.check_name(cluster)}@{config.this_host()}"
+    """Hosts that share a home may each have a cluster of this name; so may the directories of clusters of one host."""
+    return config.shared_dir(_DIRECTORY) / f"{config.check_name(cluster)}{_here()}"
+
+
+def _here() -> str:
+    return f"@{config.this_host()}-{zlib.crc32(os.fsencode(config.runtime_dir())):08x}"
 
 
 def _directories() -> list[Path]:
     try:
-        return sorted(config.shared_dir(_DIRECTORY).iterdir())
+        return sorted(path for path in config.shared_dir(_DIRECTORY).iterdir() if path.name.endswith(_here()))
     except FileNotFoundError:
         return []
 
