@@ -23,6 +23,7 @@ from zmqsched.__main__ import main
 from zmqsched.config import CONNECTION_FILE, ClusterLock
 from zmqsched.control import SOCKET
 from zmqsched.errors import StartError
+from zmqsched.launch import remote
 
 ZMQSCHED = [sys.executable, "-m", "zmqsched"]
 
@@ -31,6 +32,7 @@ ZMQSCHED = [sys.executable, "-m", "zmqsched"]
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
     home = Home()
     monkeypatch.setenv("ZMQSCHED_DIR", str(home.path))
+    monkeypatch.setattr(remote, "TUNNEL", str(home.path / "{token}.{role}"))  # and not what others have left
     yield home
     home.remove()
 
@@ -55,6 +57,21 @@ def kill_all(home: Home) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, number)
     eventually(lambda: not any(map(alive, pids)))
+
+
+def test_ends_of_connections_through_ssh_that_are_no_more(home: Home):
+    ends = [Path(remote.tunnel_path("token", role)) for role in remote.ROLES]
+    with socket.socket(socket.AF_UNIX) as alive_one, socket.socket(socket.AF_UNIX) as dead_one:
+        for end, made in zip(ends, (alive_one, dead_one), strict=True):
+            made.bind(str(end))
+            made.listen()
+        dead_one.close()
+        try:
+            assert f"end of a connection back through ssh: {ends[1]}" in run("clean")
+            assert [end.exists() for end in ends] == [True, False]
+        finally:
+            for end in ends:
+                end.unlink(missing_ok=True)
 
 
 def test_without_leftovers_there_is_nothing_to_do(home: Home, monkeypatch: pytest.MonkeyPatch):

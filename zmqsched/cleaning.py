@@ -9,6 +9,7 @@ Rules
 * What tasks have started bears the mark of its worker (``orphans.py``) and descends from a process of ours, as long as the
   node or its nursery lives. Where both died in the same moment, the mark is all that is left.
 * Jobs of batch systems are those that were recorded on this host (``launch/jobs.py``).
+* The end here of a node's way back through ``ssh`` is a Unix socket; nobody listens there when sshd has ended.
 * A directory and a journal are removed by one who holds the cluster's lock: nobody starts it meanwhile.
 """
 
@@ -37,6 +38,7 @@ from .control import is_served
 from .errors import ConnectionFileError, StartError
 from .journal import Journal
 from .launch.jobs import Job, cancel_recorded, recorded_jobs
+from .launch.remote import dead_tunnels
 from .orphans import is_marked
 from .stopping import KILL_TIMEOUT_S, connection_path, is_zmqsched, still_running
 
@@ -69,6 +71,7 @@ def find(*, journals: bool = False, watch_s: float = STALE_AFTER_S) -> list[Left
         *(_directory(name) for name in sorted(dead & directories)),
         *(Leftover(f"log {logs[name]}", logs[name].unlink) for name in sorted(dead & logs.keys())),
         *(_journal(name, kept[name]) for name in sorted(dead & kept.keys())),
+        *(Leftover(f"end of a connection back through ssh: {end}", end.unlink) for end in dead_tunnels()),
     ]
 
 

@@ -517,3 +517,48 @@ def test_an_sshd_that_is_busy_is_asked_again(hosts, clusters):
         launcher.start(["g-1", "g-2", "g-3"])
         eventually(lambda: all_run(launcher), 40)
         assert "kex_exchange_identification" in "".join(here.log(f"g-{number}") for number in (1, 2, 3))
+
+
+def test_what_the_login_shell_prints_does_not_disturb(hosts, clusters):
+    greeting = """printf 'Welcome! '; echo '{"error": "forged", "type": "StartError"}'; printf 'Your prompt: '; """
+    hosts.add("alpha", options={"ForceCommand": greeting + 'exec sh -c "$SSH_ORIGINAL_COMMAND"'})
+    with broker(hosts, clusters) as here:
+        launcher = here.launcher("alpha")
+        launcher.start(["g-1"])
+        eventually(lambda: all_run(launcher))
+        assert "Welcome! " in here.log("g-1")
+
+
+def test_through_a_jump_host(hosts, clusters):
+    """As the user's ssh goes there by itself. What is in between sees nothing but ssh."""
+    hosts.add("alpha", apart=True)
+    beta = hosts.add("beta", apart=True)
+    with broker(hosts, clusters) as here:
+        launcher = here.launcher("alpha", ssh_options=("-F", str(hosts.config), "-J", "beta"))
+        launcher.start(["g-1"])
+        eventually(lambda: all_run(launcher))
+        assert here.client.submit(where).result(timeout=20) == "alpha"
+        assert f"Accepted publickey for root from {beta.address}" in hosts.hosts[0].log()
+        assert beta.processes() == {}
+
+
+def test_over_a_connection_that_the_user_shares(hosts, clusters):
+    """One that is there is used (a second factor is asked for once), none is made, and it is not ended."""
+    alpha = hosts.add("alpha")
+    shared = ("-F", str(hosts.config), "-o", f"ControlPath={hosts.directory}/shared")
+    with subprocess.Popen(["ssh", *shared, "-M", "-N", "alpha"], stderr=subprocess.DEVNULL) as master:
+        try:
+            eventually((hosts.directory / "shared").exists)
+            with broker(hosts, clusters) as here:
+                launcher = here.launcher("alpha", ssh_options=shared)
+                launcher.start(["g-1", "g-2"])
+                eventually(lambda: all_run(launcher))
+                assert alpha.log().count("Accepted publickey") == 1
+                assert here.client.submit(where).result(timeout=20) == "alpha"
+                os.kill(launcher._children["g-1"].pid, signal.SIGKILL)
+                eventually(lambda: not [line for line in alpha.processes().values() if "--label=g-1" in line])
+                launcher.stop(["g-2"])
+                assert alpha.processes() == {}
+                assert master.poll() is None
+        finally:
+            master.terminate()

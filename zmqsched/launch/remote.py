@@ -12,8 +12,15 @@ Rules
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import socket
+import stat
 from collections.abc import Sequence
+from errno import ECONNREFUSED
+from glob import glob
+from pathlib import Path
 from shlex import quote
 
 from ..clusterfile import NodeGroup
@@ -46,6 +53,19 @@ def line(script: str) -> bytes:
 
 def tunnel_path(token: str, role: str) -> str:
     return TUNNEL.format(token=token, role=role)
+
+
+def dead_tunnels() -> list[Path]:
+    """The ends, on this host, of this user's ways back through connections that are no more."""
+    found = []
+    for role in ROLES:
+        for end in map(Path, glob(tunnel_path("*", role))):
+            with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+                about = end.lstat()
+                ours = about.st_uid == os.geteuid() and stat.S_ISSOCK(about.st_mode)
+                if ours and probe.connect_ex(str(end)) == ECONNREFUSED:
+                    found.append(end)
+    return found
 
 
 def node_script(

@@ -56,6 +56,7 @@ OPTIONS = {
     "ServerAliveInterval": ALIVE_INTERVAL_S,
     "ServerAliveCountMax": ALIVE_COUNT,
     "ControlMaster": "no",  # one that is there is used; one that is made here would outlive us
+    "LogLevel": "INFO",  # what goes wrong is to be told
     "RemoteCommand": "none",
     "RequestTTY": "no",
     "ForwardAgent": "no",
