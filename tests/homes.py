@@ -65,6 +65,13 @@ class Home:
         )  # fmt: skip
         return done.stdout.strip()
 
+    def run_python(self, script: Path) -> str:
+        done = subprocess.run(
+            [sys.executable, script], env=self.environment, cwd=self.path, capture_output=True, text=True, timeout=50,
+            check=True,
+        )  # fmt: skip
+        return done.stdout.strip()
+
     @contextlib.contextmanager
     def start(self, *arguments: str, until: str) -> Iterator[Foreground]:
         """A command that stays; ``until`` is in the last line that it prints before it is ready."""

@@ -128,6 +128,7 @@ class Fleet:
                     group.start(group.wanted.size)
                 except StartError as error:
                     self._failed(Launched(group.name, "ended", str(error)))
+        self._show()
 
     def wait_for_first(self, timeout_s: float) -> None:
         """Until each node has joined or failed, of those that do not wait in a queue."""

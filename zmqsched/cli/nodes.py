@@ -79,12 +79,10 @@ def _each(nodes: Sequence[str], name: str | None, done: str, tell: Callable[[Cli
 def wait(number: int, name: str | None, timeout: float | None) -> int:
     """Wait until N nodes of a cluster are there. If they cannot come, or not in time, say of each that is missing why."""
     from ..client import Client
-    from ..readiness import asked_here, wait_for_nodes
 
-    file = find_cluster(name)
-    with Client(file) as client:
+    with Client(find_cluster(name)) as client:
         try:
-            wait_for_nodes(number, timeout, client.nodes, lambda: asked_here(file.name, file.cluster_id))
+            client.wait_for_nodes(number, timeout)
         except TimeoutError as error:
             raise ZmqschedError(str(error)) from None
     print(f"{counted(number, 'node')} there")

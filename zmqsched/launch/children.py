@@ -141,7 +141,7 @@ class Child:
             self.facts = _facts(line)
             if self.facts:
                 self._wake()
-            else:
+            elif line:  # an empty one says that the other end of ssh is there
                 self._log.write(line + b"\n")
         if self.facts or not data or len(self._line) > _MAX_LINE:
             if self._line:
