@@ -192,6 +192,10 @@ MUTANTS = {
     "a node that is paused is given new tasks": _one(
         "nodes", "self.state is ALIVE and len", "self.state in (ALIVE, PAUSED) and len"
     ),
+    "a node that is to leave is given tasks that take longer": _one(
+        "nodes", "if gone or not node.lasts(lane.length_s, now):", "if gone:"
+    ),
+    "a node does not go when its time is up": _one("agent", "if now >= self._leave_by:", "if False:"),
     "a node counts orphans that have ended": _one(
         "agent", "        self._orphans -= held.orphan\n        for name", "        for name"
     ),

@@ -112,6 +112,34 @@ def test_what_a_node_cannot_be_told_is_said(argument, said):
     assert said in done.stderr
 
 
+def test_before_its_walltime_ends_a_node_drains_and_what_still_runs_is_run_elsewhere(site, tmp_path):
+    site.broker()
+    first = site.node("--walltime=9")
+    with site.client() as client:
+        future = client.submit(stays_once, str(tmp_path / "marks"))
+        eventually(lambda: (tmp_path / "marks").exists())
+        site.node()
+        assert client.options(timeout=60).submit(os.getpid).result(20)
+        assert [node.done for node in client.nodes()] == [0, 1], "it might not have ended on the first"
+        eventually(lambda: states(client)["n1"] == "draining")
+        assert future.result(20) == 2
+        assert first.wait(20) == 0
+        assert client.status().counts.get("worker deaths", 0) == 0
+
+
+def test_in_an_allocation_sigterm_hands_back_what_does_not_end_in_time(site, tmp_path):
+    """As a batch system has it that preempts the job: SIGTERM, and later SIGKILL."""
+    site.broker()
+    first = site.node("--walltime=12")
+    with site.client() as client:
+        future = client.submit(stays_once, str(tmp_path / "marks"))
+        eventually(lambda: (tmp_path / "marks").exists())
+        first.terminate()
+        eventually(lambda: states(client)["n1"] == "draining")
+        site.node()
+        assert future.result(20) == 2
+
+
 # --- what a broker is told ----------------------------------------------------------------------------------------------
 
 

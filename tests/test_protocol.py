@@ -316,8 +316,8 @@ BYTES = {
     ],
     "results": [
         (
-            "5a51010294010101922b9296c4107369787465656e20627974652069642e02c3c40576616c756503c396c41073697874"
-            "65656e20627974652069642e01c20104c3"
+            "5a51010294010101922b9297c4107369787465656e20627974652069642e02c3c40576616c756503c3cb000000000000"
+            "000097c4107369787465656e20627974652069642e01c20104c3cb0000000000000000"
         ),
         "657272",
     ],
@@ -368,8 +368,8 @@ def test_a_newer_minor_version_is_read_and_its_new_fields_are_ignored():
     newer = b"ZQ" + bytes((MAJOR, MINOR + 1))
     ping = newer + pack([5, 0, 3, [6, 8, 2, "new", {"and": [1, 2]}], "in the envelope", 7])
     assert decode([ping]) == Envelope(5, 0, 3, Ping(8, 2))
-    nested = newer + pack([5, 1, 3, [43, [[TASK, 1, True, b"v", 1, False, "new"]], []]])
-    assert decode([nested]).body == Results([Outcome(TASK, 1, True, b"v", 1, False)])
+    nested = newer + pack([5, 1, 3, [43, [[TASK, 1, True, b"v", 1, False, 0.5, "new"]], []]])
+    assert decode([nested]).body == Results([Outcome(TASK, 1, True, b"v", 1, False, 0.5)])
 
 
 def test_an_older_minor_version_may_leave_the_last_fields_out():

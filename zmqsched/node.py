@@ -50,6 +50,8 @@ LINGER_MS = 2_000
 # While every worker has several short tasks in its pipe there is no hurry: rather than be woken for each answer, the node
 # sleeps this long and takes all that have come (as a network driver does under load).
 PACE_S = 0.001
+# What runs is handed back so long before the batch system ends this process.
+HAND_BACK_S = 3.0
 
 
 class Node:
@@ -94,9 +96,11 @@ class Node:
         found, gpus = _resources(slots, resources or {})
         hello = NodeHello(
             incarnation, 1, host.where(), slots, slots, tuple(sorted(found.items())), tuple(sorted(set(tags))),
-            label=label, leaves_in_s=walltime_s or host.walltime(os.environ),
+            label=label,
         )  # fmt: skip
-        self._agent = Agent(hello, gpus, alone_s=alone_s)
+        walltime_s = walltime_s or host.walltime(os.environ)
+        leaves_at = monotonic() + walltime_s - min(HAND_BACK_S, walltime_s / 4) if walltime_s else math.inf
+        self._agent = Agent(hello, gpus, alone_s=alone_s, leaves_at=leaves_at)
         self._incarnation = hello.incarnation
         self._echo = echo
         self._wires: dict[int, Wires] = {}  # by worker

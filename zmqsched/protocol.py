@@ -157,7 +157,8 @@ class Input(_Wire):
 
 
 class Outcome(_Wire):
-    """How an attempt ended, as its worker said it: a value, or an exception, which ``retry`` allows to be retried."""
+    """How an attempt ended, as its worker said it: a value, or an exception, which ``retry`` allows to be retried.
+    ``ran_s``: how long it took."""
 
     task: TaskId
     attempt: Count
@@ -165,6 +166,7 @@ class Outcome(_Wire):
     value: _Inline
     worker: Count
     retry: bool = True
+    ran_s: Amount = 0.0
 
 
 class Remains(_Wire):

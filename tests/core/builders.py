@@ -362,8 +362,8 @@ class Node(Peer):
     def holds(self) -> list[str]:
         return list(self.orders)
 
-    def finishes(self, *labels: str, value: bytes = b"value") -> None:
-        self.says(Results([self._outcome(label, True, value) for label in labels]))
+    def finishes(self, *labels: str, value: bytes = b"value", took: float = 0.0) -> None:
+        self.says(Results([replace(self._outcome(label, True, value), ran_s=took) for label in labels]))
 
     def fails(self, *labels: str, error: bytes = b"the user's error", retry: bool = True) -> None:
         self.says(Results([self._outcome(label, False, error, retry) for label in labels]))
@@ -628,10 +628,12 @@ class Workplace:
         joins: bool = True,
         sloth: bool = False,
         alone_s: float = math.inf,
+        leaves_in_s: float = math.inf,
     ) -> None:
         held = tuple(sorted({"cpu": float(slots), **(resources or {})}.items()))
         self.now = 100.0
-        self.agent = Agent(NodeHello(token("node"), 1, Host("here", 1, PYTHON), slots, slots, held), gpus, alone_s=alone_s)
+        hello = NodeHello(token("node"), 1, Host("here", 1, PYTHON), slots, slots, held)
+        self.agent = Agent(hello, gpus, alone_s=alone_s, leaves_at=self.now + leaves_in_s)
         self.pipes: dict[int, list[Run]] = {}
         self.pids: dict[int, int] = {}
         self.born: list[int] = []

@@ -163,6 +163,33 @@ def test_it_is_run_elsewhere_if_there_is_room():
     assert (node.holds, second.holds) == (["parent", "another"], ["child"])
 
 
+def test_a_node_that_comes_back_under_its_label_replaces_the_one_before():
+    broker = Broker()
+    client, old = broker.client(), broker.node("old", label="jobs-1")
+    client.submits("a")
+    new = broker.node("new", label="jobs-1")
+    assert not old.last(Stop).drain
+    assert states(client) == {"n1": "draining", "n2": "alive"}
+    old.leaves("told by the broker")
+    assert new.holds == ["a"]
+    assert not new.all(Stop)
+    other = broker.node("other", label="jobs-2")
+    assert not other.all(Stop)
+
+
+def test_the_one_before_stays_replaced_if_it_comes_back():
+    broker = Broker()
+    old = broker.node("old", label="jobs-1")
+    old.freezes()
+    new = broker.node("new", label="jobs-1")
+    broker.passes(10.0)
+    assert broker.facts_of("lost") == ["n1"]
+    old.thaws()
+    old.comes_back()
+    assert not old.last(Stop).drain
+    assert not new.all(Stop)
+
+
 # --- the node --------------------------------------------------------------------------------------------------------------
 
 

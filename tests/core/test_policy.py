@@ -46,10 +46,10 @@ class Floor:
             self.tasks.append(task)
 
     def place(self) -> list[tuple[Task, Node]]:
-        pairs = self.placement.place()
+        pairs = self.placement.place(0.0)
         self.placed += [node.id for _, node in pairs]
         self.placement.sanity_check()
-        self.placement.check_nothing_waits()
+        self.placement.check_nothing_waits(0.0)
         return pairs
 
     def end(self, task: Task) -> None:

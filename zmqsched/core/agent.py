@@ -108,14 +108,20 @@ from .workers import Held, Worker
 REPORT_AFTER_S = 0.05  # a task that runs this long is reported as running
 LEASE_S = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS
 SILENT_AFTER_S = 5.0
+DRAIN_BEFORE_S = 5.0  # a node that will be ended
+TERM_GRACE_S = 20.0  # what a batch system leaves between SIGTERM and SIGKILL, or more
 PARTING_S = 2.0  # how long a drained node waits for its last results to be acknowledged
 
 
 class Agent:
-    def __init__(self, hello: NodeHello, gpus: Iterable[str] = (), *, alone_s: float = math.inf) -> None:
-        """``alone_s``: it ends when the broker has been silent for so long."""
+    def __init__(
+        self, hello: NodeHello, gpus: Iterable[str] = (), *, alone_s: float = math.inf, leaves_at: float = math.inf
+    ) -> None:
+        """``alone_s``: it ends when the broker has been silent for so long. ``leaves_at``: it will be ended soon after."""
+        self._leaves_at = leaves_at
         self._alone_s = alone_s
         self._uplink = Uplink(hello, BEAT_INTERVAL_S, LEASE_S)
+        self._uplink.leaves_at = leaves_at
         self._host = hello.where.host
         self._out: list[AgentAction] = []
         self._crew = Crew(hello.slots)
@@ -171,13 +177,14 @@ class Agent:
             case Exited(worker):
                 self._exited(self._workers[worker], event, now)
             case Leave(drain, reason):
-                self._leave(drain=drain, reason=reason, by=math.inf)
+                limited = self._leaves_at < math.inf
+                self._leave(drain=drain, reason=reason, by=min(self._leaves_at, now + TERM_GRACE_S) if limited else math.inf)
         out = self._out.copy()
         self._out.clear()
         return out
 
     def next_deadline(self) -> float:
-        times = [self._uplink.deadline(), self._beat_at, self._go_at, self._leave_by]
+        times = [self._uplink.deadline(), self._beat_at, self._go_at, self._leave_by, self._drain_at]
         if self._ended:
             return self._uplink.deadline()
         if self._reports.due or self._crew.changed:
@@ -455,7 +462,7 @@ class Agent:
             self._reports.stopped.append(self._stop_report(worker, held, worker.ending))
             self._reports.no_longer_counts(held)
         else:
-            outcome = Outcome(held.task, held.attempt, message.ok, message.value, worker.id, message.retry)
+            outcome = Outcome(held.task, held.attempt, message.ok, message.value, worker.id, message.retry, message.seconds)
             self._reports.outcomes.append(outcome)
         self._forget(held)
         if not worker.runs:
@@ -547,6 +554,8 @@ class Agent:
         if now >= self._beat_at:
             self._beat(now)
         self._notice_silence(now)
+        if now >= self._drain_at:
+            self._leave(drain=True, reason="its time here is over", by=self._leaves_at)
         if self._leaving and not self._ended:
             self._depart(now)
         self._flush(now)
@@ -619,6 +628,11 @@ class Agent:
             return
         self._beats += 1
         self._out.append(SendBeat(Beat(self._uplink.hello.incarnation, self._beats, self._crew.states())))
+
+    @property
+    def _drain_at(self) -> float:
+        """When nothing new is begun any more, of which nobody knows how long it takes."""
+        return math.inf if self._leaving else self._leaves_at - DRAIN_BEFORE_S
 
     def _leave(self, *, drain: bool, reason: str, by: float) -> None:
         """``by``: when to go even if something still runs."""

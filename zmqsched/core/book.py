@@ -110,7 +110,7 @@ class Book:
                 used = sum(dict(task.kind.options.resources).get(name, 0.0) for task in those)
                 assert abs(node.used[name] - used) < 1e-6, f"{node.id}: {name} in use is off"
         if not self.placement.pending:
-            self.placement.check_nothing_waits()
+            self.placement.check_nothing_waits(self.now)
 
     def _check_states(self) -> None:
         for task in self.tasks.values():
@@ -394,6 +394,8 @@ class Book:
             current = task is not None and task.node == node.id and task.attempt == outcome.attempt
             self.offers.pop(outcome.task, None)
             current = current or outcome.task in self.limbo
+            if task is not None:
+                task.kind.took(outcome.ran_s)
             if not current:
                 self.counts["zombie results"] += 1
             if task is None or not (current or outcome.ok):

@@ -11,6 +11,7 @@ Rules
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 
 from ..protocol import Command, CommandDone, Message, Pause, Stop, clipped
@@ -18,6 +19,7 @@ from .book import Book
 from .nodes import ALIVE, DRAINING, PAUSED, SUSPECT, Node
 from .sessions import Session
 
+MAX_REPLACED = 1_000  # nodes that others have replaced, remembered
 Tell = Callable[[str, Node, str], None]
 
 
@@ -25,6 +27,7 @@ class Commands:
     def __init__(self, book: Book, fact: Tell) -> None:
         self._book = book
         self._fact = fact
+        self._replaced: deque[bytes] = deque(maxlen=MAX_REPLACED)  # incarnations
 
     def obey(self, session: Session, command: Command) -> None:
         node = self._named(command.node)
@@ -32,6 +35,23 @@ class Commands:
         if node is not None and not error:
             self._do(node, command)
         self._book.sessions.send(session, CommandDone(command.request, clipped(error)))
+
+    def replace(self, newer: Node) -> None:
+        """A launcher's label is one node's. If another has it (a batch system has run the job again, and may not have told
+        the old one), the newer is the one: the older is told to leave. If it comes back, it is still the older."""
+        if not newer.label:
+            return
+        if newer.incarnation in self._replaced:
+            self._send_off(newer, "replaced before")
+            return
+        for older in [node for node in self._book.nodes.values() if node.label == newer.label and node is not newer]:
+            self._replaced.append(older.incarnation)
+            self._send_off(older, f"replaced by {newer.id}, which has the same label")
+
+    def _send_off(self, node: Node, why: str) -> None:
+        self._fact("replaced", node, why)
+        self.start_draining(node)
+        self._tell(node, Stop(drain=False))
 
     def start_draining(self, node: Node) -> None:
         if node.state is not DRAINING:

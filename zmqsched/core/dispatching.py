@@ -34,7 +34,7 @@ class Dispatching:
         if not book.placement.pending or book.load.unread:
             return
         orders: dict[str, list[Task]] = {}
-        for task, node in book.placement.place():
+        for task, node in book.placement.place(book.now):
             orders.setdefault(node.id, []).append(task)
         for node_id, tasks in orders.items():
             node = book.nodes[node_id]

@@ -14,8 +14,9 @@ States
   GONE: left in order. A node that comes back from LOST says hello again and is a new record with a new id.
 * Any message of a node counts as a sign of life, by beat or by work channel.
 * ``credit`` is the node's own word for how many unfinished tasks it takes; the broker never goes beyond it.
-* A pool holds the nodes that have certain resource names and tags. Its heap is ordered by the policy's rank; entries of
-  nodes that have changed since are recognised by ``version`` and dropped when they come up.
+* A pool holds the nodes that have certain resource names and tags. Its heaps are ordered by the policy's rank; entries of
+  nodes that have changed since are recognised by ``version`` and dropped when they come up. There is one for each length of
+  tasks that is asked for, so that nodes which end too soon for some are dropped there, and not looked at again.
 """
 
 from __future__ import annotations
@@ -121,6 +122,10 @@ class Node:
                 return False
         return True
 
+    def lasts(self, seconds: float, now: float) -> bool:
+        """A task that takes so long would end here."""
+        return now + seconds <= self.leaves_at
+
     def could_hold(self, demand: Demand) -> bool:
         """Would fit if the node were empty."""
         return all(amount <= self.total.get(name, 0.0) + 1e-9 for name, amount in demand)
@@ -173,7 +178,7 @@ class Pool:
         self.blocked: dict[int, Lane] = {}
         self._policy = policy
         self._random = random
-        self._heap: list[tuple[float, int, int, Node]] = []
+        self._heaps: dict[int, list[tuple[float, int, int, Node]]] = {}  # by the step of the lanes' lengths
         self._nesting: dict[str, Node] = {}  # those that take tasks of tasks alone, or did
         self._count = itertools.count()
         self._last = 0.0  # the rank of the node found last
@@ -196,20 +201,31 @@ class Pool:
             self._nesting[node.id] = node
         if not node.open:
             return
-        entry = (self._policy.rank(node, self._random, self._last), next(self._count), node.version, node)
-        heapq.heappush(self._heap, entry)
-        if len(self._heap) > 64 + 4 * len(self.nodes):
-            self._heap = [one for one in self._heap if one[2] == one[3].version and one[3].id in self.nodes]
-            heapq.heapify(self._heap)
+        entry = self._entry(node)
+        for heap in self._heaps.values():
+            heapq.heappush(heap, entry)
+            if len(heap) > 64 + 4 * len(self.nodes):
+                heap[:] = [one for one in heap if one[2] == one[3].version and one[3].id in self.nodes]
+                heapq.heapify(heap)
 
-    def find(self, lane: Lane) -> Node | None:
-        """The best node that has room for this lane's first task now."""
-        heap = self._heap
+    def serve(self, lane: Lane) -> None:
+        """From now on it may be looked for nodes for this lane."""
+        if lane.step not in self._heaps:
+            self._heaps[lane.step] = [self._entry(node) for node in self.nodes.values() if node.open]
+            heapq.heapify(self._heaps[lane.step])
+
+    def _entry(self, node: Node) -> tuple[float, int, int, Node]:
+        return self._policy.rank(node, self._random, self._last), next(self._count), node.version, node
+
+    def find(self, lane: Lane, now: float) -> Node | None:
+        """The best node that has room for this lane's first task now, and time. Who has not that never has again."""
+        heap = self._heaps[lane.step]
         skipped = []
         found = None
         while heap:
             rank, _, version, node = heap[0]
-            if version != node.version or not node.open or node.id not in self.nodes:
+            gone = version != node.version or not node.open or node.id not in self.nodes
+            if gone or not node.lasts(lane.length_s, now):
                 heapq.heappop(heap)
                 continue
             if node.fits(lane.demand) and (node.reserved is None or lane.may_pass(node.reserved)):

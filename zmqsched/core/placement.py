@@ -8,21 +8,25 @@ Rules
   for what is waiting.
 * A task that needs much room could be passed over for ever by small ones. Once it has been for ``RESERVE_AFTER_S``, one
   node is *reserved*: it takes nothing else of that priority or below until the task is placed.
+* Nodes that are to end at some time get no task that takes longer. While there are such, lanes are divided by how long their
+  tasks take (``Kind.step``); what turns out to be longer, or shorter, than was thought is moved when its turn comes.
 * The cost per task is one heap step among the nodes of a pool and one among the lanes that are ready.
 """
 
 from __future__ import annotations
 
 import heapq
+import math
 from random import Random
 
-from ..protocol import Shape
+from ..protocol import Options, Shape
 from .nodes import ALIVE, SUSPECT, Demand, Node, Pool
 from .policy import Policy
 from .tasks import ASSIGNED, QUEUED, Kind, Lane, Task
 
 MAX_IDLE_KINDS = 256
 RESERVE_AFTER_S = 5.0
+MAX_MOVES = 1_000  # of tasks to other lanes, in a turn
 
 
 class Placement:
@@ -30,13 +34,14 @@ class Placement:
         self._policy = policy
         self._random = random
         self._kinds: dict[Shape, Kind] = {}
-        self._lanes: dict[tuple[Demand, tuple[str, ...], bool], Lane] = {}
+        self._lanes: dict[tuple[Demand, tuple[str, ...], bool, int], Lane] = {}
         self._pools: dict[tuple[frozenset[str], frozenset[str]], Pool] = {}
         self._idle: dict[Shape, Kind] = {}  # without tasks, or lately so; the longest idle first
         self._nodes: dict[str, Node] = {}
         self._ready: dict[int, Lane] = {}
         self._reserved: dict[str, Node] = {}
         self._changed: dict[str, Node] = {}
+        self._ending = 0  # nodes that do not last for ever
         self._turn = 0
         self._newest_placed = 0  # the highest number of a task that was placed
 
@@ -51,14 +56,29 @@ class Placement:
     def kind(self, shape: Shape) -> Kind:
         kind = self._kinds.get(shape)
         if kind is None:
-            key = (shape.options.resources, shape.options.tags, shape.options.depth > 0)
-            lane = self._lanes.get(key)
-            if lane is None:
-                demand, tags, nested = key
-                lane = self._lanes[key] = Lane(demand, tags, self._pool(demand, tags), nested=nested)
+            lane = self._lane(shape.options, 0)
             lane.kinds += 1
             kind = self._kinds[shape] = Kind(shape, lane)
         return kind
+
+    def _lane(self, options: Options, step: int) -> Lane:
+        key = (options.resources, options.tags, options.depth > 0, step)
+        lane = self._lanes.get(key)
+        if lane is None:
+            pool = self._pool(options.resources, options.tags)
+            lane = self._lanes[key] = Lane(options.resources, options.tags, pool, nested=options.depth > 0, step=step)
+            pool.serve(lane)
+        return lane
+
+    def _lane_of(self, kind: Kind) -> Lane:
+        """As long as all nodes last for ever, it does not matter how long tasks take."""
+        step = kind.step if self._ending else 0
+        if kind.lane.step != step:
+            kind.lane = self._lane(kind.options, step)
+            if kind.lane not in kind.lanes:
+                kind.lanes.append(kind.lane)
+                kind.lane.kinds += 1
+        return kind.lane
 
     def retire(self, kind: Kind) -> None:
         """Its last task is finished. The next is likely of a kind seen lately, so some are kept."""
@@ -70,30 +90,34 @@ class Placement:
                 self._forget(oldest)
 
     def _forget(self, kind: Kind) -> None:
-        lane = kind.lane
         del self._kinds[kind.shape]
-        lane.kinds -= 1
-        if not lane.kinds:
-            del self._lanes[lane.demand, lane.tags, lane.nested]
-            self._ready.pop(id(lane), None)
-            lane.pool.blocked.pop(id(lane), None)
-            self._drop_if_unused(lane.pool)
+        for lane in kind.lanes:
+            lane.kinds -= 1
+            if not lane.kinds:
+                del self._lanes[lane.demand, lane.tags, lane.nested, lane.step]
+                self._ready.pop(id(lane), None)
+                lane.pool.blocked.pop(id(lane), None)
+                self._drop_if_unused(lane.pool)
 
     def enqueue(self, task: Task, *, first: bool = False) -> None:
-        lane = task.kind.lane
-        lane.tasks.push(task.id, task, task.kind.options.rank, first=first)
-        if id(lane) not in lane.pool.blocked:
-            self._ready[id(lane)] = lane
+        self._push(task, self._lane_of(task.kind), first=first)
         if self._reserved:
             self._reconsider()
 
+    def _push(self, task: Task, lane: Lane, *, first: bool = False) -> None:
+        task.lane = lane
+        lane.tasks.push(task.id, task, task.kind.options.rank, first=first)
+        if id(lane) not in lane.pool.blocked:
+            self._ready[id(lane)] = lane
+
     def withdraw(self, task: Task) -> None:
-        task.kind.lane.tasks.remove(task.id, task.kind.options.rank)
+        task.lane.tasks.remove(task.id, task.kind.options.rank)
         if self._reserved:
             self._reconsider()
 
     def join(self, node: Node) -> None:
         self._nodes[node.id] = node
+        self._ending += node.leaves_at < math.inf
         for pool in self._pools.values():
             if pool.suits(node):
                 pool.join(node)
@@ -101,6 +125,7 @@ class Placement:
 
     def leave(self, node: Node) -> None:
         del self._nodes[node.id]
+        self._ending -= node.leaves_at < math.inf
         for pool in node.pools:
             pool.leave(node)
         self._changed.pop(node.id, None)
@@ -110,9 +135,22 @@ class Placement:
         """The node may have room that it had not."""
         self._changed[node.id] = node
 
-    def place(self) -> list[tuple[Task, Node]]:
+    def place(self, now: float) -> list[tuple[Task, Node]]:
         """Assign all that can be assigned now: each pair is a new attempt."""
         self._enter_changed()
+        pairs: list[tuple[Task, Node]] = []
+        moves = self._place_ready(pairs, now, MAX_MOVES)
+        while self._ready and 0 < moves < MAX_MOVES:  # else it goes on in the next turn
+            if not (more := self._place_ready(pairs, now, MAX_MOVES - moves)):
+                break
+            moves += more
+        if pairs and self._reserved:
+            self._reconsider()
+        return pairs
+
+    def _place_ready(self, pairs: list[tuple[Task, Node]], now: float, most: int) -> int:
+        """Returns how many tasks were moved to other lanes, at most so many; they are not looked at yet."""
+        moved = 0
         heap = []
         for lane in self._ready.values():
             if lane.tasks:
@@ -120,10 +158,17 @@ class Placement:
                 heap.append((-head.kind.options.rank, head.seq, lane))
         heapq.heapify(heap)
         self._ready.clear()
-        pairs = []
         while heap:
             lane = heap[0][2]
-            node = lane.pool.find(lane)
+            node = lane.pool.find(lane, now)
+            if self._ending and (right := self._better_lane(lane, node, now)) is not None:
+                heapq.heappop(heap)
+                if moved < most:
+                    moved += 1
+                    self._push(lane.tasks.pop(), right)
+                if lane.tasks:
+                    self._ready[id(lane)] = lane
+                continue
             if node is None:
                 heapq.heappop(heap)
                 lane.pool.blocked[id(lane)] = lane
@@ -146,9 +191,17 @@ class Placement:
                 heapq.heapreplace(heap, (-head.kind.options.rank, head.seq, lane))
             else:
                 heapq.heappop(heap)
-        if pairs and self._reserved:
-            self._reconsider()
-        return pairs
+        return moved
+
+    def _better_lane(self, lane: Lane, node: Node | None, now: float) -> Lane | None:
+        """Where the first task of this lane belongs, as is known by now, if it matters: it would not end at the node that
+        was found, or it is not as long as was thought and none was found."""
+        kind = lane.tasks.head().kind
+        right = self._lane_of(kind)
+        if right is lane:
+            return None
+        misplaced = right.step < lane.step if node is None else not node.lasts(right.length_s, now)
+        return right if misplaced else None
 
     def adopt(self, task: Task, node: Node, attempt: int) -> None:
         """The node runs this queued task already."""
@@ -175,11 +228,11 @@ class Placement:
             elif lane.passed_over_since is None:
                 lane.passed_over_since = now
             elif now - lane.passed_over_since >= RESERVE_AFTER_S and id(lane) not in taken:
-                self._reserve_for(lane)
+                self._reserve_for(lane, now)
 
-    def _reserve_for(self, lane: Lane) -> None:
+    def _reserve_for(self, lane: Lane, now: float) -> None:
         free = [node for node in lane.pool.nodes.values() if node.reserved is None and node.state is ALIVE]
-        able = [node for node in free if node.could_hold(lane.demand)]
+        able = [node for node in free if node.could_hold(lane.demand) and node.lasts(lane.length_s, now)]
         if able:
             node = min(able, key=lambda node: node.assigned)
             node.reserved = lane
@@ -213,11 +266,11 @@ class Placement:
     def open_kinds(self) -> dict[Shape, int]:
         return {shape: kind.open for shape, kind in self._kinds.items()}
 
-    def check_nothing_waits(self) -> None:
+    def check_nothing_waits(self, now: float) -> None:
         for lane in self._lanes.values():
             if lane.tasks:
                 idle = [n.id for n in self._nodes.values() if lane.pool.suits(n) and n.open and n.fits(lane.demand)
-                        and (n.reserved is None or lane.may_pass(n.reserved))]  # fmt: skip
+                        and n.lasts(lane.length_s, now) and (n.reserved is None or lane.may_pass(n.reserved))]  # fmt: skip
                 if lane.nested:
                     idle += [n.id for n in lane.pool.nodes.values() if n.takes_nested and n.fits(lane.demand)]
                 assert not idle, f"tasks wait for {lane.demand} while {idle} have room"
@@ -226,7 +279,7 @@ class Placement:
         for lane in self._lanes.values():
             tasks = list(lane.tasks)
             assert len(tasks) == len(lane.tasks), "a lane's count is off"
-            assert all(task.state is QUEUED and task.kind.lane is lane for task in tasks), "a lane holds a stranger"
+            assert all(task.state is QUEUED and task.lane is lane for task in tasks), "a lane holds a stranger"
             if tasks and id(lane) not in self._ready:
                 assert id(lane) in lane.pool.blocked, "a lane with tasks is neither ready nor blocked"
         for pool in self._pools.values():

@@ -67,7 +67,7 @@ class Reasons:
 
     def _of_task(self, task: Task) -> str:
         if task.state is QUEUED:
-            return self._of_lane(task.kind.lane)
+            return self._of_lane(task.lane)
         if task.state is WAITING:
             if task.id in self._book.limbo:
                 return IN_LIMBO
@@ -83,7 +83,7 @@ class Reasons:
         if self._held:
             return self._held
         if id(lane) not in self._of_lanes:
-            self._of_lanes[id(lane)] = why_queued(lane, self._book.nodes.values(), self._lost)
+            self._of_lanes[id(lane)] = why_queued(lane, self._book.nodes.values(), self._lost, self._book.now)
         return self._of_lanes[id(lane)]
 
     def _of_delayed(self) -> str:
@@ -91,7 +91,7 @@ class Reasons:
         return f"failed and will be tried again, the next in {next_in_s:.0f} s"
 
 
-def why_queued(lane: Lane, nodes: Collection[Node], lost: Sequence[Node]) -> str:
+def why_queued(lane: Lane, nodes: Collection[Node], lost: Sequence[Node], now: float) -> str:
     """Why the first task of a lane is at none of these nodes. ``lost``: nodes that may be back."""
     need = _needs(lane.demand, lane.tags)
     able = [node for node in lane.pool.nodes.values() if node.could_hold(lane.demand)]
@@ -103,7 +103,11 @@ def why_queued(lane: Lane, nodes: Collection[Node], lost: Sequence[Node]) -> str
     if not alive:
         whose = "no node that has it takes tasks" if need else "no node takes tasks"
         return _joined(need, f"{whose}: {_listed(f'{node.id} {STATES[node.state]}' for node in able)}")
-    roomy = [node for node in alive if node.open and node.fits(lane.demand)]
+    lasting = [node for node in alive if node.lasts(lane.length_s, now)]
+    if not lasting:
+        ends = _listed(f"{node.id} in {max(0.0, node.leaves_at - now):.0f} s" for node in alive)
+        return _joined(need, f"may take {lane.length_s:.0f} s, and the nodes leave before: {ends}")
+    roomy = [node for node in lasting if node.open and node.fits(lane.demand)]
     if any(node.reserved is None for node in roomy):
         return _joined(need, "about to start")
     if roomy:
@@ -111,10 +115,10 @@ def why_queued(lane: Lane, nodes: Collection[Node], lost: Sequence[Node]) -> str
     beyond_a_slot = tuple(pair for pair in lane.demand if pair[1] > (pair[0] == "cpu"))
     paused = sum(node.state is PAUSED for node in able)
     besides = f", {paused} node{'s are' if paused > 1 else ' is'} paused" if paused else ""
-    if any(node.fits(beyond_a_slot) for node in alive):
-        taken = _all_taken(str(sum(node.slots for node in alive)), " slots")
+    if any(node.fits(beyond_a_slot) for node in lasting):
+        taken = _all_taken(str(sum(node.slots for node in lasting)), " slots")
         return _joined(need, taken + (" at nodes that have it" if need else "")) + besides
-    return _short_of(beyond_a_slot, need, alive) + besides
+    return _short_of(beyond_a_slot, need, lasting) + besides
 
 
 def _nobody_has(lane: Lane, nodes: Collection[Node]) -> str:

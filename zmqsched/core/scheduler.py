@@ -498,6 +498,7 @@ class Scheduler:
         text = f"{hello.where.host} pid {hello.where.pid}, {hello.slots} slots"
         self._fact("joined", node, text)
         self.book.offer(node, hello.holding)
+        self._commands.replace(node)
         self.book.record(b"", self._present(now))
 
     def _is_back(self, node: Node, now: float) -> None:

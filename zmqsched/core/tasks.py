@@ -25,6 +25,7 @@ States
 
 from __future__ import annotations
 
+import math
 from enum import IntEnum
 from typing import TYPE_CHECKING
 
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from .counting import Debts
     from .nodes import Pool
     from .owners import Owner
+
+
+STEPS = 4  # lengths of tasks for each doubling: none is thought to take a fifth longer than it does
+FORGETS = 0.02  # of the longest run, with each shorter one
 
 
 class TaskState(IntEnum):
@@ -70,8 +75,8 @@ class Task:
     running is free."""
 
     __slots__ = (
-        "attempt", "call", "cancelled", "deaths", "debts", "died_at", "failures", "id", "inputs", "kind", "lacks", "lent",
-        "node", "owner", "seq", "state",
+        "attempt", "call", "cancelled", "deaths", "debts", "died_at", "failures", "id", "inputs", "kind", "lacks", "lane",
+        "lent", "node", "owner", "seq", "state",
     )  # fmt: skip
 
     def __init__(
@@ -80,6 +85,7 @@ class Task:
         self.id = task_id
         self.owner = owner
         self.kind = kind
+        self.lane = kind.lane  # it waits in, or waited in last
         self.call = call
         self.inputs = inputs
         self.lacks = 0
@@ -104,18 +110,29 @@ class Task:
 
 
 class Lane:
-    """The queue of one demand. ``nested``: of tasks of tasks, which some nodes take that take no others.
+    """The queue of one demand. ``nested``: of tasks of tasks, which some nodes take that take no others. ``step``: of how
+    long its tasks take at most, ``length_s``; 0 if that is short, or not known.
 
     ``passed_over_since``: since when its first task finds no room while others do. ``unservable_since``: when it was noticed
     that no node could ever serve it.
     """
 
-    __slots__ = ("demand", "kinds", "nested", "passed_over_since", "pool", "tags", "tasks", "unservable_since")
+    __slots__ = (
+        "demand", "kinds", "length_s", "nested", "passed_over_since", "pool", "step", "tags", "tasks", "unservable_since",
+    )  # fmt: skip
 
     def __init__(
-        self, demand: tuple[tuple[str, float], ...], tags: tuple[str, ...], pool: Pool, *, nested: bool = False
+        self,
+        demand: tuple[tuple[str, float], ...],
+        tags: tuple[str, ...],
+        pool: Pool,
+        *,
+        nested: bool = False,
+        step: int = 0,
     ) -> None:
         self.nested = nested
+        self.step = step
+        self.length_s = 2.0 ** ((step - 1) / STEPS) if step else 0.0
         self.demand = demand
         self.tags = tags
         self.pool = pool
@@ -136,16 +153,31 @@ class Lane:
 
 class Kind:
     """A function and the options it is to run with, shared by ``open`` unfinished tasks. ``bytes``: what the shape takes in
-    a message, at most."""
+    a message, at most. ``lane``: for its next task; ``lanes``: all it ever had."""
 
-    __slots__ = ("bytes", "lane", "open", "options", "shape")
+    __slots__ = ("_longest_s", "bytes", "lane", "lanes", "open", "options", "shape")
 
     def __init__(self, shape: Shape, lane: Lane) -> None:
         self.shape = shape
         self.options: Options = shape.options
         self.bytes = shape_bytes(shape)
         self.lane = lane
+        self.lanes = [lane]
         self.open = 0
+        self._longest_s = 0.0
+
+    def took(self, seconds: float) -> None:
+        """A run has ended."""
+        if seconds > self._longest_s:
+            self._longest_s = seconds
+        else:
+            self._longest_s += FORGETS * (seconds - self._longest_s)
+
+    @property
+    def step(self) -> int:
+        """Of how long a run will take: as long as it may, else as long as the longest of late did."""
+        seconds = self.options.timeout or self._longest_s
+        return 1 + math.ceil(STEPS * math.log2(seconds)) if seconds > 1 else 0
 
 
 def task_bytes(task: Task) -> int:

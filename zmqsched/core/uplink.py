@@ -27,6 +27,7 @@ class Uplink:
         self.hello = hello
         self.link: Link | None = None
         self.heard_at = float("-inf")
+        self.leaves_at = math.inf  # when this peer will be ended
         self.undelivered: list[Message] = []
         self._keepalive_s = keepalive_s
         self._lease_s = lease_s
@@ -100,7 +101,10 @@ class Uplink:
         if now < self._hello_at:
             return []
         self._hello_at = now + HELLO_EVERY_S
-        return [Envelope(0, 0, 0, self.hello)]
+        hello = self.hello
+        if isinstance(hello, NodeHello) and self.leaves_at < math.inf:
+            hello = replace(hello, leaves_in_s=max(0.001, self.leaves_at - now))
+        return [Envelope(0, 0, 0, hello)]
 
     def deadline(self) -> float:
         if self.link is None:

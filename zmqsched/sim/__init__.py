@@ -20,6 +20,8 @@ finished is never queued again                         ``Watch``, at each dispat
 exactly one final answer                               ``Watch``, at each final; ``SimClient``, at each answer
 no node exceeds its credit                             ``Node.take``, at each dispatch; ``SimNode``, after each turn
 a node that leaves or is suspect gets nothing new      ``Watch``, at each dispatch
+no task goes to a node that leaves before it may end  ``Watch``, at each dispatch
+who is to leave has left by then                       ``SimNode``, after each turn
 what was handed back is not started                    ``SimNode``, at each run given to a worker
 what was cancelled is not started again                ``Watch``, at each dispatch
 no task waits while an eligible node has credit        ``Placement.check_nothing_waits``

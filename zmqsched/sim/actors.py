@@ -387,9 +387,19 @@ class SimWorker:
 
 
 class SimNode(Peer):
-    def __init__(self, world: World, name: bytes, broker: SimBroker, slots: int, resources: dict[str, float]) -> None:
+    def __init__(
+        self,
+        world: World,
+        name: bytes,
+        broker: SimBroker,
+        slots: int,
+        resources: dict[str, float],
+        label: str,
+        leaves_in_s: float = math.inf,
+    ) -> None:
         super().__init__(world, name, broker)
         self.slots = slots
+        self.label = label
         self.resources = resources
         self.workers: dict[int, SimWorker] = {}
         self._ran: dict[int, bytes] = {}  # what each dead worker was running
@@ -401,7 +411,8 @@ class SimNode(Peer):
         self._thaw: list[Callable[[], None]] = []
         incarnation = world.random.randbytes(16)
         where = Host("host", 1, "3.11.0")
-        self.core = Agent(NodeHello(incarnation, 1, where, slots, slots, tuple(resources.items())))
+        hello = NodeHello(incarnation, 1, where, slots, slots, tuple(resources.items()), label=label)
+        self.core = Agent(hello, leaves_at=world.now + self._clock + leaves_in_s)
         self._link = self.core._uplink.link
         self._wake()
 
@@ -437,6 +448,8 @@ class SimNode(Peer):
             self._act(action)
         if (wanted := self._wanted()) > self._told_credit:
             raise SimulationFailed(f"{self.core.name} holds {wanted} tasks, its credit was {self._told_credit}")
+        if self.alive and now > self.core._leaves_at + 0.1 and not self.pauses:
+            raise SimulationFailed(f"{self.core.name} stays beyond its time")
 
     def _wanted(self) -> int:
         """How many tasks it holds, except those that the broker rightly takes for finished, or has adopted."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from random import Random
 
 from msgspec.structs import replace
@@ -27,7 +28,7 @@ FAULTS = (
     # of connections
     "reconnect", "late messages", "cut up", "cut down", "cut off",
     # of processes
-    "kill worker", "kill node", "pause node", "drain node", "hold node", "storm",
+    "kill worker", "kill node", "pause node", "drain node", "hold node", "storm", "walltime",
     "kill client", "pause client", "pause broker", "crash broker",
     # of memory and disk
     "forget functions", "slow disk", "full disk",
@@ -61,6 +62,8 @@ class Cluster:
             journal=random.random() < 0.5,
         )
         self.broker = SimBroker(world, settings)
+        world.faults = {fault: random.random() ** 2 * 0.5 for fault in FAULTS if random.random() < 0.5}
+        world.say(f"= faults: {world.faults}")
         self._numbers = itertools.count()
         self.nodes = [
             self._node(random.randint(1, 3), {"cpu": 3.0, **({"gpu": 1.0} if n == 0 else {})})
@@ -76,8 +79,6 @@ class Cluster:
         self._dependent = random.choice((0.0, 0.2, 0.6))  # how many have others' results as arguments
         self.clients = [self._client() for _ in range(random.randint(1, 2))]
         self._asked_by = list(self.clients)
-        world.faults = {fault: random.random() ** 2 * 0.5 for fault in FAULTS if random.random() < 0.5}
-        world.say(f"= faults: {world.faults}")
         if "forget functions" in world.faults:
             self._forget()
         world.at(STRIKE_EVERY_S, self._strike)
@@ -179,11 +180,11 @@ class Cluster:
             node.kill()
         if world.chance("pause node"):
             random.choice(self.nodes).pause(random.uniform(0.5, 8.0))
-        if world.chance("drain node", 0.5):
+        if world.chance("drain node"):
             leaver = random.choice(self.nodes)
             name = leaver.core.name
-            retire = Command(name, 0, "retire", random.choice((0.0, 0.1, 2.0)))
-            if random.random() < 0.4:
+            retire = Command(name, 0, "retire", random.choice((0.0, 0.02, 0.2)))
+            if random.random() < 0.3:
                 leaver.drain("SIGTERM")
             else:
                 random.choice(self.clients).say(random.choice((Command(name), retire)))
@@ -212,10 +213,13 @@ class Cluster:
             if node.leaving or not node.alive:
                 if node.alive:
                     self.leaving.append(node)
-                self.nodes[index] = self._node(node.slots, node.resources)
+                self.nodes[index] = self._node(node.slots, node.resources, node.label)
 
-    def _node(self, slots: int, resources: dict[str, float]) -> SimNode:
-        return SimNode(self.world, b"node%d" % next(self._numbers), self.broker, slots, resources)
+    def _node(self, slots: int, resources: dict[str, float], label: str = "") -> SimNode:
+        """Another in the place of one that has gone, if it has its label."""
+        number = next(self._numbers)
+        lasts_s = self.world.random.uniform(5.2, 11.0) if self.world.chance("walltime", 4.0) else math.inf
+        return SimNode(self.world, b"node%d" % number, self.broker, slots, resources, label or f"local-{number}", lasts_s)
 
     def _strike_clients(self) -> None:
         world, random = self.world, self.world.random
@@ -302,7 +306,7 @@ def _kinds(random: Random) -> list[Options]:
     kinds.append(Options(resources=(("cpu", 1.0), ("gpu", 1.0)), group=GROUP))
     kinds.append(Options(resources=(("cpu", 2.0),), group=GROUP))
     kinds.append(Options(retries=2, backoff=random.choice((0.01, 3.0)), group=GROUP))
-    kinds.append(Options(retries=1, timeout=random.choice((0.01, 0.3, 1.0)), group=GROUP))
+    kinds.append(Options(retries=1, timeout=random.choice((0.01, 0.3, 1.0, 8.0)), group=GROUP))
     kinds.append(Options(depth=1, group=GROUP))
     kinds += [Options(requeue=False), Options(requeue=False, priority=1), Options(job=JOB), Options(job=JOB, retries=1)]
     return kinds
