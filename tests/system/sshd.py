@@ -166,6 +166,7 @@ class Hosts:
         self.hosts: list[Host] = []
         self.config = directory / "ssh_config"
         self.key = self.keygen("key")
+        self.own: dict[str, str] = {}  # what else the user has in ssh_config
         self.ports = iter([_PORTS[(os.getpid() * 7 + number) % len(_PORTS)] for number in range(100)])
         self.here = ""
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # Debian's own script makes it, where sshd is a service
@@ -236,6 +237,7 @@ class Hosts:
             blocks.append(f"Host {host.name}\n  {place}\n")
             self.knows(host, host.key)
         common = {
+            **self.own,
             "UserKnownHostsFile": self.directory / "known_hosts",
             "GlobalKnownHostsFile": "/dev/null",
             "IdentityFile": self.key,

@@ -119,12 +119,16 @@ def test_nodes_on_several_hosts(hosts, clusters):
         launcher.start(["g-1", "g-2", "g-3"])
         assert set(states(launcher).values()) <= {"starting", "running"}
         eventually(lambda: all_run(launcher))
-        assert [found.where.split(",")[0] for found in launcher.poll()] == ["alpha", "beta", "alpha"]
+        # The broker listens on loopback alone, which on another host would be another's.
+        assert [found.where for found in launcher.poll()] == [
+            f"{name}, back through ssh -R" for name in ("alpha", "beta", "alpha")
+        ]
         assert {found.label: found.node for found in launcher.poll()} == {n.label: n.id for n in here.client.nodes()}
         ran = {here.client.submit(where).result(timeout=20) for _ in range(20)}
         assert ran <= set(names)
         launcher.stop(["g-2"])
         assert hosts.hosts[1].processes() == {}
+        eventually(lambda: [node.state for node in here.client.nodes() if node.label == "g-2"] == ["gone"])  # not lost
         assert states(launcher) == {"g-1": "running", "g-3": "running"}
         launcher.close()
         assert hosts.hosts[0].processes() == {}
@@ -507,6 +511,8 @@ def test_a_preview_is_what_is_run(hosts, clusters):
         assert "#   export GREETING=hello" in lines
         assert "#   module load tools" in lines
         assert any(" node --connect=- --label=g-2 --slots=1" in line for line in lines)
+        for option in ("BatchMode=yes", "ServerAliveInterval=10"):
+            assert all(option in line for line in lines if line.startswith("ssh "))
         assert launcher.poll() == []
 
 
@@ -562,3 +568,26 @@ def test_over_a_connection_that_the_user_shares(hosts, clusters):
                 assert master.poll() is None
         finally:
             master.terminate()
+
+
+def test_what_a_user_has_configured_for_other_purposes_does_not_disturb(hosts, clusters):
+    hosts.own = {
+        "RemoteCommand": "true",
+        "RequestTTY": "force",
+        "LogLevel": "QUIET",
+        "ControlMaster": "auto",
+        "ControlPersist": "yes",
+        "ControlPath": f"{hosts.directory}/own",
+        "ExitOnForwardFailure": "yes",
+        "LocalForward": f"{hosts.directory}/same localhost:1",
+    }
+    alpha = hosts.add("alpha")
+    with broker(hosts, clusters) as here:
+        launcher = here.launcher("alpha")
+        launcher.start(["g-1", "g-2"])
+        eventually(lambda: all_run(launcher))
+        assert not (hosts.directory / "own").exists()
+        launcher.close()
+        hosts.key.with_suffix(".pub").write_text("")
+        assert "Permission denied (publickey)" in failure(here, here.launcher("alpha"))
+        assert alpha.processes() == {}
