@@ -9,17 +9,20 @@ import stat
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from conftest import Home, eventually, processes_knowing
+from msgspec.structs import replace
 from slurm import Slurm, running_slurm
 
-from zmqsched import Client, LocalCluster, SlurmCluster
-from zmqsched.clusterfile import BatchPart, NodeGroup
+from zmqsched import Client, Cluster, LocalCluster, SlurmCluster
+from zmqsched.clusterfile import BatchPart, ClusterFile, NodeGroup
 from zmqsched.config import (
     CONNECTION_FILE,
     ConnectionFile,
@@ -426,3 +429,44 @@ def test_what_would_be_submitted_is_shown_and_nothing_is(slurm):
     assert "--time=1:00:00" in shown
     assert "--qos=high" in shown
     assert slurm.jobs() == {}
+
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def test_the_example_of_a_cluster_file_grows_with_what_is_queued_and_shrinks(slurm):
+    wanted = ClusterFile.load(EXAMPLES / "cluster-slurm.toml")
+    wanted = replace(wanted, broker=replace(wanted.broker, listen=("127.0.0.1",), journal=False))
+    with Cluster(wanted) as cluster, Client(cluster) as client:
+        cluster.wait_for_nodes(1, timeout=JOIN_S)
+        (job,) = slurm.jobs()
+        assert "Comment=zmqsched" in slurm("scontrol", "show", "job", "--oneliner", job)
+        many = [client.submit(lambda: time.sleep(0.5) or os.environ.get("OMP_NUM_THREADS")) for _ in range(60)]
+        eventually(lambda: len(slurm.jobs()) > 1, JOIN_S)
+        assert {future.result(timeout=90) for future in many} == {"1"}
+        cluster.adapt("small", 0, 1)
+        eventually(lambda: len(slurm.jobs()) <= 1, 90)
+
+
+def test_the_example_of_a_job_with_a_cluster_of_its_own(slurm, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    script = tmp_path / "script.py"
+    script.write_text(textwrap.dedent(SRUN).replace("< 3", "< 2"))
+    slurm("sbatch", "--wait", f"--output={tmp_path}/out", str(EXAMPLES / "srun.sh"), str(script), "0")
+    assert (tmp_path / "out").read_text() == "0 1 [2, 2]\n"
+
+
+def test_what_a_killed_up_has_left_in_the_queue_clean_cancels(slurm):
+    words = ("--slurm", "-n", "1", "--name", "lined", "--listen", "127.0.0.1", "--detach", "--no-journal")
+    slurm("scontrol", "update", "PartitionName=short", "State=DOWN")
+    up = zmqsched("up", *words)
+    assert up.returncode == 0, up.stderr
+    (job,) = slurm.jobs()
+    broker = ConnectionFile.load(cluster_dir("lined") / CONNECTION_FILE).pid
+    os.kill(psutil.Process(broker).ppid(), signal.SIGKILL)
+    eventually(lambda: not is_held(cluster_dir("lined")))
+    assert slurm.jobs().keys() == {job}
+    cleaned = zmqsched("clean")
+    assert f"slurm {job}" in cleaned.stdout, cleaned.stderr
+    assert slurm.jobs() == {}
+    assert not shared_dir("jobs").exists()
