@@ -136,7 +136,7 @@ def test_a_refusal_half_way_takes_back_what_was_accepted(batch, launcher, monkey
 def test_how_a_job_failed_is_told_in_its_own_words(batch, launcher):
     many = launcher(prologue=("echo no module gcc/99 >&2", "exit 3"))
     many.start(["many-1"])
-    assert ended(many, "many-1").why == f"{ended(many, 'many-1').where} ended: {FAILED[batch.kind]}\nno module gcc/99"
+    assert ended(many, "many-1").why == f"{FAILED[batch.kind]}\nno module gcc/99"
 
 
 def test_a_job_that_has_vanished_has_ended_and_nobody_knows_how(batch, launcher):
@@ -144,7 +144,7 @@ def test_a_job_that_has_vanished_has_ended_and_nobody_knows_how(batch, launcher)
     many.start(["many-1"])
     eventually(lambda: not batch.going())
     batch.forget(next(iter(many._nodes().values())))
-    assert ended(many, "many-1").why.endswith("says no more\nthe last words")
+    assert ended(many, "many-1").why == f"how, {many.system.title} does not say\nthe last words"
 
 
 def test_what_the_site_cannot_say_now_is_asked_again(batch, launcher, monkeypatch):

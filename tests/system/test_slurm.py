@@ -179,7 +179,7 @@ def test_how_a_node_failed_to_start_is_told_in_its_own_words(slurm, site, launch
     many = launcher("many", prologue=("echo there is no module gcc/99 >&2", "exit 3"))
     many.start(["many-1"])
     ended = eventually(lambda: (now := launched(many, "many-1")).state == "ended" and now)
-    assert ended.why == f"{ended.where} ended: FAILED, exit code 3\nthere is no module gcc/99"
+    assert ended.why == "FAILED, exit code 3\nthere is no module gcc/99"
 
 
 def test_a_python_without_zmqsched_is_told(slurm, site, launcher):
@@ -234,15 +234,18 @@ def test_a_job_that_somebody_else_cancels_is_told_and_its_tasks_run_elsewhere(sl
     (job,) = slurm.jobs()
     slurm("scancel", "--full", "--signal=KILL", job)
     ended = eventually(lambda: (now := launched(many, "many-1")).state == "ended" and now, 30)
-    assert ended.why.startswith(f"Slurm job {job} ended: ")
+    assert ended.where == f"Slurm job {job}"
+    assert ended.why
     gate.open()
     assert [future.result(timeout=60) for future in held] == ["0", "1"]
 
 
-def test_a_requeued_job_comes_back_as_a_new_node_of_its_label(slurm, site, client, launcher):
-    many = launcher("many")
+def test_a_requeued_job_comes_back_as_a_new_node_of_its_label(slurm, site, client, launcher, gate):
+    many = launcher("many", tags=("of-slurm",))
     many.start(["many-1"])
     before = joined(client, "many-1")
+    held = client.options(tags=["of-slurm"]).submit(gate.task, "held")
+    gate.wait_until_begun()
     (job,) = slurm.jobs()
     slurm("scontrol", "requeue", job)
     eventually(lambda: slurm.jobs().get(job) == "PENDING", 30)
@@ -251,6 +254,9 @@ def test_a_requeued_job_comes_back_as_a_new_node_of_its_label(slurm, site, clien
     eventually(lambda: (now := nodes(client)) and now != before, JOIN_S)
     assert nodes(client).keys() == {"many-1"}
     assert launched(many, "many-1").state == "running"
+    gate.wait_until_begun(2)
+    gate.open()
+    assert held.result(timeout=30) == "held"
 
 
 def test_commands_that_are_not_there_are_named(site, launcher, monkeypatch):
@@ -398,6 +404,17 @@ def test_a_job_that_fails_is_told_to_who_waits_for_its_node(slurm):
     told = r"no more can come:\n.*FAILED, exit code 3\n\s+no module gcc/99"
     with cluster, pytest.raises(StartError, match=told):
         cluster.wait_for_nodes(1, timeout=JOIN_S)
+
+
+def test_a_cluster_says_that_somebody_has_cancelled_its_job(slurm, caplog):
+    with SlurmCluster(slots=1, listen="127.0.0.1") as cluster:
+        cluster.wait_for_nodes(1, timeout=JOIN_S)
+        (job,) = slurm.jobs()
+        slurm("scancel", job)
+        (failure,) = eventually(lambda: cluster.failures, 30)
+        assert (failure.label, failure.where) == ("slurm-1", f"Slurm job {job}")
+        assert failure.why.startswith("CANCELLED")
+    assert f"node slurm-1 (Slurm job {job}) of cluster {cluster.name} ended: CANCELLED" in caplog.text
 
 
 def zmqsched(*words: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:

@@ -218,7 +218,7 @@ class BatchLauncher(Launcher):
             fate = self.system.fate(job_id)
         except CommandFailed:
             fate = None
-        why = "" if fate == "" else f"{self._where(job_id)} ended: {fate or f'how, {self.system.title} says no more'}"
+        why = f"how, {self.system.title} does not say" if fate is None else fate
         tail = self._tail(label) if why else ""
         return Launched(label, "ended", f"{why}\n{tail}" if tail else why, self._where(job_id))
 
