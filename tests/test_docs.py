@@ -11,10 +11,15 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
+import msgspec
 import pytest
 from chaos.scenarios import SCENARIOS
 from conftest import Scripts
+
+from zmqsched.__main__ import main
+from zmqsched.clusterfile import ClusterFile
 
 ROOT = Path(__file__).parent.parent
 README, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "architecture.md"
@@ -62,7 +67,7 @@ def test_there_are_programs_and_commands():
     """Or the tests below would find nothing wrong with nothing."""
     assert len(programs()) >= 2
     assert {words[1] for words in commands(README) if words[0] == "zmqsched"} == {
-        "up", "ls", "status", "down", "broker", "node"
+        "up", "ls", "status", "down", "broker", "node", "exec", "doctor", "clean"
     }  # fmt: skip
 
 
@@ -103,8 +108,39 @@ def test_commands_exist(page: Path):
             continue
         command = words[0]
         assert re.search(rf"^  {command} ", help_of(), re.MULTILINE), f"zmqsched {command}"
-        for option in {word.partition("=")[0] for word in words[1:] if word.startswith("-")}:
+        own = words[1 : words.index("--") if "--" in words else None]  # what follows is another command's
+        for option in {word.partition("=")[0] for word in own if word.startswith("-")}:
             assert re.search(rf"(?<![\w-]){option}(?![\w-])", help_of(command)), f"zmqsched {command} {option}"
+
+
+def cluster_files() -> Iterator[pytest.param]:
+    """Those in the pages, and those of the examples whose launchers come with zmqsched."""
+    for page in PAGES:
+        blocks = [text for kind, text in BLOCK.findall(page.read_text()) if kind == "toml"]
+        yield from (pytest.param(text, id=f"{page.stem}-{number}") for number, text in enumerate(blocks))
+    for path in sorted((ROOT / "examples" / "clusters").glob("*.toml")):
+        yield pytest.param(path.read_text(), id=path.name)
+
+
+@pytest.mark.parametrize("text", list(cluster_files()))
+def test_cluster_files_are_right_and_can_be_started(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "cluster.toml"
+    path.write_text(text)
+    ClusterFile.load(path)
+    assert main(["up", str(path), "--dry-run"]) == 0
+    assert "zmqsched broker" in capsys.readouterr().out
+
+
+def keys_of(struct: type[msgspec.Struct], path: str = "") -> Iterator[str]:
+    for field in msgspec.structs.fields(struct):
+        parts = [kind for kind in (field.type, *get_args(field.type)) if isinstance(kind, type)]
+        inner = next((kind for kind in parts if issubclass(kind, msgspec.Struct)), None)
+        yield from keys_of(inner, f"{path}{field.name}.") if inner else [f"{path}{field.name}"]
+
+
+def test_every_key_of_a_cluster_file_is_in_the_guide_and_no_other():
+    table = re.findall(r"^`([a-z_.]+)` \|.*\| \S", (ROOT / "docs" / "guide" / "launching.md").read_text(), re.MULTILINE)
+    assert sorted(table) == sorted(keys_of(ClusterFile))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
