@@ -118,7 +118,7 @@ def cluster_files() -> Iterator[pytest.param]:
     for page in PAGES:
         blocks = [text for kind, text in BLOCK.findall(page.read_text()) if kind == "toml"]
         yield from (pytest.param(text, id=f"{page.stem}-{number}") for number, text in enumerate(blocks))
-    for path in sorted((ROOT / "examples" / "clusters").glob("*.toml")):
+    for path in sorted((ROOT / "examples").glob("*.toml")):
         yield pytest.param(path.read_text(), id=path.name)
 
 
