@@ -54,6 +54,16 @@ class Queue(Launcher):
         return []
 
 
+class Faulty(Queue):
+    """Somebody's first attempt."""
+
+    def poll(self) -> list[Launched]:
+        raise KeyError("queue-1")
+
+    def close(self) -> None:
+        raise ValueError("never tried")
+
+
 class Stubborn(Queue):
     """Its nodes cannot be ended."""
 
@@ -73,7 +83,7 @@ class Hung(Queue):
 
 @pytest.fixture(autouse=True)
 def launchers(monkeypatch: pytest.MonkeyPatch, clusters: Home) -> Iterator[None]:
-    for kind in (Queue, Stubborn, Hung):
+    for kind in (Queue, Faulty, Stubborn, Hung):
         monkeypatch.setitem(LAUNCHERS, kind.__name__.lower(), f"{__name__}:{kind.__name__}")
     Queue.asked.clear()
     Hung.release.clear()
@@ -297,6 +307,24 @@ def test_a_group_that_adapts_replaces_who_died():
         os.kill(node.pid, signal.SIGKILL)
         eventually(lambda: labels(cluster) == ["local-2"], 30)
         assert [one.label for one in cluster.failures] == ["local-1"]
+
+
+def test_a_launcher_that_is_wrong_is_told_once_and_the_others_go_on(caplog: pytest.LogCaptureFixture):
+    with Cluster(wanted(local(count=2), NodeGroup(launcher="faulty"))) as cluster, Client(cluster) as client:
+        os.kill(next(node.pid for node in client.nodes() if node.label == "local-2"), signal.SIGKILL)
+        eventually(lambda: cluster.failures)
+        cluster.scale("local", 2)
+        cluster.wait_for_nodes(2, 30)
+    told = [record for record in caplog.records if "the launcher of group faulty fails" in record.message]
+    assert len(told) == 2
+    assert "KeyError: 'queue-1'" in caplog.text
+    assert "ValueError: never tried" in caplog.text
+
+
+def test_what_is_submitted_is_enough_though_others_fail():
+    with Cluster(wanted(NodeGroup(launcher="queue"), NodeGroup(name="bad", launcher="queue", tags=("unknown",)))) as cluster:
+        assert [one.label for one in cluster.failures] == ["bad"]
+        assert labels(cluster, "pending") == ["queue-1"]
 
 
 def test_a_node_that_leaves_in_order_is_no_failure():

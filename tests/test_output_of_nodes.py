@@ -129,6 +129,22 @@ def test_a_child_that_refuses_to_stop_is_killed(children: Children, tmp_path, mo
     assert not Path(f"/proc/{pid}").exists()
 
 
+def test_who_has_ended_leaves_no_zombie_once_that_is_told(children: Children, tmp_path):
+    start(children, tmp_path / "a.log", "exit(5)")
+    pid = children["a-1"].pid
+    eventually(lambda: state(children) == "ended")
+    assert not Path(f"/proc/{pid}").exists()
+    assert children.poll()[0].why == "exit code 5 before it was ready"
+    children.stop(["a-1"])
+
+
+def test_a_program_that_waits_for_all_children_takes_none_of_ours_along(children: Children, tmp_path):
+    start(children, tmp_path / "a.log", "print('{\"node\": \"n\"}')")
+    os.waitpid(children["a-1"].pid, 0)
+    eventually(lambda: state(children) == "ended")
+    children.stop(["a-1"])
+
+
 def test_an_end_is_seen_though_somebody_else_holds_the_pipes_open(children: Children, tmp_path):
     program = "import subprocess; print(subprocess.Popen(['sleep', '60'], stdin=-3).pid, flush=True); exit(4)"
     start(children, tmp_path / "a.log", program)

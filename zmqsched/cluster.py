@@ -99,6 +99,7 @@ class Cluster(Shown):
         changed = _told(weakref.ref(self))
         self._broker = KeptBroker(self.name, _broker_options(wanted), MAX_RESTARTS, RESTARTS_WITHIN_S, changed)
         self._fleet: Fleet | None = None
+        self._end: weakref.finalize[..., Cluster] | None = None
         try:
             site = Site(path, directory, boolean("echo", echo))
             self._fleet = Fleet(_sharing_cpus(wanted.nodes), site, self._broker, changed, told or _nothing)
@@ -129,6 +130,8 @@ class Cluster(Shown):
             if self._closed:
                 return
             self._closed = True
+        if self._end is not None:
+            self._end.detach()
         _close(self.name, self._broker, self._fleet)
 
     def _check_started(self) -> None:

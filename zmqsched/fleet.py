@@ -68,6 +68,7 @@ class Group:
         self.wanted = wanted
         self.launcher: Launcher = find_launcher(wanted.launcher)(wanted, site)
         self.members: dict[str, _Member] = {}
+        self.trouble = ""  # with its launcher
         self.adapting = Adapting(wanted.scale.min, wanted.scale.max) if wanted.scale else None
         self._numbers = itertools.count(1)
 
@@ -86,7 +87,8 @@ class Group:
             self.members.pop(label, None)
 
     def staying(self) -> dict[str, _Member]:
-        return {label: one for label, one in self.members.items() if not one.leaving and not one.ended}
+        members = list(self.members.items())  # for who looks from another thread
+        return {label: one for label, one in members if not one.leaving and not one.ended}
 
 
 class Fleet:
@@ -269,7 +271,8 @@ class Fleet:
             server.serve(ready)
             if self._wake in ready or time.monotonic() >= look_at:
                 look_at = time.monotonic() + LOOK_EVERY_S
-                server.look()
+                if not self._broker.fate:  # then the directory may be another's
+                    server.look()
                 self._turn()
         server.close()
 
@@ -293,11 +296,24 @@ class Fleet:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
         for group in self.groups.values():
-            for launched in group.launcher.poll():
+            for launched in self._polled(group):
                 self._saw(group, launched)
         self._show()
         if ask:
             self._ask()
+
+    def _polled(self, group: Group) -> list[Launched]:
+        """A launcher may be anybody's: what is wrong with it is told, once, and the others go on."""
+        try:
+            found = group.launcher.poll()
+        except Exception as error:  # noqa: BLE001 - of another package
+            trouble = f"{type(error).__name__}: {error}"
+            if trouble != group.trouble:
+                log.exception("zmqsched: cluster %s: the launcher of group %s fails", self._broker.name, group.name)
+            group.trouble = trouble
+            return []
+        group.trouble = ""
+        return found
 
     def _saw(self, group: Group, launched: Launched) -> None:
         one = group.members.get(launched.label)
@@ -433,6 +449,8 @@ class Fleet:
             group.launcher.close()
         except (ZmqschedError, OSError) as error:
             log.warning("zmqsched: cluster %s: group %s: %s", self._broker.name, group.name, error)
+        except Exception:  # noqa: BLE001 - of another package
+            log.exception("zmqsched: cluster %s: the launcher of group %s fails", self._broker.name, group.name)
 
 
 def _check_number(name: str, number: int, least: int) -> None:

@@ -5,7 +5,7 @@ Rules
 * A child is ready when it has written its one JSON line to standard output (``--ready-fd=1``), or it says there why it is
   not. All else that it writes goes to its log.
 * It has a session of its own, so a Ctrl-C in a terminal or notebook does not reach it.
-* One that has ended stays a zombie until it is stopped: its pid is nobody else's as long as anybody here may use it.
+* One that has ended stays a zombie until that was told: its pid is nobody else's as long as it may be believed to run.
 """
 
 from __future__ import annotations
@@ -164,6 +164,7 @@ class Child:
         code = self.code()
         if code is None or (self._open and time.monotonic() < self._last_words_until()):
             return Launched(self.label, "running" if node else "starting", "", self._where, node)
+        self.bury()
         return Launched(self.label, "ended", self._how(code), self._where, node)
 
     @property
@@ -184,7 +185,10 @@ class Child:
         """Its exit code, without burying it; None while it runs."""
         if self._process.returncode is not None:
             return self._process.returncode
-        found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        try:
+            found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        except ChildProcessError:  # this program waits for all children, whoever started them
+            return self._process.wait()
         if found is None:
             return None
         return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
