@@ -20,19 +20,15 @@ from .codec import decode, decode_pipe, encode, encode_pipe
 from .config import ConnectionFile
 from .core import events
 from .core.agent import Agent
-from .core.events import AgentAction, AgentEvent, Reached, Said, Tick
+from .core.events import AgentAction, AgentEvent, FromTask, Reached, Said, Tick
 from .errors import ProtocolError, Refused, StartError
 from .listening import Listener
 from .nursery import KILLED, Born, Exited, Gone, Nursery, Wires
 from .protocol import (
     Advanced,
     Beat,
-    Declined,
     Done,
     Envelope,
-    GoesOn,
-    GroupAdd,
-    Interrupted,
     NodeHello,
     Remains,
     Run,
@@ -263,7 +259,7 @@ class Node:
                 self._nursery.teach_clients()
             elif isinstance(message, Advanced):
                 self._listener.advanced(worker, monotonic())
-            if isinstance(message, Done | Declined | GroupAdd | Interrupted | Waits | GoesOn):
+            if isinstance(message, FromTask):
                 self._step(Said(worker, message))
 
     def _untaken(self, worker: int) -> list[Run]:

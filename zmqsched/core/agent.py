@@ -81,6 +81,7 @@ from .events import (
     AgentEvent,
     Born,
     Exited,
+    FromTask,
     Leave,
     Log,
     Printed,
@@ -386,23 +387,26 @@ class Agent:
 
     # --- from the workers --------------------------------------------------------------------------------------------
 
-    def _said(self, number: int, message: Done | Declined | GroupAdd | Interrupted | Waits | GoesOn, now: float) -> None:
+    def _said(self, number: int, message: FromTask, now: float) -> None:
         worker = self._workers[number]
-        if not isinstance(message, Done | Declined):
-            if isinstance(message, GroupAdd):
+        match message:
+            case Done() | Declined():
+                self._answered(worker, message, now)
+            case GroupAdd():
                 running = next(iter(worker.runs), b"")
                 if running:
                     worker.runs[running].counted = True
                 self._reports.counted(message, running)
-            elif isinstance(message, Waits | GoesOn):
+            case Waits() | GoesOn():
                 self._turns(worker, message, now)
-            elif worker.ending is not None:
+            case Interrupted() if worker.ending is not None:
                 worker.ending.acknowledged = True
                 if not worker.runs and worker.ending.over:
                     worker.ending = None
-            return
+
+    def _answered(self, worker: Worker, message: Done | Declined, now: float) -> None:
         if message.task != next(iter(worker.runs), None):  # a task can write to its worker's pipe, and anything
-            self._offences.note("answer to what is not running", f"worker {number}")
+            self._offences.note("answer to what is not running", f"worker {worker.id}")
             return
         worker.since = now
         self._reclaim(worker, now)

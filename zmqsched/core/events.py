@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 from ..protocol import (
     Advance,
@@ -192,9 +192,12 @@ class Exited(NamedTuple):
     remains: Remains = Remains()
 
 
+FromTask: TypeAlias = Done | Declined | GroupAdd | Interrupted | Waits | GoesOn
+
+
 class Said(NamedTuple):
     worker: int
-    message: Done | Declined | GroupAdd | Interrupted | Waits | GoesOn
+    message: FromTask
 
 
 class Stood(NamedTuple):
