@@ -570,7 +570,8 @@ class Client(Shown, Tasks):
             if isinstance(item, Submission):
                 if item.inputs and self._fails_at_once(item):
                     continue
-                tasks.append(events.Asked(item.task, item.shape, item.call, tuple([each._task for each in item.inputs])))
+                inputs = tuple([each._task for each in item.inputs]) if item.inputs else ()
+                tasks.append(events.Asked(item.task, item.shape, item.call, inputs))
                 functions[item.shape.function] = item.function
                 if item.inputs:
                     values.update(values_of(item.inputs))

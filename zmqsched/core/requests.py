@@ -524,10 +524,13 @@ class Requests:
     def _sizes(self) -> Callable[[Asked], int]:
         """What each task takes in a message: with its function, the first time that is named."""
         named: set[bytes] = set()
+        shapes: dict[Shape, int] = {}  # of many tasks there are few
 
         def size(entry: Asked) -> int:
             _, shape, call, needs = entry
-            taken = wire_bytes(call) + shape_bytes(shape) + 20 * len(needs)
+            if (taken := shapes.get(shape)) is None:
+                taken = shapes[shape] = shape_bytes(shape)
+            taken += wire_bytes(call) + 20 * len(needs)
             if shape.function not in self._sent and shape.function not in named:
                 named.add(shape.function)
                 taken += wire_bytes(self._functions[shape.function])

@@ -15,7 +15,7 @@ from .words import brief
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
-# Nothing in these can be by value, out of band or too large. Most tiny tasks return one.
+# Nothing in these can be by value, out of band or too large, or refer to anything. Most tiny tasks take and return such.
 _SIMPLE = frozenset({int, float, bool, type(None)})
 
 
@@ -28,6 +28,9 @@ def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
         Naming the argument, and the part of it, that cannot be pickled.
     PayloadTooLarge
     """
+    if not kwargs and _SIMPLE.issuperset(map(type, args)):
+        thread.noted = thread.captured = None
+        return pickle.dumps((args, kwargs), 5)
     outer, thread.noting, thread.captured = thread.noting, None, None
     try:
         payload = pack((args, kwargs))
