@@ -17,12 +17,13 @@ import msgspec
 import zmq
 
 from zmqsched import Client, sockets
+from zmqsched.codec import decode, encode
 from zmqsched.config import CONNECTION_FILE, DEFAULT_CLUSTER, Addresses, ConnectionFile, role_file
 from zmqsched.core import events
 from zmqsched.core.agent import Agent
 from zmqsched.errors import ProtocolError
 from zmqsched.host import allow_many_files
-from zmqsched.protocol import Beat, Envelope, Host, NodeHello, decode, encode
+from zmqsched.protocol import Beat, Envelope, Host, NodeHello
 
 from . import work
 
