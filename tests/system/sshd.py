@@ -21,6 +21,8 @@ from types import MappingProxyType
 import psutil
 from conftest import Home, eventually
 
+from zmqsched.launch.remote import dead_tunnels
+
 HERE = "10.111.9.1"
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin")
 _CLONE_NEWNET = 0x40000000  # <sched.h>
@@ -252,8 +254,10 @@ class Hosts:
 @contextlib.contextmanager
 def checked_hosts() -> Iterator[Hosts]:
     """Hosts on which nothing may be left."""
+    before = set(dead_tunnels())
     with tempfile.TemporaryDirectory(prefix="zsh", dir="/tmp") as path, Hosts(Path(path)) as hosts:
         yield hosts
+        eventually(lambda: set(dead_tunnels()) <= before)
         for host in hosts.hosts:
             eventually(lambda host=host: not host.processes())
             assert host.home.files() == set()
