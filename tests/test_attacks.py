@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from conftest import PATIENCE_S, eventually, from_afar
 
 from zmqsched import Client, LocalCluster, errors, sockets
 from zmqsched.codec import encode
-from zmqsched.config import ConnectionFile, cluster_dir, role_file
+from zmqsched.config import ConnectionFile, cluster_dir, role_file, split_tcp
 from zmqsched.protocol import Ack, ClientHello, Envelope, Host
 
 pytestmark = pytest.mark.timeout(120)
@@ -343,6 +344,22 @@ HOOK = """
 
         sys.addaudithook(hook)
 """
+
+
+def test_every_interface_takes_a_flag_and_is_what_the_file_says(clusters):
+    wide = ["broker", "--name", "wide", "--listen", "0.0.0.0", "--until-eof", "--ready-fd", "1"]
+    command = [sys.executable, "-m", "zmqsched", *wide]
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S, check=False)
+    assert "0.0.0.0 would listen on every interface" in refused.stdout
+    command.append("--insecure-any-interface")
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as broker:
+        pid = json.loads(broker.stdout.readline())["pid"]
+        file = ConnectionFile.load(cluster_dir("wide") / "connection.json")
+        told = {socket.inet_aton(split_tcp(address)[0])[::-1].hex().upper() for address in from_afar(file).reachable("work")}
+        assert "0100007F" in told
+        assert set(listens(pid)) == told, "never 00000000, which nobody could connect to"
+        broker.stdin.close()
+        assert broker.wait(PATIENCE_S) == 0
 
 
 def test_neither_broker_nor_node_ever_unpickles(clusters, tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ name = "lab"
 [broker]
 host = "head"
 listen = ["10.0.0.1"]
+insecure_any_interface = true
 port = 5700
 journal = "/data/journal"
 idle_timeout = "2h"

@@ -470,6 +470,20 @@ class TestListenAddress:
             sockets.listen_address(text)
 
 
+    def test_every_interface_is_each_address_of_this_host(self, monkeypatch):
+        here = ["127.0.0.1", "192.0.2.7", "::1", "2001:db8::7", "fe80::1%eth0"]
+        monkeypatch.setattr(sockets, "own_addresses", lambda: here)
+        for text, addresses in {
+            "0.0.0.0": ["tcp://192.0.2.7:*", "tcp://127.0.0.1:*"],
+            "*:5000": ["tcp://192.0.2.7:5000", "tcp://127.0.0.1:5000"],
+            "[::]:5000": ["tcp://[2001:db8::7]:5000", "tcp://[::1]:5000"],
+            "127.0.0.1": ["tcp://127.0.0.1:*"],
+        }.items():
+            assert sockets.listen_addresses(text, any_interface=True) == addresses
+        with pytest.raises(ValueError, match="every interface"):
+            sockets.listen_addresses("0.0.0.0", any_interface=False)
+
+
 def test_an_old_libzmq_is_refused(monkeypatch):
     monkeypatch.setattr(zmq, "zmq_version_info", lambda: (4, 2, 5))
     with pytest.raises(StartError, match="too old"):

@@ -55,6 +55,11 @@ def _broker(arguments: list[str]) -> int:
         metavar="ADDRESS[:PORT]",
         help="listen on TCP, encrypted, besides Unix sockets; without an address on loopback; may be repeated",
     )
+    parser.add_argument(
+        "--insecure-any-interface",
+        action="store_true",
+        help="let --listen 0.0.0.0 (or ::) mean every address of this host: all its networks can try to get in",
+    )
     parser.add_argument("--policy", choices=sorted(POLICIES), default=DEFAULT_POLICY, help="who gets a task (%(default)s)")
     parser.add_argument(
         "--max-queued",
@@ -108,7 +113,8 @@ def _broker(arguments: list[str]) -> int:
         from . import sockets
         from .broker import Broker
 
-        listen = [sockets.listen_address(text) for text in options.listen]
+        wide = options.insecure_any_interface
+        listen = [each for text in options.listen for each in sockets.listen_addresses(text, any_interface=wide)]
         journal = journal_path(options.name) if options.journal == "" else options.journal and Path(options.journal)
         broker = Broker(
             options.name, options.policy, listen, journal or None, options.max_queued, beat_interval_s=beat_interval_s,

@@ -369,6 +369,7 @@ def _broker_options(wanted: ClusterFile) -> list[str]:
     if wanted.tasks != TasksPart():
         options.append(f"--task-defaults={msgspec.json.encode(wanted.tasks).decode()}")
     options += [f"--listen={address}" for address in _listens(wanted)]
+    options += ["--insecure-any-interface"] if part.insecure_any_interface else []
     options += [f"--max-queued={part.max_queued}"] if part.max_queued else []
     if part.journal is True:
         options.append("--journal")

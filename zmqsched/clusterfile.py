@@ -58,10 +58,12 @@ class BrokerPart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """``host``: where the cluster is to be started, and with it its broker; elsewhere it is refused. "" is anywhere.
     ``listen``: the addresses to bind; none is Unix sockets, unless a group of nodes is elsewhere. ``port``: the first of
     three in a row, 0 any that are free. ``journal``: as LocalCluster takes it. ``idle_timeout``: the cluster ends when
-    nothing has been asked of it for so many seconds; 0 is never. ``max_queued``: bytes; 0 is what the host has room for."""
+    nothing has been asked of it for so many seconds; 0 is never. ``max_queued``: bytes; 0 is what the host has room for.
+    ``insecure_any_interface``: ``listen`` may be 0.0.0.0 or ::, every address of the host."""
 
     host: Text = ""
     listen: tuple[Text, ...] = ()
+    insecure_any_interface: bool = False
     port: Annotated[int, Meta(ge=0, le=65533)] = 0
     journal: bool | str = True
     idle_timeout: Seconds = 0.0

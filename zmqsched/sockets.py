@@ -17,6 +17,7 @@ Rules
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import queue
@@ -93,7 +94,10 @@ _NOBLOCK, _NOBLOCK_MORE = int(zmq.NOBLOCK), int(zmq.NOBLOCK | zmq.SNDMORE)
 _SMALL_MESSAGE = 2  # frames: a header, and a routing id before it
 
 _WILDCARDS = [ip_address(text) for text in ("0.0.0.0", "::", "::ffff:0.0.0.0")]
-_EVERYWHERE = "would listen on every interface; write the address of the one that is meant"
+_EVERYWHERE = (
+    "would listen on every interface; write the address of the one that is meant. With --insecure-any-interface it is done "
+    "all the same, and whatever network this host is in can try to get in"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -673,6 +677,26 @@ def listen_address(text: str = "") -> str:
     return f"tcp://{_bracketed(str(found))}:{port}"
 
 
+def listen_addresses(text: str, *, any_interface: bool) -> list[str]:
+    """As :func:`listen_address`; with ``any_interface``, where every interface is asked for, each address that this host has
+    now: so the connection file says where to connect to."""
+    host, port = _host_and_port(text or "127.0.0.1")
+    with contextlib.suppress(ValueError):
+        if any_interface and (wild := ip_address(host)) in _WILDCARDS:
+            found = [ip_address(address) for address in own_addresses() if "%" not in address]  # no use elsewhere
+            found.sort(key=lambda address: address.is_loopback)
+            return [f"tcp://{_bracketed(str(each))}:{port}" for each in found if each.version == wild.version]
+    return [listen_address(text)]
+
+
+def own_addresses() -> list[str]:
+    """All IP addresses of this host, those of links with their interface's name behind a ``%``."""
+    import psutil  # for this alone
+
+    every = [each for interface in psutil.net_if_addrs().values() for each in interface]
+    return [each.address for each in every if each.family in (socket.AF_INET, socket.AF_INET6)]
+
+
 def _host_and_port(text: str) -> tuple[str, str]:
     match = re.fullmatch(r"\[([^\[\]]+)\](?::(\d{1,5}|\*))?|([^\[\]:]*)(?::(\d{1,5}|\*))?|([^\[\]]+)", text)
     if match is None:
@@ -680,7 +704,7 @@ def _host_and_port(text: str) -> tuple[str, str]:
     inner, inner_port, host, host_port, bare = match.groups()
     host, port = inner or bare or host, inner_port or host_port or "*"
     if host in ("", "*"):
-        raise ValueError(f"--listen {text} {_EVERYWHERE}")
+        host = "0.0.0.0"
     if bare is not None and bare.count(":") < 2:
         raise ValueError(f"--listen {text}: the port must be a number from 1 to 65535")
     if port != "*" and not 1 <= int(port) <= 65535:

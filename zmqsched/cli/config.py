@@ -26,6 +26,7 @@ name = "default"                     # to find the cluster by: zmqsched.Client("
 [broker]
 # host = ""                          # the host to start the cluster on; elsewhere it is refused. "": any
 # listen = ["10.0.0.1"]              # addresses to bind, encrypted; none: Unix sockets, unless there are nodes elsewhere
+# insecure_any_interface = false     # let listen be 0.0.0.0 or ::, every address of this host, in all its networks
 # port = 0                           # the first of three in a row; 0: any that are free
 # journal = true                     # keep tasks and answers for when it dies: true, false, or a file's path
 # idle_timeout = 0                   # end the cluster when nothing was asked of it for so long; 0: never

@@ -45,10 +45,10 @@ def _count(ctx: click.Context, parameter: click.Parameter, number: int | None) -
 
 def _listen(ctx: click.Context, _: click.Parameter, text: str | None) -> str | None:
     if text is not None:
-        from ..sockets import listen_address  # ZeroMQ is loaded for those who need it
+        from ..sockets import listen_addresses  # ZeroMQ is loaded for those who need it
 
         try:
-            listen_address(text)
+            listen_addresses(text, any_interface=ctx.params["insecure_any_interface"])
         except ValueError as error:
             raise click.UsageError(str(error), ctx) from None
     return text
@@ -99,6 +99,10 @@ OF_NODES = {
     "--listen", is_flag=False, flag_value="", metavar="[ADDRESS[:PORT]]", callback=_listen,
     help="Use TCP, encrypted, so that other hosts can join; without an address on loopback.",
 )  # fmt: skip
+@click.option(
+    "--insecure-any-interface", is_flag=True, is_eager=True,
+    help="Let --listen 0.0.0.0 (or ::) mean every address of this host: all its networks can try to get in.",
+)
 @click.option(
     "--max-queued", metavar="SIZE", callback=_size,
     help="What the broker holds of tasks and results (500M, 2G) before clients wait.  [default: a quarter of the memory]",

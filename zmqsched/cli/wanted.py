@@ -13,7 +13,7 @@ from ..errors import ClusterFileError
 from ..host import usable_cpus
 from ..launch import launcher_names
 from ..schema import among
-from ..sockets import listen_address
+from ..sockets import listen_addresses
 
 # Hosts of so many CPUs there are at every site.
 WORKERS_OF_JOB = 8
@@ -35,6 +35,7 @@ class Options:
     resources: tuple[tuple[str, float], ...] = ()
     tags: tuple[str, ...] = ()
     listen: str | None = None
+    insecure_any_interface: bool = False
     max_queued: int | None = None
     journal: str | None = None
 
@@ -67,6 +68,8 @@ def of_options(options: Options, sbatch: Sequence[str] = (), file: ClusterFile |
     broker = replace(file.broker, **{key: value for key, value in given.items() if value is not None})
     if options.listen is not None:
         broker = replace(broker, listen=(options.listen,))
+    if options.insecure_any_interface:
+        broker = replace(broker, insecure_any_interface=True)
     if options.journal is not None:  # an empty one is none
         broker = replace(broker, journal=options.journal or False)
     return replace(file, name=options.name or file.name, broker=broker).checked()
@@ -111,7 +114,7 @@ def _problems(file: ClusterFile) -> list[str]:
     ]
     for index, address in enumerate(file.broker.listen):
         try:
-            listen_address(address)
+            listen_addresses(address, any_interface=file.broker.insecure_any_interface)
         except ValueError as error:
             problems.append(f"broker.listen[{index}]: {str(error).removeprefix('--listen ')}")
     return problems
