@@ -463,6 +463,14 @@ def test_a_group_adapts_to_what_is_asked_of_it(gate: Gate, monkeypatch: pytest.M
         eventually(lambda: cluster.nodes() == [])
 
 
+def test_tasks_that_ask_for_what_is_not_there_yet_make_it_come():
+    """The broker fails tasks that no node could hold, but not at once."""
+    groups = [local(), local(name="gpu", tags=("gpu",), scale=Scale(min=0, max=1))]
+    with Cluster(wanted(*groups)) as cluster, Client(cluster) as client:
+        assert client.options(tags=["gpu"]).submit(pow, 2, 3).result(30) == 8
+        assert labels(cluster) == ["gpu-1", "local-1"]
+
+
 def test_the_death_of_the_broker_ends_neither_nodes_nor_control(caplog: pytest.LogCaptureFixture):
     with Cluster(wanted(local(count=2))) as cluster, Client(cluster) as client:
         before = cluster.broker_pid

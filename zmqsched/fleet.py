@@ -362,14 +362,15 @@ class Fleet:
     def _adapt(self) -> None:
         """Each group in turn: what one starts, the next need not."""
         here = [node for node in self._status.nodes if node.state in ("alive", "suspect")]
-        tasks = self._status.tasks.get("queued", 0) + self._status.tasks.get("assigned", 0)
+        queued = self._status.tasks.get("queued", 0)
+        tasks = queued + self._status.tasks.get("assigned", 0)
         groups = [group for group in self.groups.values() if group.adapting]
         for group in groups:
             assert group.adapting is not None
             staying = group.staying()
             coming = [label for label in staying if label not in self._nodes]
             busy = {label: self._nodes[label].assigned for label in staying if label in self._nodes}
-            demand = Demand(tasks, sum(node.slots for node in here), self._slots_coming())
+            demand = Demand(tasks, queued, sum(node.slots for node in here), self._slots_coming())
             step = group.adapting.decide(time.monotonic(), demand, self._slots_of(group), busy, coming)
             self._dismiss(group, step.leave)
             group.stop([label for label, one in group.members.items() if one.ended])

@@ -29,7 +29,8 @@ class Site:
         for label in self.here:
             busy[label] = min(self.slots, rest)
             rest -= busy[label]
-        return self.adapting.decide(self.now, Demand(self.tasks, here, coming), self.slots, busy, list(self.coming))
+        demand = Demand(self.tasks, max(0, self.tasks - 2 * here), here, coming)
+        return self.adapting.decide(self.now, demand, self.slots, busy, list(self.coming))
 
     def turn(self) -> None:
         step = self.step()
@@ -87,6 +88,13 @@ def test_what_has_found_no_slot_for_a_while_gets_more_nodes():
     assert site.number == 2
 
 
+def test_what_is_queued_while_slots_are_free_asks_for_what_is_not_there():
+    adapting = Adapting(0, 4)
+    assert adapting.decide(0.0, Demand(1, 1, 8, 0), 2, {}, []) == Step()
+    assert adapting.decide(UP_AFTER_S, Demand(1, 1, 8, 0), 2, {}, []).start == 1
+    assert adapting.decide(2 * UP_AFTER_S, Demand(1, 1, 8, 2), 2, {}, ["a"]) == Step()
+
+
 def test_no_more_nodes_come_than_the_tasks_fill():
     site = Site(0, 100, slots=4, takes_s=1000)
     site.tasks = 9
@@ -109,8 +117,8 @@ def test_their_number_at_most_doubles_at_a_time_and_ends_at_the_most():
 
 def test_what_other_groups_have_or_await_is_not_started_again():
     adapting = Adapting(0, 8)
-    assert adapting.decide(0.0, Demand(6, 2, 4), 2, {}, []) == Step()
-    assert adapting.decide(0.0 + UP_AFTER_S, Demand(6, 2, 4), 2, {}, []) == Step()
+    assert adapting.decide(0.0, Demand(6, 0, 2, 4), 2, {}, []) == Step()
+    assert adapting.decide(0.0 + UP_AFTER_S, Demand(6, 0, 2, 4), 2, {}, []) == Step()
 
 
 def test_what_is_on_its_way_and_not_wanted_any_more_is_called_off():
@@ -135,36 +143,36 @@ def test_the_idle_leave_after_a_while_but_for_the_least():
 def test_who_has_a_task_stays():
     adapting = Adapting(0, 8)
     for now in (0.0, IDLE_S + 1):
-        step = adapting.decide(now, Demand(1, 4, 0), 2, {"busy": 1, "idle": 0}, [])
+        step = adapting.decide(now, Demand(1, 0, 4, 0), 2, {"busy": 1, "idle": 0}, [])
     assert step.leave == ("idle",)
 
 
 def test_who_was_busy_in_between_has_not_been_idle():
     adapting = Adapting(0, 8)
     for now, tasks in ((0.0, 0), (IDLE_S / 2, 1), (IDLE_S / 2 + 1, 0)):
-        assert adapting.decide(now, Demand(tasks, 2, 0), 2, {"a": tasks}, []) == Step()
-    assert adapting.decide(IDLE_S + 1, Demand(0, 2, 0), 2, {"a": 0}, []) == Step()
-    assert adapting.decide(IDLE_S * 1.5 + 1, Demand(0, 2, 0), 2, {"a": 0}, []).leave == ("a",)
+        assert adapting.decide(now, Demand(tasks, 0, 2, 0), 2, {"a": tasks}, []) == Step()
+    assert adapting.decide(IDLE_S + 1, Demand(0, 0, 2, 0), 2, {"a": 0}, []) == Step()
+    assert adapting.decide(IDLE_S * 1.5 + 1, Demand(0, 0, 2, 0), 2, {"a": 0}, []).leave == ("a",)
 
 
 def test_nobody_leaves_while_tasks_lack_a_slot():
     """An idle node that is not given the tasks (they ask for something else) is no reason to swing."""
     adapting = Adapting(0, 1)
     for now in (0.0, IDLE_S, 2 * IDLE_S):
-        assert adapting.decide(now, Demand(50, 2, 0), 2, {"a": 0}, []) == Step()
+        assert adapting.decide(now, Demand(50, 0, 2, 0), 2, {"a": 0}, []) == Step()
 
 
 def test_the_longest_idle_goes_first_and_what_has_not_come_before_it():
     adapting = Adapting(2, 8)
-    adapting.decide(0.0, Demand(0, 4, 0), 2, {"first": 0, "second": 1}, [])
-    adapting.decide(1.0, Demand(0, 4, 2), 2, {"first": 0, "second": 0, "third": 0}, ["coming"])
-    step = adapting.decide(IDLE_S + 1, Demand(0, 4, 2), 2, {"first": 0, "second": 0, "third": 0}, ["coming"])
+    adapting.decide(0.0, Demand(0, 0, 4, 0), 2, {"first": 0, "second": 1}, [])
+    adapting.decide(1.0, Demand(0, 0, 4, 2), 2, {"first": 0, "second": 0, "third": 0}, ["coming"])
+    step = adapting.decide(IDLE_S + 1, Demand(0, 0, 4, 2), 2, {"first": 0, "second": 0, "third": 0}, ["coming"])
     assert step.leave == ("coming", "first")
 
 
 def test_above_the_most_somebody_leaves_at_once_the_idle_before_the_busy():
     adapting = Adapting(0, 2)
-    step = adapting.decide(0.0, Demand(9, 8, 2), 2, {"a": 2, "b": 0, "c": 1}, ["d"])
+    step = adapting.decide(0.0, Demand(9, 0, 8, 2), 2, {"a": 2, "b": 0, "c": 1}, ["d"])
     assert step.leave == ("d", "b")
 
 
@@ -172,17 +180,17 @@ def test_failures_are_followed_by_pauses_that_grow_until_one_succeeds():
     adapting = Adapting(1, 4)
     now, pauses = 0.0, []
     for _ in range(9):
-        assert adapting.decide(now, Demand(0, 0, 0), 2, {}, []).start == 1
+        assert adapting.decide(now, Demand(0, 0, 0, 0), 2, {}, []).start == 1
         adapting.failed(now)
         failed_at = now
-        while not adapting.decide(now, Demand(0, 0, 0), 2, {}, []).start:
+        while not adapting.decide(now, Demand(0, 0, 0, 0), 2, {}, []).start:
             now += 1.0
         pauses.append(now - failed_at)
     assert pauses[:3] == [FIRST_PAUSE_S, 2 * FIRST_PAUSE_S, 4 * FIRST_PAUSE_S]
     assert pauses[-1] == LONGEST_PAUSE_S
     adapting.joined()
     adapting.failed(now)
-    assert adapting.decide(now + FIRST_PAUSE_S, Demand(0, 0, 0), 2, {}, []).start == 1
+    assert adapting.decide(now + FIRST_PAUSE_S, Demand(0, 0, 0, 0), 2, {}, []).start == 1
 
 
 @pytest.mark.parametrize("seed", range(30))

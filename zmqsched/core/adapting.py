@@ -23,17 +23,23 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 60.0
 
 @dataclass(frozen=True)
 class Demand:
-    """What the whole cluster is asked for, and has. ``tasks``: those that could run now or do; ``slots``: of the nodes that
-    are there; ``coming``: of those that are on their way."""
+    """What the whole cluster is asked for, and has. ``tasks``: those that could run now or do; ``queued``: those of them
+    that no node has; ``slots``: of the nodes that are there; ``coming``: of those that are on their way."""
 
     tasks: int
+    queued: int
     slots: int
     coming: int
 
     @property
+    def wanted(self) -> int:
+        """Tasks that find no slot. What is queued finds none even where slots are free: it asks for what is not there."""
+        return max(0, self.tasks - self.slots, self.queued)
+
+    @property
     def lacking(self) -> int:
-        """Tasks that will find no slot; below 0, slots that will find no task."""
-        return self.tasks - self.slots - self.coming
+        """Tasks that will find no slot."""
+        return max(0, self.wanted - self.coming)
 
 
 @dataclass(frozen=True)
@@ -80,12 +86,12 @@ class Adapting:
 
     def _watch(self, now: float, demand: Demand, slots: int, here: Mapping[str, int], coming: Sequence[str]) -> None:
         """Since when do tasks lack a slot, or nodes a task? Of those that are coming, who is more than the tasks want."""
-        if demand.lacking <= 0:
+        if not demand.lacking:
             self._lacking_since = None
         elif self._lacking_since is None:
             self._lacking_since = now
-        wanted = math.ceil(max(0, demand.tasks - demand.slots) / slots)
-        idle = [] if demand.lacking > 0 else [label for label, tasks in here.items() if not tasks]
+        wanted = math.ceil(demand.wanted / slots)
+        idle = [] if demand.lacking else [label for label, tasks in here.items() if not tasks]
         self._idle_since = {label: self._idle_since.get(label, now) for label in [*idle, *coming[wanted:]]}
 
     def _more(self, now: float, demand: Demand, slots: int, number: int) -> int:
