@@ -34,5 +34,6 @@ def test_the_reference_has_every_public_name(built):
     reference = (built / "api.html").read_text()
     names = [name for name in zmqsched.__all__ if name not in ("__version__", "errors")]
     names += [f"errors.{name}" for name, kind in vars(errors).items() if getattr(kind, "__module__", "") == errors.__name__]
-    names += ["Client.submit", "Client.map", "Client.options", "Client.shutdown", "Future.cancel", "LocalCluster.close"]
+    names += ["Client.submit", "Client.map", "Client.options", "Client.shutdown", "Future.cancel"]
+    names += ["Cluster.close", "Cluster.from_file"]
     assert [name for name in names if f'id="zmqsched.{name}"' not in reference] == []
