@@ -508,6 +508,7 @@ def test_another_process_scales_and_looks(clusters: Home):
         print(control.ask("lab", {"do": "nodes"})["nodes"][0]["label"], control.ask("lab", {"do": "facts"})["groups"])
     """
     with Cluster(wanted(local())) as cluster:
+        assert control.ask("lab", {"do": "facts"})["pid"] == os.getpid()  # from the first moment on
         command = [sys.executable, "-c", textwrap.dedent(program)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout == "local-1 {'local': 2}\n"

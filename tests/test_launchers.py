@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from conftest import Scripts
 
+from zmqsched.clusterfile import BatchPart, NodeGroup
 from zmqsched.errors import StartError
 from zmqsched.launch import ENTRY_POINTS, LAUNCHERS, find_launcher, launcher_names
-from zmqsched.launch.base import Launcher
+from zmqsched.launch.base import Launcher, Site, node_command
 from zmqsched.launch.local import LocalLauncher
 from zmqsched.launch.reach import own_addresses
 
@@ -78,6 +79,12 @@ def test_another_packages_that_cannot_be_used_is_told(others: Path, name: str, s
         find_launcher(name)
 
 
+def test_what_a_node_offers_is_said_to_the_last_digit():
+    group = NodeGroup(resources={"disk": 8_589_934_593.0, "share": 0.1 + 0.2}, memory_limit=123_456_789)
+    words = node_command(group, "a-1", "-", "python")
+    assert {"--resource=disk=8589934593.0", "--resource=share=0.30000000000000004", "--memory-limit=123456789"} <= set(words)
+
+
 def test_ours_are_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     install(tmp_path, "zmqsched-greedy", {"local": "zmqsched_greedy:Launcher"})
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -101,9 +108,6 @@ def test_the_example_is_found_by_its_entry_point_and_its_nodes_are_nice(tmp_path
 
 def test_the_examples_preview_is_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.syspath_prepend(str(EXAMPLE))
-    from zmqsched.clusterfile import BatchPart, NodeGroup
-    from zmqsched.launch.base import Site
-
     kind = import_module("zmqsched_nice").NiceLauncher
     group = NodeGroup(launcher="nice", python="python3", batch=BatchPart(options=("-n", "5")))
     launcher = kind(group, Site(tmp_path, tmp_path))

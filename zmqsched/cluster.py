@@ -364,8 +364,8 @@ def _broker_options(wanted: ClusterFile) -> list[str]:
         )
     options = [f"--policy={part.policy}"]
     if beats != HeartbeatPart():
-        options += [f"--beat-interval={beats.interval:g}", f"--dead-after={beats.dead_after:g}"]
-    options += [f"--idle-timeout={part.idle_timeout:g}"] if part.idle_timeout else []
+        options += [f"--beat-interval={beats.interval}", f"--dead-after={beats.dead_after}"]
+    options += [f"--idle-timeout={part.idle_timeout}"] if part.idle_timeout else []
     if wanted.tasks != TasksPart():
         options.append(f"--task-defaults={msgspec.json.encode(wanted.tasks).decode()}")
     options += [f"--listen={address}" for address in _listens(wanted)]

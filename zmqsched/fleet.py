@@ -148,7 +148,8 @@ class Fleet:
 
     def serve(self) -> None:
         """From now on the thread does the rest, and the control socket is there."""
-        self._thread = threading.Thread(target=self._run, name="zmqsched cluster", daemon=True)
+        server = Server(self._site.directory, self.answer)
+        self._thread = threading.Thread(target=self._run, args=(server,), name="zmqsched cluster", daemon=True)
         self._thread.start()
 
     def _coming(self) -> list[Launched]:
@@ -260,8 +261,7 @@ class Fleet:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_write(self._wake, 1)
 
-    def _run(self) -> None:
-        server = Server(self._site.directory, self.answer)
+    def _run(self, server: Server) -> None:
         look_at = time.monotonic()
         while not self._closed:
             waiter = select.poll()

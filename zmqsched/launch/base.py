@@ -114,7 +114,7 @@ def node_command(group: NodeGroup, label: str, connect: str, python: str) -> lis
     is the first line (as compact JSON) and whose end ends the node."""
     words = [python, "-m", "zmqsched", "node", f"--connect={connect}", f"--label={label}"]
     words += [f"--slots={group.slots}"] if group.slots else []
-    words += [f"--resource={name}={amount:g}" for name, amount in group.resources.items()]
+    words += [f"--resource={name}={amount}" for name, amount in group.resources.items()]
     words += [f"--tag={tag}" for tag in group.tags]
     words += [f"--max-tasks-per-worker={group.max_tasks_per_worker}"] if group.max_tasks_per_worker else []
     if group.memory_limit:
