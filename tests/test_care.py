@@ -16,7 +16,7 @@ from conftest import eventually
 
 import zmqsched
 from zmqsched import Client
-from zmqsched.errors import ClusterLost, CommandFailed
+from zmqsched.errors import ClusterLost, CommandFailed, WorkerDied
 from zmqsched.protocol import Options
 
 ZMQSCHED = [sys.executable, "-m", "zmqsched"]
@@ -138,6 +138,55 @@ def test_in_an_allocation_sigterm_hands_back_what_does_not_end_in_time(site, tmp
         eventually(lambda: states(client)["n1"] == "draining")
         site.node()
         assert future.result(20) == 2
+
+
+# --- workers ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_replaced_after_so_many_tasks_and_nothing_is_lost(site):
+    site.broker()
+    site.node("--max-tasks-per-worker=5")
+    with site.client() as client:
+        pids = [future.result(30) for future in [client.submit(os.getpid) for _ in range(50)]]
+        assert max(pids.count(pid) for pid in pids) == 5
+        assert client.status().counts.get("worker deaths", 0) == 0
+
+
+def hoards(size: int) -> int:
+    hoard = b"x" * size
+    while True:
+        time.sleep(len(hoard) and 0.05)
+
+
+def test_a_task_that_takes_more_memory_than_a_worker_may_use_is_told_so(site):
+    site.broker()
+    site.node("--memory-limit=300M")
+    with site.client() as client:
+        with pytest.raises(WorkerDied, match=r"used \d+ MiB of the 300 MiB that a worker may use"):
+            client.options(requeue=False).submit(hoards, 400 << 20).result(30)
+        assert client.submit(abs, -1).result(20) == 1
+
+
+def test_a_worker_that_takes_much_memory_is_replaced_when_its_task_has_ended(site, gate):
+    site.broker()
+    site.node("--memory-limit=800M", "--memory-soft=0.4")
+
+    def keeps():
+        import os
+        import sys
+
+        sys.modules["hoard"] = [b"x" * (400 << 20)]
+        return os.getpid()
+
+    with site.client() as client:
+        future = client.submit(gate.task, keeps)
+        eventually(lambda: [worker.worn for worker in client.workers()] == [True])
+        assert "worn" in repr(client.workers())
+        gate.open()
+        pid = future.result(20)
+        assert client.submit(os.getpid).result(20) != pid
+        eventually(lambda: pid not in [worker.pid for worker in client.workers()])
+        assert client.status().counts.get("worker deaths", 0) == 0
 
 
 # --- what a broker is told ----------------------------------------------------------------------------------------------

@@ -186,11 +186,12 @@ def _node(arguments: list[str]) -> int:
         sys.path.insert(0, os.getcwd())
     try:
         file = _load(options.connect, options.wait, until_eof=until_eof)
+        care = Care(options.max_tasks_per_worker, options.memory_limit, options.memory_soft)
         from .node import Node
 
         node = Node(
             file, options.slots, dict(options.resource), options.tag, echo=not options.no_echo, label=options.label,
-            walltime_s=options.walltime,
+            walltime_s=options.walltime, care=care,
             alone_s=options.give_up_after or (NODE_ALONE_S if options.connect == "-" else math.inf),
         )  # fmt: skip
         node.run(starter, until_eof=until_eof)

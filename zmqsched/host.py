@@ -61,6 +61,12 @@ def walltime(environment: Mapping[str, str]) -> float:
     return max(1.0, int(end) - time.time()) if end.isdigit() else 0.0
 
 
+def resident(pid: int) -> int:
+    """Bytes of memory that this process has, 0 if it is gone."""
+    fields = _read(PROC / str(pid) / "statm").split()
+    return int(fields[1]) * os.sysconf("SC_PAGE_SIZE") if fields else 0
+
+
 def usable_memory() -> int:
     """Bytes of memory this process may use: the host's, or the cgroup's limit if that is lower."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

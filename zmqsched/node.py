@@ -15,12 +15,15 @@ from collections.abc import Iterable
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
+from msgspec.structs import replace
+
 from . import host, origin, orphans
 from .codec import decode, decode_pipe, encode, encode_pipe
 from .config import ConnectionFile
 from .core import events
 from .core.agent import Agent
 from .core.events import AgentAction, AgentEvent, FromTask, Reached, Said, Tick
+from .core.settings import Care
 from .errors import ProtocolError, Refused, StartError
 from .listening import Listener
 from .nursery import KILLED, Born, Exited, Gone, Nursery, Wires
@@ -46,6 +49,7 @@ LINGER_MS = 2_000
 # While every worker has several short tasks in its pipe there is no hurry: rather than be woken for each answer, the node
 # sleeps this long and takes all that have come (as a network driver does under load).
 PACE_S = 0.001
+MEASURE_S = 0.25  # how often to look at what workers take of the memory, if that is limited
 # What runs is handed back so long before the batch system ends this process.
 HAND_BACK_S = 3.0
 
@@ -69,6 +73,7 @@ class Node:
         echo: bool = True,
         label: str = "",
         walltime_s: float = 0.0,
+        care: Care | None = None,
         alone_s: float = math.inf,
     ) -> None:
         orphans.adopt()
@@ -96,13 +101,17 @@ class Node:
         )  # fmt: skip
         walltime_s = walltime_s or host.walltime(os.environ)
         leaves_at = monotonic() + walltime_s - min(HAND_BACK_S, walltime_s / 4) if walltime_s else math.inf
-        self._agent = Agent(hello, gpus, alone_s=alone_s, leaves_at=leaves_at)
+        care = care or Care()
+        self._agent = Agent(hello, gpus, care, alone_s=alone_s, leaves_at=leaves_at)
         self._incarnation = hello.incarnation
         self._echo = echo
         self._wires: dict[int, Wires] = {}  # by worker
+        self._pids: dict[int, int] = {}  # by worker
         self._readable: dict[int, int] = {}  # worker by descriptor, of its pipe
         self._nests = False  # tasks here submit tasks
         self._unsent: dict[int, list[Run]] = {}  # what could not be put into a dying worker's pipe
+        self._measure_s = MEASURE_S if care.memory_limit else math.inf
+        self._measure_at = 0.0 if care.memory_limit else math.inf
         self._measured: dict[int, psutil.Process] = {}
         self._oom_kills = host.OomKills()
         self._why = ""
@@ -137,7 +146,7 @@ class Node:
         self._step(Tick())
         said = False
         while not self._why:
-            deadline = min(self._agent.next_deadline(), self._listener.due())
+            deadline = min(self._agent.next_deadline(), self._listener.due(), self._measure_at)
             if self._agent.has_plenty:
                 sleep(PACE_S)
                 deadline = 0.0
@@ -153,6 +162,9 @@ class Node:
                 self._look_at_connections()
             self._read_broker()
             self._pass_on()
+            if monotonic() >= self._measure_at:
+                self._measure_at = monotonic() + self._measure_s
+                self._step(events.Measured(self._sizes()))
             self._step(Tick())
             if not said and self._agent.ready:
                 said = True
@@ -280,6 +292,7 @@ class Node:
         for event in self._nursery.read():
             match event:
                 case Born(worker, pid):
+                    self._pids[worker] = pid
                     self._step(events.Born(worker, pid))
                 case Exited():
                     self._buried(event)
@@ -291,6 +304,7 @@ class Node:
         self._read_worker(worker, limit=1_000_000)  # what it said before it died
         untaken = self._untaken(worker) + self._unsent.pop(worker, [])
         wires = self._wires.pop(worker)
+        del self._pids[worker]
         del self._readable[wires.pipe.fileno()]
         self._waiter.remove(wires.pipe.fileno())
         self._listener.bury(worker, monotonic())
@@ -360,7 +374,15 @@ class Node:
         except psutil.Error:  # it died this very moment
             return state
         self._wires[state.worker].box.memory = memory
-        return WorkerState(state.worker, state.pid, state.state, state.done, cpu, memory)
+        return replace(state, cpu=cpu, memory=memory)
+
+    def _sizes(self) -> dict[int, int]:
+        """Of the memory of each worker, in bytes; for its death certificate too."""
+        sizes = {}
+        for worker, wires in self._wires.items():
+            if (pid := self._pids.get(worker)) is not None and (size := host.resident(pid)):
+                sizes[worker] = wires.box.memory = size
+        return sizes
 
     def _close(self) -> None:
         self._nursery.close()

@@ -252,7 +252,8 @@ class Advance(_Wire):
 
 
 class WorkerState(_Wire):
-    """A worker as its node sees it. ``cpu`` in percent of one core, ``memory`` in bytes of resident set."""
+    """A worker as its node sees it. ``cpu`` in percent of one core, ``memory`` in bytes of resident set. ``worn``: it gets
+    no other task, and is replaced when it is idle."""
 
     worker: Count
     pid: Count
@@ -260,6 +261,7 @@ class WorkerState(_Wire):
     done: Count = 0
     cpu: Amount = 0.0
     memory: Count = 0
+    worn: bool = False
 
 
 class Host(_Wire):

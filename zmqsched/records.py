@@ -38,7 +38,8 @@ class NodeInfo:
 @dataclass(frozen=True)
 class WorkerInfo:
     """A worker, as of its node's last beat (each second). ``state``: idle or busy; ``done``: tasks it has answered;
-    ``cpu``: percent of one core; ``memory``: resident bytes."""
+    ``cpu``: percent of one core; ``memory``: resident bytes. ``worn``: it gets no other task, and is replaced when it
+    is idle."""
 
     id: str
     node: str
@@ -48,6 +49,7 @@ class WorkerInfo:
     done: int
     cpu: float
     memory: int
+    worn: bool = False
 
 
 class NodeList(Shown, list[NodeInfo]):
@@ -104,7 +106,7 @@ def node_infos(report: Report) -> NodeList:
 
 def worker_infos(report: Report) -> WorkerList:
     return WorkerList(
-        WorkerInfo(f"{node.id}/{w.worker}", node.id, node.where.host, w.pid, w.state, w.done, w.cpu, w.memory)
+        WorkerInfo(f"{node.id}/{w.worker}", node.id, node.where.host, w.pid, w.state, w.done, w.cpu, w.memory, w.worn)
         for node in report.nodes
         if node.state not in ("lost", "gone")
         for w in node.workers
@@ -162,7 +164,8 @@ def _node_row(node: NodeInfo) -> Row:
 
 def _worker_row(worker: WorkerInfo) -> Row:
     memory = f"{worker.memory / 2**20:.0f} MiB" if worker.memory else ""  # measured with the first beat
-    return worker.id, worker.host, worker.pid, worker.state, worker.done, f"{worker.cpu:.0f} %", memory
+    state = f"{worker.state}, worn" if worker.worn else worker.state
+    return worker.id, worker.host, worker.pid, state, worker.done, f"{worker.cpu:.0f} %", memory
 
 
 def _listed(counts: dict[str, int]) -> str:

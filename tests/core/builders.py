@@ -36,6 +36,7 @@ from zmqsched.core.events import (
     Kill,
     Leave,
     Log,
+    Measured,
     NowRunning,
     Printed,
     Publish,
@@ -66,7 +67,7 @@ from zmqsched.core.events import (
 from zmqsched.core.link import Link
 from zmqsched.core.requests import Requests
 from zmqsched.core.scheduler import Scheduler
-from zmqsched.core.settings import Settings
+from zmqsched.core.settings import Care, Settings
 from zmqsched.protocol import (
     Adopt,
     Advance,
@@ -629,11 +630,12 @@ class Workplace:
         sloth: bool = False,
         alone_s: float = math.inf,
         leaves_in_s: float = math.inf,
+        care: Care = Care(),  # noqa: B008 - frozen
     ) -> None:
         held = tuple(sorted({"cpu": float(slots), **(resources or {})}.items()))
         self.now = 100.0
         hello = NodeHello(token("node"), 1, Host("here", 1, PYTHON), slots, slots, held)
-        self.agent = Agent(hello, gpus, alone_s=alone_s, leaves_at=self.now + leaves_in_s)
+        self.agent = Agent(hello, gpus, care, alone_s=alone_s, leaves_at=self.now + leaves_in_s)
         self.pipes: dict[int, list[Run]] = {}
         self.pids: dict[int, int] = {}
         self.born: list[int] = []
@@ -754,6 +756,11 @@ class Workplace:
         untaken = self.pipes[worker][1:]
         del self.pipes[worker][1:]
         self.step(TakenBack(worker, untaken))
+        self.turn()
+
+    def measures(self, **sizes: int) -> None:
+        """What the workers of these tasks take of the memory."""
+        self.step(Measured({self.worker_of(label): size for label, size in sizes.items()}))
         self.turn()
 
     def leaves(self, *, drain: bool) -> None:

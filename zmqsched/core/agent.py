@@ -84,6 +84,7 @@ from .events import (
     FromTask,
     Leave,
     Log,
+    Measured,
     Printed,
     Quit,
     Reached,
@@ -102,6 +103,7 @@ from .giving import Giving
 from .offences import Offences, Strikes
 from .reports import Reports
 from .room import Room
+from .settings import Care
 from .stops import Ending
 from .uplink import Uplink
 from .workers import Held, Worker
@@ -116,7 +118,13 @@ PARTING_S = 2.0  # how long a drained node waits for its last results to be ackn
 
 class Agent:
     def __init__(
-        self, hello: NodeHello, gpus: Iterable[str] = (), *, alone_s: float = math.inf, leaves_at: float = math.inf
+        self,
+        hello: NodeHello,
+        gpus: Iterable[str] = (),
+        care: Care = Care(),  # noqa: B008 - frozen
+        *,
+        alone_s: float = math.inf,
+        leaves_at: float = math.inf,
     ) -> None:
         """``alone_s``: it ends when the broker has been silent for so long. ``leaves_at``: it will be ended soon after."""
         self._leaves_at = leaves_at
@@ -125,7 +133,7 @@ class Agent:
         self._uplink.leaves_at = leaves_at
         self._host = hello.where.host
         self._out: list[AgentAction] = []
-        self._crew = Crew(hello.slots)
+        self._crew = Crew(hello.slots, care)
         self._workers = self._crew.workers
         self._room = Room(dict(hello.resources), gpus)
         self._functions = FunctionStore()
@@ -167,6 +175,8 @@ class Agent:
                 self._unreadable(why, now)
             case TakenBack(worker, runs):
                 self._taken_back(self._workers[worker], runs, now)
+            case Measured(sizes):
+                self._measured(sizes)
             case Stood(worker, stack):
                 if (ending := self._workers[worker].ending) is not None:
                     ending.stack = stack
@@ -418,6 +428,12 @@ class Agent:
         if worker.ending is not None and worker.ending.over:
             worker.ending = None
 
+    def _measured(self, sizes: dict[int, int]) -> None:
+        self._out.extend(self._crew.measured(sizes))
+        for worker in self._workers.values():
+            if worker.worn:
+                self._giving.take_back(worker)
+
     def _printed(self, words: list[Words], advances: list[Advance]) -> None:
         """At once, so before any result of this turn. Without a session it is lost; what comes later says how much."""
         if (link := self._uplink.link) is not None:
@@ -474,6 +490,7 @@ class Agent:
 
     def _exited(self, worker: Worker, exited: Exited, now: float) -> None:
         _, pid, how, untaken, remains = exited
+        how = worker.over or how
         early = False
         self._reclaim(worker, now)
         self._taken_back(worker, untaken, now)
@@ -493,7 +510,7 @@ class Agent:
                 self._reports.no_longer_counts(running)
                 self._forget(running)
             self._idle(worker, now)
-        elif not worker.spare:
+        elif not (worker.spare or worker.over):
             self._reports.deaths.append(Death(worker.id, pid, how))
             early = not worker.done
         ours = worker.spare or (worker.ending is not None and worker.ending.interrupted)

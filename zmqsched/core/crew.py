@@ -4,13 +4,20 @@ Rules
 -----
 * There are as many as slots, and one more for each slot that is lent. Those beyond are ended when they have been idle for
   ``SPARE_S``.
+* One that has run as many tasks as it may, or has taken more memory than is good, is *worn*: it is given no other, ends when
+  it is idle, and another is started. One that takes more than it may is killed. One that has not run anything yet is let be:
+  the next would be the same.
 * Workers that die before their first task are replaced with a growing delay.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+
 from ..protocol import WorkerState
-from .events import AgentAction, Retire, Start
+from .events import AgentAction, Kill, Log, Retire, Start
+from .settings import Care
 from .workers import Worker
 
 MAX_LENT = 128  # slots: each is one more process
@@ -21,8 +28,9 @@ RESTART_BACKOFF_S = 0.1  # doubled with each worker in a row that dies before it
 class Crew:
     """``changed``: since the broker was told who is there. ``lent``: how many workers wait for others."""
 
-    def __init__(self, slots: int) -> None:
+    def __init__(self, slots: int, care: Care) -> None:
         self.slots = slots
+        self._care = care
         self.workers: dict[int, Worker] = {}
         self.changed = False
         self.lent = 0
@@ -51,24 +59,49 @@ class Crew:
     def deadlines(self) -> list[float]:
         if len(self.workers) < self._wanted:
             return [self._start_at]
+        if self._idle_and_worn():
+            return [0.0]
         return [worker.idle_since + SPARE_S for worker in self._surplus()]
 
     def adjust(self, now: float) -> list[AgentAction]:
         """Start who is missing, and end who is not needed."""
-        actions: list[AgentAction] = []
+        actions: list[AgentAction] = [self._retire(worker) for worker in self._idle_and_worn()]
         while len(self.workers) < self._wanted and now >= self._start_at:
             self._numbers += 1
-            self.workers[self._numbers] = Worker(self._numbers)
+            self.workers[self._numbers] = Worker(self._numbers, self._care.max_tasks or math.inf)
             actions.append(Start(self._numbers))
-        for worker in self._surplus():
-            if now >= worker.idle_since + SPARE_S:
-                worker.spare = True
-                self._spares += 1
-                actions.append(Retire(worker.id))
+        bored = [worker for worker in self._surplus() if now >= worker.idle_since + SPARE_S]
+        return [*actions, *(self._retire(worker) for worker in bored)]
+
+    def measured(self, sizes: Mapping[int, int]) -> list[AgentAction]:
+        """What workers take of the memory, in bytes."""
+        actions: list[AgentAction] = []
+        limit = self._care.memory_limit
+        for worker in [worker for number in sizes if (worker := self.workers.get(number)) is not None]:
+            size = sizes[worker.id]
+            if not worker.done and not worker.runs:
+                continue
+            if size > limit and not worker.over:
+                worker.over = f"used {_amount(size)} of the {_amount(limit)} that a worker may use"
+                worker.worn = self.changed = True
+                actions.append(Kill(worker.id))
+            elif size > limit * self._care.memory_soft and not worker.worn:
+                worker.worn = self.changed = True
+                text = f"worker {worker.id} uses {_amount(size)} of {_amount(limit)}: it is replaced when its task has ended"
+                actions.append(Log("warning", text))
         return actions
+
+    def _idle_and_worn(self) -> list[Worker]:
+        return [worker for worker in self.workers.values() if worker.is_worn and worker.state == "idle" and not worker.spare]
+
+    def _retire(self, worker: Worker) -> Retire:
+        worker.spare = True
+        self._spares += 1
+        return Retire(worker.id)
 
     def has_done(self, worker: Worker) -> None:
         worker.done += 1
+        worker.left -= 1
         self._early_deaths = 0
 
     def bury(self, worker: Worker, now: float, *, early: bool) -> None:
@@ -81,7 +114,7 @@ class Crew:
         self.changed = True
 
     def states(self) -> list[WorkerState]:
-        return [WorkerState(worker.id, worker.pid, worker.state, worker.done) for worker in self.workers.values()]
+        return [WorkerState(w.id, w.pid, w.state, w.done, worn=w.is_worn) for w in self.workers.values()]
 
     @property
     def _wanted(self) -> int:
@@ -93,3 +126,7 @@ class Crew:
         if number <= 0:
             return []
         return [worker for worker in self.workers.values() if worker.state == "idle" and not worker.spare][:number]
+
+
+def _amount(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.0f} MiB"

@@ -214,6 +214,12 @@ class Printed(NamedTuple):
     advances: list[Advance]
 
 
+class Measured(NamedTuple):
+    """What each worker takes of the memory, in bytes of resident set."""
+
+    sizes: dict[int, int]
+
+
 class TakenBack(NamedTuple):
     worker: int
     runs: list[Run]
@@ -281,7 +287,9 @@ class SendBeat(NamedTuple):
     beat: Beat
 
 
-AgentEvent = Reached | Reconnected | Unreadable | Born | Exited | Said | Printed | TakenBack | Stood | Leave | Tick
+AgentEvent = (
+    Reached | Reconnected | Unreadable | Born | Exited | Said | Printed | TakenBack | Measured | Stood | Leave | Tick
+)  # fmt: skip
 AgentAction = (
     ToBroker | Start | Give | TakeBack | AskStack | TellStack | Interrupt | Kill | Retire | SendBeat | UseKeys | Log | Quit
 )

@@ -103,12 +103,12 @@ class Giving:
         free = max(0, self._crew.slots - sum(worker.active for worker in self._crew.workers.values()))
         ready = [worker for worker in fit if not worker.runs][:free]
         ready += sorted(
-            [w for w in fit if w.active and len(w.runs) < depth and now - w.since < stuck_after],
+            [w for w in fit if w.active and len(w.runs) < min(depth, w.left) and now - w.since < stuck_after],
             key=lambda worker: len(worker.runs),
         )
         for index, worker in enumerate(ready):
             share = -(-len(self.queue) // (len(ready) - index))
-            while self.queue and share and len(worker.runs) < depth:
+            while self.queue and share and len(worker.runs) < min(depth, worker.left):
                 if not self._may_run(self.queue.head(), worker):
                     break
                 self._start(self.queue.pop(), worker, now, until)

@@ -49,15 +49,19 @@ class Worker:
     """``runs``: what it was given and has not answered, in order; the first of them is running since ``since``. ``ending``:
     its task is brought to an end, or was, and the worker is not fit for another yet. ``waiting_since``: since when its task
     waits for others, if it does; ``waited_s``: how long it has in all; ``late``: it has gone on, perhaps beyond the slots;
-    ``spare``: it is to end, for it is not needed."""
+    ``spare``: it is to end, for it is not needed. ``left``: how many more tasks it may take; ``worn``: none, for it
+    has taken much memory; ``over``: how much, when it is killed for that."""
 
     __slots__ = (
-        "done", "ending", "functions", "gpus", "id", "idle_since", "late", "pid", "runs", "since", "spare", "taking_back",
-        "uses", "waited_s", "waiting_since",
+        "done", "ending", "functions", "gpus", "id", "idle_since", "late", "left", "over", "pid", "runs", "since", "spare",
+        "taking_back", "uses", "waited_s", "waiting_since", "worn",
     )  # fmt: skip
 
-    def __init__(self, number: int) -> None:
+    def __init__(self, number: int, left: float = math.inf) -> None:
         self.id = number
+        self.left = left
+        self.worn = False
+        self.over = ""
         self.pid = 0
         self.done = 0
         self.runs: OrderedDict[bytes, Held] = OrderedDict()
@@ -92,7 +96,12 @@ class Worker:
     @property
     def fit(self) -> bool:
         """For another task."""
-        return bool(self.pid) and self.ending is None and not self.spare
+        return bool(self.pid) and self.ending is None and not self.spare and not self.is_worn
+
+    @property
+    def is_worn(self) -> bool:
+        """To be replaced."""
+        return self.worn or self.left <= 0
 
     @property
     def has_nothing_else(self) -> bool:

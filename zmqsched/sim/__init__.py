@@ -21,6 +21,7 @@ exactly one final answer                               ``Watch``, at each final;
 no node exceeds its credit                             ``Node.take``, at each dispatch; ``SimNode``, after each turn
 a node that leaves or is suspect gets nothing new      ``Watch``, at each dispatch
 no task goes to a node that leaves before it may end  ``Watch``, at each dispatch
+no worker runs more tasks than it may                  ``SimWorker``, at each start
 who is to leave has left by then                       ``SimNode``, after each turn
 what was handed back is not started                    ``SimNode``, at each run given to a worker
 what was cancelled is not started again                ``Watch``, at each dispatch

@@ -52,7 +52,7 @@ from ..core.events import (
 from ..core.ledger import Ledger
 from ..core.requests import Requests
 from ..core.scheduler import Scheduler
-from ..core.settings import Settings
+from ..core.settings import Care, Settings
 from ..core.stops import GRACE_S, LOOK_S
 from ..protocol import (
     Adopt,
@@ -272,6 +272,7 @@ class SimWorker:
         self.running: Run | None = None
         self._began = 0.0
         self._pauses = 0  # of its node, when it began
+        self._ran = 0
 
     def give(self, run: Run) -> None:
         self.pipe.append(run)
@@ -285,6 +286,9 @@ class SimWorker:
         if not self.pipe:
             return
         run = self.running = self.pipe.popleft()
+        self._ran += 1
+        if 0 < self.node.max_tasks < self._ran:
+            raise SimulationFailed(f"worker {self.number} runs {self._ran} tasks and may run {self.node.max_tasks}")
         plan = msgspec.msgpack.decode(_joined(run.call), type=Plan)
         world.executions[run.task] += 1
         given = {_number(each.task): msgspec.msgpack.decode(_joined(each.value)) for each in run.inputs}
@@ -396,10 +400,12 @@ class SimNode(Peer):
         resources: dict[str, float],
         label: str,
         leaves_in_s: float = math.inf,
+        max_tasks: int = 0,
     ) -> None:
         super().__init__(world, name, broker)
         self.slots = slots
         self.label = label
+        self.max_tasks = max_tasks  # of each worker
         self.resources = resources
         self.workers: dict[int, SimWorker] = {}
         self._ran: dict[int, bytes] = {}  # what each dead worker was running
@@ -412,7 +418,7 @@ class SimNode(Peer):
         incarnation = world.random.randbytes(16)
         where = Host("host", 1, "3.11.0")
         hello = NodeHello(incarnation, 1, where, slots, slots, tuple(resources.items()), label=label)
-        self.core = Agent(hello, leaves_at=world.now + self._clock + leaves_in_s)
+        self.core = Agent(hello, (), Care(max_tasks), leaves_at=world.now + self._clock + leaves_in_s)
         self._link = self.core._uplink.link
         self._wake()
 

@@ -219,7 +219,9 @@ class Cluster:
         """Another in the place of one that has gone, if it has its label."""
         number = next(self._numbers)
         lasts_s = self.world.random.uniform(5.2, 11.0) if self.world.chance("walltime", 4.0) else math.inf
-        return SimNode(self.world, b"node%d" % number, self.broker, slots, resources, label or f"local-{number}", lasts_s)
+        label = label or f"local-{number}"
+        most = self.world.random.choice((0, 0, 1, 4))
+        return SimNode(self.world, b"node%d" % number, self.broker, slots, resources, label, lasts_s, most)
 
     def _strike_clients(self) -> None:
         world, random = self.world, self.world.random
