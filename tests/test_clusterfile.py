@@ -204,6 +204,7 @@ def test_with_how_many_nodes_a_group_starts(group, size):
         ("heartbeat = {interval = inf}", "heartbeat.interval: expected float <= "),
         ("heartbeat = {interval = 5}", "heartbeat.dead_after: must be at least three times heartbeat.interval (5 s)"),
         ("tasks = {timeout = -1}", "tasks.timeout: expected float >= 0.0, not -1"),
+        ("tasks = {priority = 2147483649}", "tasks.priority: expected int <= 2147483648, not 2147483649"),
         ("a = [1, 2", "is not TOML: Unclosed array"),
         ("a = 1\na = 2\n", "is not TOML: Cannot overwrite a value (at line 2"),
         (b"\xff\xfe", "is not UTF-8 text"),

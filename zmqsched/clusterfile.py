@@ -83,7 +83,7 @@ class TasksPart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
 
     retries: Count = 0
     timeout: Seconds = 0.0
-    priority: int = 0
+    priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] = 0
     requeue: bool = True
 
 
