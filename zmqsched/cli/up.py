@@ -8,6 +8,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -196,7 +197,8 @@ def _run(wanted: ClusterFile, starter: Starter, *, wait: bool, detached: bool) -
             cluster.wait_for_nodes(sum(group.size for group in wanted.nodes))
         stop = StopSignals(until_eof=False)  # from here on nothing is interrupted, the clean-up least of all
         cluster._changed = stop.wake
-        greeting = _greeting(wanted, cluster.file, cluster.nodes())
+        nodes = [replace(one, state="running") if wait else one for one in cluster.nodes()]  # its queue may say so later
+        greeting = _greeting(wanted, cluster.file, nodes)
         if not detached:
             print("\n".join(greeting), flush=True)
         starter.ready({"pid": os.getpid(), "file": str(path_of(cluster.file)), "greeting": greeting})
