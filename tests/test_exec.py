@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,6 +99,20 @@ def family_of(path: Path) -> list[int]:
 
 def nobody_of(family: list[int]) -> None:
     eventually(lambda: not any(map(alive, family)))
+
+
+def test_an_interrupt_kills_the_commands_whole_group(tmp_path: Path):
+    """Here, without a worker whose death would end it as well."""
+    family = tmp_path / "family"
+    command = Template([FAMILY], 1, shell=True).command(1, [str(family)])
+    interrupt = threading.Thread(
+        target=lambda: (family_of(family), signal.pthread_kill(threading.main_thread().ident, signal.SIGINT))
+    )
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_command(command, "/")
+    interrupt.join()
+    nobody_of(family_of(family))
 
 
 def test_a_command_that_is_cancelled_dies_with_its_children(client: Client, tmp_path: Path):
