@@ -90,7 +90,7 @@ said = st.one_of(
     st.builds(GroupWait, few, groups),
     st.builds(GroupForget, few),
     st.builds(Query, few),
-    st.builds(Command, st.sampled_from(["n1", "n2", "n3"])),
+    st.builds(Command, st.sampled_from(["n1", "n2", "n3"]), few, st.sampled_from(["drain", "retire", "pause", "resume"])),
     st.builds(Results, st.lists(st.builds(Outcome, task_ids, few, st.booleans(), st.just(b"value"), few), **some)),
     st.builds(Progress, few, attempts, attempts, deaths),
     st.builds(Workers, st.just([WorkerState(1, 1, "idle")])),
