@@ -172,6 +172,15 @@ def test_logs_of_one_node_and_of_all(lab):
     assert lab.call("logs") == "a-1: one\na-1: two\na-2: four\na-2: five\n"
 
 
+def test_what_a_node_has_said_while_it_started_is_in_its_log(home):
+    (home.path / "c.toml").write_text('[[nodes]]\nslots = 1\nprologue = ["echo hello >&2"]\n')
+    home.run("up", "c.toml", "--detach")
+    (home.path / "c.toml").unlink()
+    eventually(lambda: home.call("logs", "local-1") == "hello\n")
+    assert home.call("logs") == "local-1: hello\n"
+    home.call("down")
+
+
 def test_logs_are_followed_across_their_turns_until_the_cluster_ends(lab):
     (lab.path / "lab" / "logs").mkdir(exist_ok=True)
     log = Log(lab.path / "lab" / "logs" / "a-1.log")

@@ -73,6 +73,31 @@ def test_what_came_before_the_directory_was_there_is_in_the_log_too(tmp_path):
     log.close()
 
 
+def test_what_came_before_the_directory_was_there_needs_no_more_to_get_into_the_log(tmp_path):
+    home = tmp_path / "home"
+    log = Log(home / "logs" / "a.log")
+    log.write(b"early\n")
+    log.settle()
+    assert not home.exists()
+    home.mkdir()
+    log.settle()
+    log.settle()
+    log.close()
+    assert (home / "logs" / "a.log").read_text() == "early\n"
+
+
+def test_one_that_has_ended_before_leaves_no_descriptor_open(tmp_path):
+    home = tmp_path / "home"
+    log = Log(home / "logs" / "a.log")
+    log.write(b"early\n")
+    log.close()
+    home.mkdir()
+    before = len(os.listdir("/proc/self/fd"))
+    log.settle()
+    assert (home / "logs" / "a.log").read_text() == "early\n"
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_no_directory_is_made_for_a_cluster_that_is_gone(tmp_path):
     log = Log(tmp_path / "gone" / "logs" / "a.log")
     log.write(b"last words\n")
@@ -121,7 +146,7 @@ def test_how_a_child_ended_is_told_in_its_own_words(children: Children, tmp_path
 
 def test_a_child_that_refuses_to_stop_is_killed(children: Children, tmp_path, monkeypatch):
     monkeypatch.setattr("zmqsched.launch.children.STOP_TIMEOUT_S", 0.2)
-    deaf = "import signal, time; print('{\"node\": \"n\"}', flush=True)\nwhile True: time.sleep(9)"
+    deaf = 'import signal, time; print(\'{"node": "n"}\', flush=True)\nwhile True: time.sleep(9)'
     start(children, tmp_path / "a.log", deaf)
     eventually(lambda: state(children) == "running")
     pid = children["a-1"].pid
@@ -139,7 +164,7 @@ def test_who_has_ended_leaves_no_zombie_once_that_is_told(children: Children, tm
 
 
 def test_a_program_that_waits_for_all_children_takes_none_of_ours_along(children: Children, tmp_path):
-    start(children, tmp_path / "a.log", "print('{\"node\": \"n\"}')")
+    start(children, tmp_path / "a.log", 'print(\'{"node": "n"}\')')
     os.waitpid(children["a-1"].pid, 0)
     eventually(lambda: state(children) == "ended")
     children.stop(["a-1"])
@@ -188,7 +213,7 @@ from pathlib import Path
 from zmqsched.launch.children import Children
 children = Children(lambda: None, echo=True)
 says = "import sys; sys.stderr.write('hear, hear'); sys.exit(1)"
-children.start("a-1", [sys.executable, "-c", says], Path({str(tmp_path / 'a.log')!r}), os.environ)
+children.start("a-1", [sys.executable, "-c", says], Path({str(tmp_path / "a.log")!r}), os.environ)
 children.close()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)

@@ -30,7 +30,7 @@ from .background import start_detached
 from .names import log_path, path_of, remove_own_log
 from .progress import Progress
 from .reading import duration, read
-from .wanted import Options, load, of_options
+from .wanted import WORKERS_OF_JOB, Options, load, of_options
 
 MAX_COUNT = 10_000
 # What an ssh that hangs may take, besides what each process has.
@@ -83,7 +83,7 @@ OF_NODES = {
 @click.option("--name", metavar="NAME", help=f"To find the cluster by.  [default: {DEFAULT_CLUSTER}]")
 @click.option(
     "--nodes", type=int, callback=_count, metavar="K",
-    help="Spread them over K nodes.  [default: 1; with --slurm one for 8 workers]",
+    help=f"Spread them over K nodes.  [default: 1; with --slurm one for {WORKERS_OF_JOB} workers]",
 )  # fmt: skip
 @click.option("--ssh", metavar="HOSTS", callback=_hosts, help="Nodes on these hosts: host1,host2,gpu[1-4].")
 @click.option("--slurm", is_flag=True, help="Nodes in a job of Slurm; what follows -- goes to sbatch.")

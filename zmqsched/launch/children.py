@@ -162,6 +162,7 @@ class Child:
     def now(self) -> Launched:
         node = str(self.facts.get("node", ""))
         code = self.code()
+        self._log.settle()
         if code is None or (self._open and time.monotonic() < self._last_words_until()):
             return Launched(self.label, "running" if node else "starting", "", self._where, node)
         self.bury()

@@ -45,7 +45,7 @@ def tail_of(path: Path) -> str:
 
 
 class Log:
-    """The output of one node, as a file of limited size. One thread writes."""
+    """The output of one node, as a file of limited size."""
 
     def __init__(self, path: Path, relay: Relay | None = None) -> None:
         self._path = path
@@ -53,16 +53,29 @@ class Log:
         self._descriptor = -1
         self._size = 0
         self._tail = b""
+        self._lock = threading.Lock()
+        self._closed = False
         self._early = True  # all there was is in _tail, for want of a directory
 
     def write(self, data: bytes) -> None:
-        before, self._tail = self._tail, (self._tail + data)[-MAX_TAIL:]
         if self._relay is not None:
             self._relay.forward(data)
+        with self._lock:
+            before, self._tail = self._tail, (self._tail + data)[-MAX_TAIL:]
+            self._keep(before + data if self._early else data)
+
+    def settle(self) -> None:
+        """Once in a while, from any thread: there may be a directory now for what came before."""
+        with self._lock:
+            if self._early and self._tail:
+                self._keep(self._tail)
+                if self._closed:
+                    self._close()
+
+    def _keep(self, data: bytes) -> None:
         with contextlib.suppress(OSError):  # a full disk must not stop what reads the pipes
             if self._descriptor < 0:
                 self._open()
-                data = before + data if self._early else data
                 self._early = False
             if self._size + len(data) > MAX_LOG:
                 self._turn()
@@ -73,6 +86,11 @@ class Log:
         return text_of(self._tail)
 
     def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            self._close()
+
+    def _close(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
@@ -84,7 +102,7 @@ class Log:
         self._size = os.fstat(self._descriptor).st_size
 
     def _turn(self) -> None:
-        self.close()
+        self._close()
         self._path.replace(self._path.with_name(f"{self._path.name}.1"))
         self._open()
 
