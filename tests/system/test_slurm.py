@@ -417,6 +417,29 @@ def test_a_cluster_says_that_somebody_has_cancelled_its_job(slurm, caplog):
     assert f"node slurm-1 (Slurm job {job}) of cluster {cluster.name} ended: CANCELLED" in caplog.text
 
 
+def test_a_node_leaves_before_slurm_ends_it_and_begins_nothing_that_it_could_not_finish(slurm, gate):
+    """A minute is the shortest limit there is; the node is told of less."""
+    sooner = ["export SLURM_JOB_END_TIME=$(($(date +%s) + 14))"]
+    with ExitStack() as stack:
+        cluster = stack.enter_context(SlurmCluster(slots=2, time="1m", listen="127.0.0.1", prologue=sooner))
+        client = stack.enter_context(Client(cluster))
+        stack.callback(gate.open)  # the client waits for its tasks, whatever happens here
+        cluster.wait_for_nodes(1, timeout=JOIN_S)
+        (first,) = slurm.jobs()
+        too_long = client.options(timeout=100).submit(abs, -1)
+        held = client.submit(gate.task, "held")
+        gate.wait_until_begun()
+        eventually(lambda: [one.state for one in cluster.nodes()] == ["ended"], JOIN_S)
+        assert "JobState=COMPLETED" in slurm("scontrol", "show", "job", first)
+        assert not too_long.done()
+        too_long.cancel()
+        cluster.scale("slurm", 1)
+        eventually(lambda: gate.begun() == 2, JOIN_S)
+        gate.open()
+        assert held.result(timeout=30) == "held"
+        assert cluster.failures == []
+
+
 def zmqsched(*words: str, timeout_s: float = 90) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "zmqsched", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False, timeout=timeout_s, stdin=subprocess.DEVNULL)
