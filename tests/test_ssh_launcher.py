@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Home, alive
+from conftest import Home, alive, eventually, processes_knowing
 
-from zmqsched import Client, Cluster, SSHCluster
+from zmqsched import Client, Cluster, LocalCluster, SSHCluster
 from zmqsched.clusterfile import BrokerPart, ClusterFile, NodeGroup
+from zmqsched.config import CONNECTION_FILE, cluster_dir
 from zmqsched.errors import StartError
 from zmqsched.launch import remote
+from zmqsched.launch.base import Site
+from zmqsched.launch.ssh import SSHLauncher
 
 SHELLS = [shell for shell in ("sh", "bash", "csh", "tcsh", "fish", "zsh", "dash") if shutil.which(shell)]
 # What a shell must not touch. A newline at its end would be lost, as it is in any shell's $(...).
@@ -146,3 +149,24 @@ def test_a_cluster_is_started_on_its_own_host_only(clusters):
         Cluster(ClusterFile(broker=BrokerPart(host="elsewhere"), nodes=(group,)))
     with Cluster(ClusterFile(name="here", broker=BrokerPart(host=os.uname().nodename, journal=False), nodes=(group,))):
         pass
+
+
+def test_a_host_that_answers_but_does_nothing_is_not_taken_for_clean(fake_ssh, tmp_path, monkeypatch):
+    """As one whose disk hangs."""
+    monkeypatch.setattr("zmqsched.launch.ssh.SWEEP_TIMEOUT_S", 0.5)
+    group = NodeGroup(name="g", launcher="ssh", hosts=("alpha",), python=sys.executable, prologue=("sleep 600",))
+    with LocalCluster(1, listen="") as cluster:
+        directory = cluster_dir(cluster.name)
+        launcher = SSHLauncher(group, Site(directory / CONNECTION_FILE, directory))
+        launcher.start(["g-1"])
+        eventually(lambda: launcher._children["g-1"].spoke)
+        mark = Path(launcher._remotes["g-1"].token)
+        eventually(lambda: processes_knowing(mark))
+        script = fake_ssh / "bin" / "ssh"
+        works = script.read_text()
+        script.write_text("#!/bin/sh\nexec sleep 600\n")
+        with pytest.raises(StartError, match=r"nodes may be left on alpha \(no answer in 0\.5 s\)"):
+            launcher.close()
+        script.write_text(works)
+        launcher.close()
+        assert not processes_knowing(mark)

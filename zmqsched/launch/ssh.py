@@ -15,6 +15,7 @@ Rules
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import re
@@ -120,16 +121,16 @@ class SSHLauncher(Launcher):
         return [self._again(one) or self._worded(one) for one in self._children.poll()]
 
     def stop(self, labels: Collection[str], *, at_once: bool = False) -> None:
-        labels = [label for label in labels if label in self._remotes]
-        children = [self._children[label] for label in labels]
-        for child in children:
-            child.close_input()
-        if not at_once:
-            running(children, STOP_TIMEOUT_S)
-        self._note_left(labels, ended=False)
-        hosts = {self._remotes.pop(label).host for label in labels}
-        self._children.stop(labels, at_once=True)
+        hosts = {self._remotes[label].host for label in labels if label in self._remotes}
+        self._end(labels, at_once=at_once)
         self._sweep(hosts)
+
+    def close(self) -> None:
+        try:
+            self._end(list(self._remotes))
+            self._sweep({there.host for there in self._left})
+        finally:
+            self._children.close()
 
     def preview(self, labels: Sequence[str]) -> list[str]:
         lines = []
@@ -142,12 +143,6 @@ class SSHLauncher(Launcher):
             lines += [f"#   {text}" for text in script.splitlines()]
             lines += [join(self._command(there, targets))]
         return lines
-
-    def close(self) -> None:
-        try:
-            self.stop(list(self._remotes))
-        finally:
-            self._children.close()
 
     # --- starting -----------------------------------------------------------------------------------------------------
 
@@ -198,6 +193,19 @@ class SSHLauncher(Launcher):
 
     # --- ending -------------------------------------------------------------------------------------------------------
 
+    def _end(self, labels: Collection[str], *, at_once: bool = False) -> None:
+        """As far as their own connections can."""
+        labels = [label for label in labels if label in self._remotes]
+        children = [self._children[label] for label in labels]
+        for child in children:
+            child.close_input()
+        if not at_once:
+            running(children, STOP_TIMEOUT_S)
+        self._note_left(labels, ended=False)
+        self._children.stop(labels, at_once=True)
+        for label in labels:
+            del self._remotes[label]
+
     def _note_left(self, labels: Iterable[str], *, ended: bool = True) -> None:
         """Remember the nodes of which ``ssh`` has not said that they have ended. ``ended``: of those only where it has ended
         itself."""
@@ -228,6 +236,7 @@ class SSHLauncher(Launcher):
                     _, said = process.communicate(timeout=max(0.0, until - time.monotonic()))
                 except subprocess.TimeoutExpired:
                     process.kill()
+                    process.wait()
                     said = f"no answer in {SWEEP_TIMEOUT_S:g} s"
             if process.returncode:
                 failed.append(f"{host} ({said.strip() or 'it cannot be killed'})")
@@ -244,7 +253,8 @@ class SSHLauncher(Launcher):
             start_new_session=True, env=environment(), text=True, errors="replace",
         )  # fmt: skip
         assert process.stdin is not None
-        process.stdin.write(remote.line(remote.sweep_script(nodes)).decode())
+        with contextlib.suppress(BrokenPipeError):  # it could not connect; why, it is about to say
+            process.stdin.write(remote.line(remote.sweep_script(nodes)).decode())
         return process
 
 
