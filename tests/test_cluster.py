@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import logging
 import os
@@ -26,6 +27,7 @@ from zmqsched.config import cluster_dir
 from zmqsched.errors import ClusterExists, ClusterFileError, ClusterNotFound, StartError, TaskTimeout
 from zmqsched.launch import LAUNCHERS
 from zmqsched.launch.base import Launched, Launcher, Site
+from zmqsched.records import NodeList, Status
 
 
 class Queue(Launcher):
@@ -461,6 +463,29 @@ def test_a_group_adapts_to_what_is_asked_of_it(gate: Gate, monkeypatch: pytest.M
         cluster.wait_for_nodes(1, 30)
         cluster.scale("local", 0)
         eventually(lambda: cluster.nodes() == [])
+
+
+def test_nobody_with_work_is_ended_because_a_new_broker_does_not_know_it_yet(gate: Gate, monkeypatch: pytest.MonkeyPatch):
+    with Cluster(wanted(local())) as cluster, Client(cluster) as client:
+        future = client.submit(gate.task, os.getpid)
+        gate.wait_until_begun()
+        fleet = cluster._nodes_here
+        status, asked = fleet.status, []
+
+        def knows_nobody() -> Status:
+            asked.append(1)
+            return dataclasses.replace(status(), nodes=NodeList())
+
+        monkeypatch.setattr(fleet, "status", knows_nobody)
+        cluster.scale("local", 0)
+        eventually(lambda: len(asked) > 2)
+        assert labels(cluster) == ["local-1"]
+        monkeypatch.setattr(fleet, "status", status)
+        eventually(lambda: client.nodes()[0].state == "draining")
+        gate.open()
+        future.result(30)
+        eventually(lambda: cluster.nodes() == [])
+        assert gate.begun() == 1
 
 
 def test_tasks_that_ask_for_what_is_not_there_yet_make_it_come():

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
 import select
 import threading
@@ -32,7 +33,7 @@ from .errors import CommandFailed, StartError, ZmqschedError
 from .launch import find_launcher
 from .launch.base import Launched, Launcher, Site
 from .readiness import Asked
-from .records import NodeInfo, Status
+from .records import NodeInfo, Status, status_of
 from .shell import log
 
 LOOK_EVERY_S = 1.0
@@ -44,16 +45,20 @@ ANSWER_S = 3.0
 CLOSE_TIMEOUT_S = 10.0
 MAX_NODES = 10_000
 MAX_FAILURES = 100
+# A broker that follows another has all that are there back within seconds.
+UNKNOWN_S = 60.0
 HERE = ("alive", "suspect", "paused", "draining")
 
 
 @dataclass
 class _Member:
-    """A node that was asked for. ``leaving``: it was told to."""
+    """A node that was asked for. ``leaving``: it was told to. ``unknown_since``: a broker that has followed another does not
+    know it yet."""
 
     launched: Launched
     joined: bool = False
     leaving: bool = False
+    unknown_since: float | None = None
 
     @property
     def ended(self) -> bool:
@@ -218,8 +223,7 @@ class Fleet:
 
                 self._client = Client(self._broker.file, timeout=ANSWER_S, output=False)
             client = self._client
-        status: Status = client.status()
-        return status
+        return status_of(client._report(ANSWER_S))
 
     def answer(self, request: Request) -> Request:
         """What the control socket says to a request."""
@@ -344,14 +348,22 @@ class Fleet:
         self._changed()
 
     def _ask(self) -> None:
-        """Who has joined, and what do they do?"""
+        """Who has joined, and what do they do? Who has not joined, or has left, the broker is not waited for to know."""
         self._status = self.status()
-        self._nodes = {node.label: node for node in self._status.nodes if node.label and node.state in HERE}
+        now = time.monotonic()
+        labelled = [node for node in self._status.nodes if node.label]
+        self._nodes = {node.label: node for node in labelled if node.state in HERE}
+        left = {node.label for node in labelled} - self._nodes.keys()
         for group in self.groups.values():
             for label, one in group.members.items():
                 if node := self._nodes.get(label):
                     one.launched = replace(one.launched, node=node.id)
+                    one.unknown_since = None
                     self._joined(group, one)
+                elif not one.joined or label in left:
+                    one.unknown_since = -math.inf
+                elif one.unknown_since is None:
+                    one.unknown_since = now
 
     def _show(self) -> None:
         self._shown = [one.launched for group in self.groups.values() for one in group.members.values()]
@@ -368,8 +380,9 @@ class Fleet:
         for group in groups:
             assert group.adapting is not None
             staying = group.staying()
-            coming = [label for label in staying if label not in self._nodes]
+            coming = [label for label, one in staying.items() if not one.joined]
             busy = {label: self._nodes[label].assigned for label in staying if label in self._nodes}
+            busy.update(dict.fromkeys((label for label in staying if self._is_unknown(staying[label])), 1))
             demand = Demand(tasks, queued, sum(node.slots for node in here), self._slots_coming())
             step = group.adapting.decide(time.monotonic(), demand, self._slots_of(group), busy, coming)
             self._dismiss(group, step.leave)
@@ -382,13 +395,20 @@ class Fleet:
 
     def _slots_coming(self) -> int:
         return sum(
-            self._slots_of(group) for group in self.groups.values() for label in group.staying() if label not in self._nodes
+            self._slots_of(group)
+            for group in self.groups.values()
+            for one in group.staying().values()
+            if not one.joined or self._is_unknown(one)
         )
 
     def _slots_of(self, group: Group) -> int:
         """Of each of its nodes, as far as one can know before there is one."""
         known = [self._nodes[label].slots for label in group.members if label in self._nodes]
         return group.wanted.slots or max(known, default=1)
+
+    def _is_unknown(self, one: _Member) -> bool:
+        """It may be there, and have work: it has joined, and the broker does not say that it has left."""
+        return one.unknown_since is not None and time.monotonic() - one.unknown_since < UNKNOWN_S
 
     def _burden(self, label: str) -> tuple[bool, int]:
         """Who is to leave goes by this: what has not joined first, then by unfinished tasks."""
@@ -397,7 +417,7 @@ class Fleet:
 
     def _dismiss(self, group: Group, labels: Collection[str]) -> None:
         """Have them leave: what has not joined now, the others when they have finished."""
-        group.stop([label for label in labels if label not in self._nodes])
+        group.stop([label for label in labels if not group.members[label].joined])
         for label in labels:
             if one := group.members.get(label):
                 one.leaving = True
@@ -409,7 +429,7 @@ class Fleet:
             left = []
             for label, one in group.members.items():
                 node = self._nodes.get(label)
-                if one.leaving and (node is None or one.ended):
+                if one.leaving and (one.ended or (node is None and not self._is_unknown(one))):
                     left.append(label)
                 elif one.leaving and node is not None and node.state != "draining":
                     with contextlib.suppress(CommandFailed):  # it has left just now
