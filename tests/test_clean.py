@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
+import psutil
 import pytest
 from conftest import Home, alive, end_broker, eventually
 from fake_batch import FakeBatch
@@ -24,6 +25,7 @@ from zmqsched.config import CONNECTION_FILE, ClusterLock
 from zmqsched.control import SOCKET
 from zmqsched.errors import StartError
 from zmqsched.launch import remote
+from zmqsched.stopping import is_zmqsched
 
 ZMQSCHED = [sys.executable, "-m", "zmqsched"]
 
@@ -207,6 +209,25 @@ def test_one_whose_holder_answers_is_not_dead(home: Home):
         control.bind(str(home.path / "held" / SOCKET))
         control.listen()
         assert cleaning.find(watch_s=0) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "ours"),
+    [
+        (["-m", "zmqsched", "node"], True),
+        (["/x/bin/zmqsched", "node"], True),
+        (["-m", "zmqsched.__main__", "node"], True),
+        (["/x/zmqsched/__main__.py", "node"], True),
+        (["/x/notzmqsched", "node"], False),
+        (["zmqsched", "up"], False),
+    ],
+)
+def test_our_processes_are_known_however_they_were_started(words: list[str], ours: bool):
+    program = "import time; print(flush=True); time.sleep(600)"
+    with subprocess.Popen([sys.executable, "-c", program, *words], stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert is_zmqsched(psutil.Process(process.pid), "node") == ours
+        process.kill()
 
 
 def test_what_comes_alive_meanwhile_is_left_alone_and_said(home: Home):

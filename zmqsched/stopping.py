@@ -29,6 +29,8 @@ ASK_TIMEOUT_S = 2.0
 END_TIMEOUT_S = CLOSE_TIMEOUT_S + STOP_TIMEOUT_S + 1.0
 # What is killed is gone when the kernel lets it: at once, unless a file system hangs.
 KILL_TIMEOUT_S = 3.0
+# How a command line of ours names what is run: `zmqsched`, installed or with -m, or its module.
+_PROGRAMS = ("/zmqsched", "/zmqsched.__main__", "/zmqsched/__main__.py")
 
 
 def stop_cluster(file: ConnectionFile) -> None:
@@ -109,7 +111,7 @@ def is_zmqsched(process: psutil.Process, command: str = "") -> bool:
         mine = process.uids().effective == os.geteuid()
     except psutil.Error:
         return False
-    following = [second for first, second in itertools.pairwise([*words, ""]) if Path(first).name == "zmqsched"]
+    following = [second for first, second in itertools.pairwise([*words, ""]) if f"/{first}".endswith(_PROGRAMS)]
     return mine and (command in following if command else bool(following))
 
 
