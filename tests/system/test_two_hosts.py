@@ -24,6 +24,7 @@ USE = """
 import sys
 from zmqsched import Client
 with Client(sys.argv[1]) as client:
+    assert client._dealer.last_endpoint.startswith(b"tcp://"), "a network of its own is another host"
     assert list(client.map(abs, range(-50, 0))) == list(range(50, 0, -1))
     big = bytes(8_000_000)
     assert client.submit(bytes, big).result(timeout=30) == big
@@ -123,3 +124,39 @@ def test_a_host_without_the_right_keys_is_not_let_in(hosts, directory):
         assert broker.wait(timeout=20) == 0
         broker.stdout.close()
         broker.stderr.close()
+
+
+CONTAINED = """
+import sys
+from zmqsched import Client
+with Client(sys.argv[1]) as client:
+    assert client._dealer.last_endpoint.startswith(b"tcp://127.0.0.1:"), client._dealer.last_endpoint
+    assert client.submit(pow, 2, 10).result(timeout=30) == 1024
+"""
+
+
+@pytest.mark.timeout(60)
+def test_a_container_that_shares_the_network_but_no_files_comes_over_tcp(directory):
+    """The Unix sockets that the file names are not there; and who finds them, but is another user, passes them over."""
+    command = [sys.executable, "-m", "zmqsched", "broker", "--listen", "--until-eof", "--ready-fd", "1"]
+    home = directory / "h"
+    broker = subprocess.Popen(
+        command, env={**os.environ, "ZMQSCHED_DIR": str(home)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with broker:
+        written = Path(json.loads(broker.stdout.readline())["file"])
+        carried = directory / "carried.json"
+        shutil.copy(written, carried)
+        hidden = f'mount -t tmpfs -o mode=0700 none {home} && exec {sys.executable} -c "$0" {carried}'
+        node = [sys.executable, "-m", "zmqsched", "node", "--connect", str(written), "-n1", "--until-eof", "--ready-fd=1"]
+        with subprocess.Popen(node, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+            assert "node" in json.loads(other.stdout.readline())
+            done = subprocess.run(
+                ["unshare", "--mount", "sh", "-c", hidden, CONTAINED], capture_output=True, text=True, check=False,
+                timeout=40, env={**os.environ, "ZMQSCHED_DIR": str(directory / "c")},
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            other.stdin.close()
+            assert other.wait(20) == 0
+        broker.stdin.close()
+        assert broker.wait(20) == 0
