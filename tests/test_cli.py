@@ -318,7 +318,7 @@ def test_a_broker_that_does_not_react(home, monkeypatch):
     home.call("down")
     assert home.processes() == {}
     journal = ".journals/default.journal"  # nobody knows what is in it, so the next broker is to have it
-    assert home.files() == {".journals", journal, f"{journal}-wal"}
+    assert home.files() == {".journals", journal, f"{journal}-wal", f"{journal}.key"}
     home.run("up", "-n", "1", "--detach")
     home.call("down")
     home.assert_nothing_left()

@@ -71,7 +71,7 @@ def _nodes(status: Status | None) -> str:
 
 def _groups(status: Status) -> dict[str, int]:
     """How many nodes of each group are there, by name; "" for those that were started by hand."""
-    return dict(Counter(node.label.rpartition("-")[0] for node in _here(status)))
+    return dict(sorted(Counter(node.label.rpartition("-")[0] for node in _here(status)).items()))
 
 
 def _here(status: Status) -> list[NodeInfo]:
