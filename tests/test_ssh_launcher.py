@@ -59,8 +59,13 @@ def test_a_script_arrives_whole_in_whatever_shell_one_logs_in_to(shell):
     assert done.stderr == b""
 
 
-def test_a_cluster_of_hosts(fake_ssh):
-    with SSHCluster(["alpha", "beta"], slots=1, python=sys.executable, listen="") as cluster, Client(cluster) as client:
+def test_a_cluster_of_hosts(fake_ssh, monkeypatch):
+    monkeypatch.setenv("HOME", str(home := fake_ssh / "it's home"))
+    (home / "a b").mkdir(parents=True)
+    (home / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (home / "python").chmod(0o755)
+    options = {"python": "~/python", "cwd": "~/a b", "prologue": ["test \"$PWD\" = \"$HOME/a b\" || exit 7", "cd ~"]}
+    with SSHCluster(["alpha", "beta"], slots=1, listen="", **options) as cluster, Client(cluster) as client:
         assert [(one.label, one.state, one.where) for one in cluster.nodes()] == [
             ("ssh-1", "running", "alpha"),
             ("ssh-2", "running", "beta"),

@@ -136,5 +136,6 @@ def _fail(error: str) -> str:
 
 
 def path_word(path: str) -> str:
-    """As a word, in which "~/" is the home directory there."""
-    return f'"$HOME"/{quote(path[2:])}' if path.startswith("~/") else quote(path)
+    """As a word, in which "~" is the home directory there."""
+    home, _, rest = path.partition("/")
+    return f'"$HOME"/{quote(rest)}' if home == "~" else quote(path)
