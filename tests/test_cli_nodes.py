@@ -14,7 +14,9 @@ import pytest
 from homes import PATIENCE_S, Home, eventually, new_home
 
 from zmqsched.__main__ import main
+from zmqsched.cli import look
 from zmqsched.launch.output import MAX_LOG, Log
+from zmqsched.records import NodeInfo, NodeList, Status, WorkerList
 
 TWO_NODES = """
 name = "lab"
@@ -244,3 +246,17 @@ def test_status_says_who_is_to_come_and_why(home):
     home.call("down")
     (tools / "c.toml").unlink()
     tools.rmdir()
+
+
+def test_ls_says_how_many_of_each_group_and_when_the_first_has_to_leave():
+    def node(label: str, state: str = "alive", leaves_in_s: float = 0.0) -> NodeInfo:
+        return NodeInfo("n", "h", 1, "3.11", state, 1, 0, 0, {}, {}, (), 0.0, label, leaves_in_s)
+
+    def shown(*nodes: NodeInfo) -> str:
+        return look._nodes(Status("lab", "pack", 0, NodeList(nodes), WorkerList(), {}, {}, []))
+
+    assert shown() == "none"
+    assert shown(node("")) == "1"
+    assert shown(node("a-b-1"), node("a-b-2", "paused"), node("a-b-3", "gone")) == "2 a-b"
+    assert shown(node("a-1"), node("s-1", "alive", 600.4), node("s-2", "draining", 60.2)) == "1 a, 2 s, 60 s left"
+    assert look._nodes(None) == ""
