@@ -269,12 +269,12 @@ def test_when_the_authenticator_is_dead_nobody_is_let_in(clusters, tmp_path):
     script = tmp_path / "broker.py"
     script.write_text(textwrap.dedent("""
         import sys
-        from zmqsched import sockets
         from zmqsched.__main__ import main
+        from zmqsched.authenticator import Authenticator
 
-        sockets.Authenticator._reply = lambda self, request: sys.exit()  # of the thread, at the first handshake
-        sockets.Authenticator.alive = True
-        sockets.Authenticator.stop = lambda self: None
+        Authenticator._reply = lambda self, request: sys.exit()  # of the thread, at the first handshake
+        Authenticator.alive = True
+        Authenticator.stop = lambda self: None
         main(["broker", "--name", "deaf", "--listen", "--until-eof", "--ready-fd", "1", "--log-level", "warning"])
     """))
     broker = subprocess.Popen(

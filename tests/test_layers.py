@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "zmqsched"
 
 CORE_MAY = {"errors", "config", "protocol"}
 SHELL_MAY = CORE_MAY | {
-    "core", "codec", "sockets", "pipes", "broker", "keyring", "facts", "lookout", "journal", "seal", "monitor", "node",
-    "nursery", "orphans", "blackbox", "streams", "listening", "origin", "shell", "host", "version",
+    "core", "codec", "sockets", "pipes", "broker", "authenticator", "keyring", "facts", "lookout", "journal", "seal",
+    "monitor", "node", "nursery", "orphans", "blackbox", "streams", "listening", "origin", "shell", "host", "version",
 }  # fmt: skip
 EDGE_MAY = CORE_MAY | {"core", "codec", "payload", "sockets", "pipes"}
 MAPS = {"maps", "mapping"}
@@ -35,9 +35,10 @@ MAY = {
     "journal": CORE_MAY | {"core", "codec", "seal"},
     "seal": {"errors"},
     "monitor": SHELL_MAY,
+    "authenticator": {"errors", "sockets"},
     "keyring": CORE_MAY | {"sockets"},
     "facts": CORE_MAY | {"core", "codec", "sockets", "keyring"},
-    "lookout": {"core", "sockets"},
+    "lookout": {"core", "authenticator"},
     "node": SHELL_MAY,
     "nursery": SHELL_MAY,
     "blackbox": set(),
@@ -99,6 +100,7 @@ NEVER = {
     "journal": PICKLERS,
     "seal": PICKLERS,
     "monitor": PICKLERS,
+    "authenticator": PICKLERS,
     "keyring": PICKLERS,
     "facts": PICKLERS,
     "lookout": PICKLERS,

@@ -14,6 +14,7 @@ import zmq
 from conftest import new_keys
 
 from zmqsched import sockets
+from zmqsched.authenticator import Authenticator
 from zmqsched.config import ipc_address
 from zmqsched.errors import BrokerUnreachable, Refused, StartError
 from zmqsched.sockets import Keys
@@ -59,7 +60,7 @@ def keys():
 
 @pytest.fixture
 def authenticator(ctx, keys):
-    made = sockets.Authenticator(ctx, {keys.client_public: "client:1"})
+    made = Authenticator(ctx, {keys.client_public: "client:1"})
     made.start()
     yield made
     made.stop()
@@ -273,7 +274,7 @@ class TestUnix:
 class TestAuthenticator:
     def test_one_per_context(self, ctx, authenticator):
         with pytest.raises(StartError, match="authenticate"):
-            sockets.Authenticator(ctx, {}).start()
+            Authenticator(ctx, {}).start()
 
     def test_alive_until_stopped_and_stop_can_be_repeated(self, authenticator):
         assert authenticator.alive
@@ -304,7 +305,7 @@ class TestAuthenticator:
 
     def test_ends_with_its_context(self):
         ctx = sockets.context()
-        authenticator = sockets.Authenticator(ctx, {})
+        authenticator = Authenticator(ctx, {})
         authenticator.start()
         thread = authenticator._thread
         ctx.term()

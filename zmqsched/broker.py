@@ -21,6 +21,7 @@ import msgspec
 import zmq
 
 from . import host, sockets
+from .authenticator import Authenticator
 from .codec import decode, encode
 from .config import (
     BEAT_INTERVAL_S,
@@ -142,11 +143,11 @@ class Broker:
         self._cluster_id = before.cluster_id if before else secrets.token_hex(16)
         self._keyring = Keyring(before.keys if before else None, monotonic()) if listen else None
         self._ctx = sockets.context()
-        self._authenticator: sockets.Authenticator | None = None
+        self._authenticator: Authenticator | None = None
         keys = None
         if self._keyring:
             keys = self._keyring.keys
-            self._authenticator = sockets.Authenticator(self._ctx, self._keyring.users)
+            self._authenticator = Authenticator(self._ctx, self._keyring.users)
             self._authenticator.start()
         try:
             self._router, work = sockets.bind_router(self._ctx, self._addresses("work", before), keys)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import resource
 
-from . import sockets
+from .authenticator import Authenticator
 from .core.events import Alarmed, Malformed
 
 EVERY_S = 1.0
@@ -17,7 +17,7 @@ FEW = 0.9  # of the descriptors there are, used
 
 
 class Lookout:
-    def __init__(self, authenticator: sockets.Authenticator | None) -> None:
+    def __init__(self, authenticator: Authenticator | None) -> None:
         self._authenticator = authenticator
         self._refused = 0
         self._next = 0.0

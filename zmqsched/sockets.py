@@ -6,8 +6,8 @@ Rules
   is always CURVE: encrypted, and open to known keys only. Without keys it is refused, on both sides.
 * A bound socket may have both kinds. Then Unix peers are authenticated too (by their user id, as the kernel tells it),
   and **every message of every peer carries a User-Id**. The broker drops what carries none, or one of a key that is not
-  good any more: libzmq lets everybody in while no :class:`Authenticator` runs, and never cuts a connection because its key
-  was revoked. That one check closes both gaps.
+  good any more: libzmq lets everybody in while no authenticator runs (``authenticator.py``), and never cuts a connection
+  because its key was revoked. That one check closes both gaps.
 * The authenticator starts before the first bind and stops after the last socket is closed.
 * No routing ids are set and no handover is allowed (pitfalls 14 to 17): who a peer is, its messages say.
 * High-water marks only bound memory; the flow control is the protocol's credit. So sends are non-blocking, and EAGAIN
@@ -27,13 +27,12 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias, cast
 
 import zmq
-from zmq.utils import z85
 
 from . import config, protocol
 from .errors import BrokerUnreachable, Refused, StartError
@@ -50,7 +49,6 @@ LOCAL_USER = "admin:local"
 
 # Older ones have CVE-2019-13132: a stack overflow before authentication.
 _OLDEST_LIBZMQ = (4, 3, 2)
-_ZAP_ADDRESS = "inproc://zeromq.zap.01"
 # libzmq's limit is per frame and cuts the link; CURVE adds 33 bytes to a frame, hence the slack.
 _SLACK = 1024
 _MAX_FRAME = protocol.MAX_PAYLOAD + _SLACK
@@ -461,98 +459,6 @@ def _use_curve(made: Socket, keys: Keys | None) -> None:
     made.setsockopt(zmq.CURVE_SERVERKEY, keys.server_public)
     made.setsockopt(zmq.CURVE_PUBLICKEY, keys.client_public)
     made.setsockopt(zmq.CURVE_SECRETKEY, keys.client_secret)
-
-
-class Authenticator:
-    """Tells libzmq, at each handshake with the context's bound sockets, whether to let the peer in (ZAP, RFC 27).
-
-    It lets in the CURVE keys it was given, each under the name that becomes its messages' User-Id, and Unix peers of
-    this user as ``LOCAL_USER``. pyzmq's ``ThreadAuthenticator`` is not used: it needs an asyncio loop, a callback that
-    raises ends its thread and then ``stop()`` hangs, and it admits every peer without a mechanism.
-
-    A handshake without an answer hangs for ever and nobody is told, so its owner looks at ``alive`` now and then.
-    """
-
-    _STOP = b"stop"
-
-    def __init__(self, ctx: Context, users: Mapping[bytes, str]) -> None:
-        self._ctx = ctx
-        self.admit(users)
-        self.refused = (0, "")  # how many with keys that are none of these, and from where the last
-        self._thread: threading.Thread | None = None
-
-    def admit(self, users: Mapping[bytes, str]) -> None:
-        """From now on these public keys (Z85) may connect, under these names, and no others."""
-        self._users = {z85.decode(key): name for key, name in users.items()}
-
-    def start(self) -> None:
-        """Before the first bind.
-
-        Raises
-        ------
-        StartError
-            The context has an authenticator already.
-        """
-        zap = self._ctx.socket(zmq.REP)
-        zap.setsockopt(zmq.LINGER, 0)
-        try:
-            zap.bind(_ZAP_ADDRESS)
-        except zmq.ZMQError as error:
-            zap.close()
-            raise StartError(f"cannot authenticate peers: {error.strerror}") from None
-        self._thread = threading.Thread(target=self._run, args=(zap,), name="zmqsched-zap", daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        """After the last bound socket is closed: from here on libzmq would let everybody in. Idempotent."""
-        if self._thread is None:
-            return
-        with self._ctx.socket(zmq.REQ) as control:
-            control.setsockopt(zmq.LINGER, 0)
-            control.connect(_ZAP_ADDRESS)
-            control.send(self._STOP)
-            self._thread.join()
-        self._thread = None
-
-    @property
-    def alive(self) -> bool:
-        """Whether handshakes are being answered."""
-        return self._thread is not None and self._thread.is_alive()
-
-    def _run(self, zap: Socket) -> None:
-        with zap:
-            while True:
-                try:
-                    request = zap.recv_multipart()
-                except zmq.ContextTerminated:
-                    return
-                if request == [self._STOP]:
-                    return
-                zap.send_multipart(self._reply(request))
-
-    def _reply(self, request: list[bytes]) -> list[bytes]:
-        """Never raises: a request that cannot be understood is one that is refused."""
-        try:
-            version, number, domain, address, _, mechanism, *credentials = request
-            user = self._user(domain, address, mechanism, credentials)
-        except Exception:  # noqa: BLE001 - whatever it is, an answer must go out
-            version, number, user = b"1.0", request[1] if len(request) > 1 else b"", None
-        if user is None:
-            self.refused = (self.refused[0] + 1, request[3].decode(errors="replace") if len(request) > 3 else "somewhere")
-            return [version, number, b"400", b"No access", b"", b""]
-        return [version, number, b"200", b"OK", user.encode(), b""]
-
-    def _user(self, domain: bytes, address: bytes, mechanism: bytes, credentials: list[bytes]) -> str | None:
-        if domain != ZAP_DOMAIN.encode():
-            return None
-        if mechanism == b"CURVE":
-            (key,) = credentials
-            return self._users.get(key)
-        if mechanism == b"NULL":
-            # libzmq gives a Unix peer's address as localhost:UID:GID:PID, from SO_PEERCRED.
-            unix = re.fullmatch(rb"localhost:(\d+):\d+:\d+", address)
-            return LOCAL_USER if unix and int(unix[1]) == os.geteuid() else None
-        return None
 
 
 def pick_address(addresses: Sequence[str], timeout_s: float = config.CONNECT_TIMEOUT_S) -> str:

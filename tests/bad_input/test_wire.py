@@ -21,6 +21,7 @@ from conftest import eventually, from_afar, new_keys
 from zmtp import Speaker, command, frame, greeting, ready
 
 from zmqsched import Client, LocalCluster, errors, sockets
+from zmqsched.authenticator import Authenticator
 from zmqsched.broker import Broker
 from zmqsched.codec import encode
 from zmqsched.config import ipc_address
@@ -60,7 +61,7 @@ def secured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Secured]:
     monkeypatch.setattr(sockets, "_HANDSHAKE_MS", HANDSHAKE_MS)
     context = sockets.context()
     keys = new_keys()
-    authenticator = sockets.Authenticator(context, {keys.client_public: "client:1"})
+    authenticator = Authenticator(context, {keys.client_public: "client:1"})
     authenticator.start()
     made = Secured(context, keys)
     yield made
@@ -394,7 +395,7 @@ def test_45_subscriptions_by_the_thousand_and_a_topic_of_a_mebibyte():
 
 def test_45_and_facts_are_for_those_whose_key_is_good():
     context, keyring = sockets.context(), Keyring()
-    authenticator = sockets.Authenticator(context, keyring.users)
+    authenticator = Authenticator(context, keyring.users)
     authenticator.start()
     facts = Facts(context, [TCP], keyring)
     pair = keyring._current["observer"]
