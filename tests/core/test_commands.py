@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from msgspec.structs import replace
 
 from zmqsched.protocol import Command, CommandDone, Draining, Goodbye, Pause, Progress, Query, Report, Stop
 
@@ -100,7 +101,7 @@ def test_a_node_that_was_paused_says_so_to_the_next_broker():
     broker = Broker()
     client, node = broker.client(), broker.node()
     obeyed(client, "n1", "pause")
-    node.hello = type(node.hello)(*[*(getattr(node.hello, f) for f in node.hello.__struct_fields__[:-1]), True])
+    node.hello = replace(node.hello, paused=True)
     broker.dies(settle_s=0.0)
     node.comes_back()
     client.comes_back()

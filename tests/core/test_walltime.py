@@ -106,6 +106,17 @@ def test_a_short_task_is_not_kept_waiting_by_long_ones():
     assert node.holds == ["short"]
 
 
+def test_nodes_that_end_too_soon_are_not_looked_at_again():
+    broker = Broker()
+    client = broker.client()
+    short = [broker.node(f"short{number}", leaves_in_s=100.0) for number in range(20)]
+    client.submits("long", timeout=500.0)
+    (lane,) = [lane for lane in broker.scheduler.book.placement.lanes() if lane.tasks]
+    assert not lane.pool._heaps[lane.step]
+    client.submits(*[f"short{number}" for number in range(20)], timeout=20.0)
+    assert all(node.holds for node in short)
+
+
 def test_what_is_handed_back_at_the_end_is_no_death():
     broker = Broker(max_deaths=1)
     client, node = broker.client(), broker.node(leaves_in_s=10.0)

@@ -20,11 +20,10 @@ from .nodes import ALIVE, DRAINING, PAUSED, SUSPECT, Node
 from .sessions import Session
 
 MAX_REPLACED = 1_000  # nodes that others have replaced, remembered
-Tell = Callable[[str, Node, str], None]
 
 
 class Commands:
-    def __init__(self, book: Book, fact: Tell) -> None:
+    def __init__(self, book: Book, fact: Callable[[str, Node, str], None]) -> None:
         self._book = book
         self._fact = fact
         self._replaced: deque[bytes] = deque(maxlen=MAX_REPLACED)  # incarnations
