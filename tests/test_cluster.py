@@ -269,15 +269,14 @@ def test_the_death_of_the_program_ends_everything(scripts):
 # --- nodes that fail ------------------------------------------------------------------------------------------------------
 
 
-def test_when_all_nodes_fail_their_own_words_are_in_the_exception(broken: str, clusters: Home):
-    begun = time.monotonic()
+def test_when_all_nodes_fail_their_own_words_are_in_the_exception(broken: str, clusters: Home, monkeypatch):
+    monkeypatch.setattr("zmqsched.cluster.ELSEWHERE_TIMEOUT_S", 6000.0)  # nobody waits for it
     with pytest.raises(StartError) as failed:
         Cluster(wanted(local(python=broken, count=2), NodeGroup(launcher="queue", tags=("unknown",))))
     words = str(failed.value)
     assert "local-1: exit code 3 before it was ready: loading modules\nno licence for this host" in words
     assert "local-2: exit code 3 before it was ready" in words
     assert "queue: sbatch: no such partition: give --partition one that sinfo shows" in words
-    assert time.monotonic() - begun < 20.0  # the limit for a node that says nothing: nobody has waited for it
     clusters.assert_nothing_left()
 
 

@@ -124,7 +124,9 @@ def test_the_silent_and_those_who_do_not_read_are_cut_off_and_hold_up_nobody(ser
     deaf.sendall(b'{"size": 4000000}\n')
     assert control.ask(NAME, {"while": "they wait"}, 10) is not None
     assert is_cut_off(silent)
-    time.sleep(0.6)
+    waiter = select.poll()
+    waiter.register(deaf, 0)
+    assert waiter.poll(15_000), "nobody has hung up"
     assert control.ask(NAME, {}, 10) is not None
     with pytest.raises(AssertionError, match="cut off"):
         line(deaf)
