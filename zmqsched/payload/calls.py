@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from ..errors import NotSerializable, ResultDecodeError, ResultNotSerializable
 from ..protocol import Payload
@@ -17,6 +17,7 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 
 # Nothing in these can be by value, out of band or too large, or refer to anything. Most tiny tasks take and return such.
 _SIMPLE = frozenset({int, float, bool, type(None)})
+_NONE = pickle.dumps(None, 5)
 
 
 def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
@@ -49,13 +50,14 @@ def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
 
 def unpack_call(payload: Payload, inputs: Mapping[bytes, Payload] | None = None) -> Call:
     """Arguments and keywords; ``inputs``: results of the tasks that it refers to. Raises whatever unpickling them raises."""
-    thread.values = inputs or {}
+    if inputs is None:
+        return cast(Call, unpack(payload))
+    thread.values = inputs
     try:
-        call: Call = unpack(payload)
+        return cast(Call, unpack(payload))
     finally:
         thread.values = {}
         thread.unpacked.clear()
-    return call
 
 
 def pack_value(value: Any) -> Payload:
@@ -67,6 +69,8 @@ def pack_value(value: Any) -> Payload:
         Naming the part of it that cannot be pickled.
     PayloadTooLarge
     """
+    if value is None:
+        return _NONE
     if type(value) in _SIMPLE:
         return pickle.dumps(value, 5)
     try:
