@@ -105,7 +105,7 @@ class Node:
     @property
     def takes_nested(self) -> bool:
         """Takes tasks of tasks, though it takes no others: what it holds may wait for them."""
-        return self.state in (PAUSED, DRAINING) and self.lent > 0 and len(self.tasks) < self.credit
+        return self.lent > 0 and self.state in (PAUSED, DRAINING) and len(self.tasks) < self.credit
 
     def move(self, state: NodeState) -> None:
         if state not in NODE_MOVES[self.state]:

@@ -106,12 +106,12 @@ class Placement:
 
     def _push(self, task: Task, lane: Lane, *, first: bool = False) -> None:
         task.lane = lane
-        lane.tasks.push(task.id, task, task.kind.options.rank, first=first)
+        lane.tasks.push(task.id, task, task.kind.rank, first=first)
         if id(lane) not in lane.pool.blocked:
             self._ready[id(lane)] = lane
 
     def withdraw(self, task: Task) -> None:
-        task.lane.tasks.remove(task.id, task.kind.options.rank)
+        task.lane.tasks.remove(task.id, task.kind.rank)
         if self._reserved:
             self._reconsider()
 
@@ -155,7 +155,7 @@ class Placement:
         for lane in self._ready.values():
             if lane.tasks:
                 head = lane.tasks.head()
-                heap.append((-head.kind.options.rank, head.seq, lane))
+                heap.append((-head.kind.rank, head.seq, lane))
         heapq.heapify(heap)
         self._ready.clear()
         while heap:
@@ -186,11 +186,11 @@ class Placement:
             for pool in node.pools:
                 pool.offer(node)
             pairs.append((task, node))
-            if lane.tasks:
-                head = lane.tasks.head()
-                heapq.heapreplace(heap, (-head.kind.options.rank, head.seq, lane))
-            else:
+            if not lane.tasks:
                 heapq.heappop(heap)
+            elif len(heap) > 1:
+                head = lane.tasks.head()
+                heapq.heapreplace(heap, (-head.kind.rank, head.seq, lane))
         return moved
 
     def _better_lane(self, lane: Lane, node: Node | None, now: float) -> Lane | None:

@@ -148,18 +148,19 @@ class Lane:
     @property
     def rank(self) -> int:
         """Of the first task."""
-        return self.tasks.head().kind.options.rank
+        return self.tasks.head().kind.rank
 
 
 class Kind:
     """A function and the options it is to run with, shared by ``open`` unfinished tasks. ``bytes``: what the shape takes in
-    a message, at most. ``lane``: for its next task; ``lanes``: all it ever had."""
+    a message, at most. ``rank``: higher goes first. ``lane``: for its next task; ``lanes``: all it ever had."""
 
-    __slots__ = ("_longest_s", "bytes", "lane", "lanes", "open", "options", "shape")
+    __slots__ = ("_longest_s", "bytes", "lane", "lanes", "open", "options", "rank", "shape")
 
     def __init__(self, shape: Shape, lane: Lane) -> None:
         self.shape = shape
         self.options: Options = shape.options
+        self.rank = shape.options.rank
         self.bytes = shape_bytes(shape)
         self.lane = lane
         self.lanes = [lane]
