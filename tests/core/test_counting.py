@@ -269,6 +269,31 @@ def test_a_task_of_a_client_that_is_gone_counts_for_nothing():
     assert counter(broker) == 1
 
 
+@pytest.mark.parametrize("journal", [False, True])
+@pytest.mark.parametrize("ok", [True, False])
+def test_a_result_of_a_task_that_is_submitted_again_brings_what_was_counted_while_nobody_knew_it(ok, journal):
+    """Else the task would be over, and its debt owed for ever."""
+    broker = Broker(client_lease_s=5.0, journal=journal)
+    node = broker.node()
+    client = owing(broker, "a")
+    client.freezes()
+    node.freezes()
+    broker.passes(8)
+    node.thaws()
+    node.orders.clear()
+    node.comes_back()
+    node.counts("a", -1)
+    client.thaws()
+    client.comes_back()
+    client.submits("a", holds=["g"])
+    ends(node, "a", 1, ok=ok)
+    assert client.answers == {"a": "ok" if ok else "error"}
+    waits(client, 2)
+    assert told(client) == [""]
+    broker.passes(2)
+    assert not broker.scheduler.book.open_counts()
+
+
 # --- a task that ends without done() -------------------------------------------------------------------------------
 
 

@@ -12,7 +12,8 @@ Rules
   death may end with the session, and the next attempt may be at the same node. Behind it nothing of the old one follows.
 * A task of an owner that is gone counts for nothing: should the owner come back, it is run again. But an owner that was in
   a task will not, and others may wait: then it is as if the task had ended there. What is said for a task that is answered
-  counts for nothing either.
+  counts for nothing either; but as it may be one that its client asks for again, it is kept for a while: the attempt's
+  result may come after all.
 * A task stands for one debt of each WaitGroup that it was sent, and for what it has added to any, as far as it has not
   counted that down. If it ends otherwise than with a result, these debts have failed (``groups.py``). Of a task that was
   not submitted, or not accepted, its client says so.
@@ -29,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ..protocol import MAX_DELTA, MAX_ITEMS, Final, GroupAdd, GroupDone, GroupWait, tag_of
+from ..protocol import MAX_DELTA, MAX_HELD, MAX_ITEMS, Final, GroupAdd, GroupDone, GroupWait, tag_of
 from .groups import Answer, Groups, Waiter
 from .ledger import Counted
 
@@ -73,6 +74,8 @@ class Counting:
         self._book = book
         self.groups = Groups()
         self.counted: OrderedDict[bytes, int] = OrderedDict()  # the last addition, by incarnation
+        # Of tasks that are not here: by task, and by incarnation of the node that runs it.
+        self._unclaimed: OrderedDict[bytes, dict[bytes, dict[bytes, int]]] = OrderedDict()
 
     # --- what is said ------------------------------------------------------------------------------------------------
 
@@ -97,7 +100,8 @@ class Counting:
             self._add_for_now(task, incarnation, message)
         else:
             self._book.counts["additions of tasks that are over"] += 1
-            self._book.record(incarnation, GroupAdd([], message.number))
+            self._book.record(incarnation, message)
+            self._keep(incarnation, message)
 
     def wait(self, session: Session, message: GroupWait) -> None:
         self.answer(self.groups.wait(message.group, Waiter(session.token, message.request, message.task)))
@@ -147,12 +151,23 @@ class Counting:
             if debts.live == incarnation:
                 self._apply(task, group, delta)
 
+    def _keep(self, incarnation: bytes, message: GroupAdd) -> None:
+        added = self._unclaimed.setdefault(message.task, {}).setdefault(incarnation, {})
+        self._unclaimed.move_to_end(message.task)
+        if len(self._unclaimed) > MAX_COUNTED:
+            self._unclaimed.popitem(last=False)
+        for group, delta in message.deltas:
+            if group in added or len(added) < MAX_HELD:
+                added[group] = added.get(group, 0) + delta
+
     # --- the course of a task, if it has debts -----------------------------------------------------------------------
 
     def hold(self, task: Task) -> None:
         task.debts = Debts(task.kind.options.holds)
         for group in task.debts.sent:
             self.groups.hold(group, task.id, 1)
+        for incarnation, added in self._unclaimed.pop(task.id, {}).items():
+            task.debts.added[incarnation] = {group: delta for group, delta in added.items() if group in task.debts.holds}
 
     def runs_at(self, task: Task, incarnation: bytes) -> None:
         """This node's attempt is the one that counts."""
@@ -174,6 +189,8 @@ class Counting:
     def over(self, task_id: bytes, incarnation: bytes) -> None:
         """The attempt of the task at this node has ended, and the task has not."""
         task = self._book.tasks.get(task_id)
+        if task is None:
+            self._unclaimed.get(task_id, {}).pop(incarnation, None)
         if task is None or task.debts is None:
             return
         if task.debts.live == incarnation:
