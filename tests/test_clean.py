@@ -76,8 +76,15 @@ def test_ends_of_connections_through_ssh_that_are_no_more(home: Home):
                 end.unlink(missing_ok=True)
 
 
-def test_without_leftovers_there_is_nothing_to_do(home: Home, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(cleaning, "is_marked", lambda pid: False)  # other tests may be killing clusters right now
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other tests may be killing clusters right now: of what is left of them this one is to see nothing."""
+    monkeypatch.setattr(cleaning, "is_marked", lambda pid: False)
+    monkeypatch.setattr(cleaning, "dead_tunnels", list)
+
+
+@pytest.mark.usefixtures("alone")
+def test_without_leftovers_there_is_nothing_to_do(home: Home):
     assert run("clean") == "nothing is left to clean\n"
 
 
@@ -180,6 +187,7 @@ def test_what_lives_is_left_alone(home: Home):
         assert client.submit(pow, 2, 5).result() == 32
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_cluster_without_a_broker_is_dead_only_if_it_stays_so(home: Home):
     """Between two brokers nobody holds the lock."""
     ClusterLock.acquire("one").release()
@@ -202,6 +210,7 @@ def test_one_that_lost_its_broker_for_good_is_its_holders_as_long_as_that_is_the
         assert "headless" not in run("clean")
 
 
+@pytest.mark.usefixtures("alone")
 def test_one_whose_holder_answers_is_not_dead(home: Home):
     ClusterLock.acquire("held").release()
     assert len(cleaning.find(watch_s=0)) == 1
@@ -230,6 +239,7 @@ def test_our_processes_are_known_however_they_were_started(words: list[str], our
         process.kill()
 
 
+@pytest.mark.usefixtures("alone")
 def test_what_comes_alive_meanwhile_is_left_alone_and_said(home: Home):
     ClusterLock.acquire("quick").release()
     (left,) = cleaning.find(watch_s=0)
@@ -239,6 +249,7 @@ def test_what_comes_alive_meanwhile_is_left_alone_and_said(home: Home):
         lock.remove()
 
 
+@pytest.mark.usefixtures("alone")
 def test_what_cannot_be_killed_is_an_error(home: Home, monkeypatch: pytest.MonkeyPatch):
     path = str(home.path / "gone" / CONNECTION_FILE)
     program = "import sys, time; print(flush=True); time.sleep(600)"

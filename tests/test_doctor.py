@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import socket
 import sys
@@ -139,7 +140,8 @@ def test_cpus_tell_what_limits_them(monkeypatch: pytest.MonkeyPatch):
 def test_leftovers_are_told(home: Home):
     ClusterLock.acquire("dead").release()
     left = step(list(doctor.look_here()), "leftovers")
-    assert (left.state, left.found, left.fix) == ("ok", "1 of dead clusters", "zmqsched clean")
+    assert re.fullmatch(r"[1-9]\d* of dead clusters", left.found)  # other tests may be killing clusters right now
+    assert (left.state, left.fix) == ("ok", "zmqsched clean")
 
 
 @pytest.mark.usefixtures("home")

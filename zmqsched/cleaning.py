@@ -69,10 +69,20 @@ def find(*, journals: bool = False, watch_s: float = STALE_AFTER_S) -> list[Left
         *_started_by_tasks(),
         *(_batch_jobs(name, jobs[name]) for name in sorted(dead & jobs.keys())),
         *(_directory(name) for name in sorted(dead & directories)),
-        *(Leftover(f"log {logs[name]}", logs[name].unlink) for name in sorted(dead & logs.keys())),
+        *(_file("log", logs[name]) for name in sorted(dead & logs.keys())),
         *(_journal(name, kept[name]) for name in sorted(dead & kept.keys())),
-        *(Leftover(f"end of a connection back through ssh: {end}", end.unlink) for end in dead_tunnels()),
+        *(_file("end of a connection back through ssh:", end) for end in dead_tunnels()),
     ]
+
+
+def _file(what: str, path: Path) -> Leftover:
+    def remove() -> None:
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:
+            raise StartError(f"cannot remove {path}: {error.strerror}") from None
+
+    return Leftover(f"{what} {path}", remove)
 
 
 def _is_name(name: str) -> bool:
