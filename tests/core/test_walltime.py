@@ -6,7 +6,7 @@ import pytest
 
 from zmqsched.core import placement
 from zmqsched.core.agent import DRAIN_BEFORE_S, TERM_GRACE_S
-from zmqsched.protocol import Draining, Goodbye
+from zmqsched.protocol import Draining, Goodbye, Progress
 
 from .builders import Broker, Client, Workplace
 
@@ -104,6 +104,17 @@ def test_a_short_task_is_not_kept_waiting_by_long_ones():
     client.submits(*[f"long{number}" for number in range(20)], timeout=500.0, priority=5)
     client.submits("short", timeout=20.0)
     assert node.holds == ["short"]
+
+
+def test_a_node_that_drains_takes_no_tasks_of_tasks_that_would_not_end_there_either():
+    broker = Broker()
+    client, node = broker.client(), broker.node(leaves_in_s=100.0)
+    client.submits("parent")
+    node.credit += 2
+    node.says(Progress(node.credit, waiting=[node._attempt("parent")]), Draining())
+    client.submits("long", depth=1, timeout=500.0)
+    client.submits("short", depth=1, timeout=20.0)
+    assert node.holds == ["parent", "short"]
 
 
 def test_nodes_that_end_too_soon_are_not_looked_at_again():

@@ -235,13 +235,13 @@ class Pool:
             skipped.append(heapq.heappop(heap))
         for entry in skipped:
             heapq.heappush(heap, entry)
-        return found or (self._find_nesting(lane) if lane.nested else None)
+        return found or (self._find_nesting(lane, now) if lane.nested else None)
 
-    def _find_nesting(self, lane: Lane) -> Node | None:
+    def _find_nesting(self, lane: Lane, now: float) -> Node | None:
         """A node that takes nothing but what its tasks may wait for; few are ever there."""
         for node in list(self._nesting.values()):
             if not node.takes_nested:
                 del self._nesting[node.id]
-            elif node.fits(lane.demand):
+            elif node.fits(lane.demand) and node.lasts(lane.length_s, now):
                 return node
         return None

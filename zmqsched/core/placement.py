@@ -272,7 +272,8 @@ class Placement:
                 idle = [n.id for n in self._nodes.values() if lane.pool.suits(n) and n.open and n.fits(lane.demand)
                         and n.lasts(lane.length_s, now) and (n.reserved is None or lane.may_pass(n.reserved))]  # fmt: skip
                 if lane.nested:
-                    idle += [n.id for n in lane.pool.nodes.values() if n.takes_nested and n.fits(lane.demand)]
+                    nesting = [node for node in lane.pool.nodes.values() if node.takes_nested and node.fits(lane.demand)]
+                    idle += [node.id for node in nesting if node.lasts(lane.length_s, now)]
                 assert not idle, f"tasks wait for {lane.demand} while {idle} have room"
 
     def sanity_check(self) -> None:
