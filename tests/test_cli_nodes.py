@@ -180,6 +180,9 @@ def test_what_a_node_has_said_while_it_started_is_in_its_log(home):
     (home.path / "c.toml").unlink()
     eventually(lambda: home.call("logs", "local-1") == "hello\n")
     assert home.call("logs") == "local-1: hello\n"
+    home.call("scale", "local=0")
+    eventually(lambda: [node["state"] for node in home.ask("status")["nodes"]] == ["gone"])
+    assert home.call("logs", "local-1") == "hello\n"
     home.call("down")
 
 

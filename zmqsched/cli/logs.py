@@ -36,10 +36,12 @@ def logs(node: str | None, name: str | None, follow: bool) -> None:
     from ..control import ask
 
     cluster = name_of(name)
-    one = None if node is None else _label(ask(cluster, {"do": "nodes"})["nodes"], node, cluster)
     holder = os.pidfd_open(ask(cluster, {"do": "facts"})["pid"])
     directory = cluster_dir(cluster)
     site = Site(directory / CONNECTION_FILE, directory)
+    one = node
+    if node is not None and ("/" in node or not site.log_path(node).exists()):  # not even one that has left
+        one = _label(ask(cluster, {"do": "nodes"})["nodes"], node, cluster)
     tails: dict[Path, _Tail] = {}
     ended = not follow
     while True:
