@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import getpass
+import shlex
 from collections.abc import Mapping, Sequence
 
 from ..clusterfile import NodeGroup, State
@@ -64,18 +65,16 @@ class Slurm(BatchSystem):
             'job="${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}"',
             'if [ -z "$SLURM_JOB_END_TIME" ]; then',
             '    end=$(squeue --noheader --jobs="$job" --format=%e)',
-            '    SLURM_JOB_END_TIME=$(date --date="$end" +%s 2>/dev/null)',
-            "    export SLURM_JOB_END_TIME",
+            '    case "$end" in',  # it is not known, or there is none: to `date` nothing means today
+            '        [0-9]*) export SLURM_JOB_END_TIME=$(date --date="$end" +%s) ;;',
+            "    esac",
             "fi",
         ]
         if len(job.labels) > 1 and not job.array:  # srun has not taken over the job's CPUs for each task since 22.05
             words = "--ntasks-per-node=1 --mpi=none --no-kill --kill-on-bad-exit=0 --wait=0"
             words += ' ${SLURM_CPUS_PER_TASK:+"--cpus-per-task=$SLURM_CPUS_PER_TASK"}'
-            lines += [
-                'if [ "$1" != node ]; then',
-                f"    exec srun {words} --output={files.output('%t')} /bin/bash {files.script} node",
-                "fi",
-            ]
+            rest = shlex.join([f"--output={files.output('%t')}", "/bin/bash", str(files.script), "node"])
+            lines += ['if [ "$1" != node ]; then', f"    exec srun {words} {rest}", "fi"]
         return lines
 
     def index(self, job: Job) -> str:
