@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import secrets
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,6 +133,7 @@ class Broker:
                 max_queued_bytes=host.room_for_tasks() if max_queued is None else max_queued,
                 settle_s=SETTLE_S if self.lock.was_left or self._journal else 0.0,
                 idle_timeout_s=idle_timeout_s,
+                max_connections=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
             )
             self._core = self._restored(settings)
             before = _Identity.read(self._journal, " ".join(listen))

@@ -140,3 +140,12 @@ def test_an_alarm_is_counted_while_it_lasts_and_logged_now_and_then():
         broker.passes(1.0)
     assert broker.counts["alarm: no descriptors left"] == 2 * int(ALARM_EVERY_S)
     assert broker.log.count("no descriptors left: raise the limit") in (2, 3)
+
+
+def test_few_descriptors_for_so_many_workers_are_told_of():
+    broker = Broker(max_connections=40)
+    broker.node("one", slots=10)
+    assert "alarm: few descriptors for so many workers" not in broker.counts
+    broker.node("two", slots=1)
+    assert broker.counts["alarm: few descriptors for so many workers"] == 1
+    assert any("ulimit -n" in line for line in broker.log)

@@ -110,6 +110,7 @@ from .timers import Timers
 
 PARTING_S = 2.0  # how long a shutdown waits for goodbyes
 ALARM_EVERY_S = 60.0  # an alarm that lasts is logged again
+DESCRIPTORS_A_SLOT = 4
 FORMER_NODES = 32  # lost and departed nodes kept for reports
 
 
@@ -497,6 +498,9 @@ class Scheduler:
         self._watch.set(node.id, now + self.settings.suspect_after_s)
         text = f"{hello.where.host} pid {hello.where.pid}, {hello.slots} slots"
         self._fact("joined", node, text)
+        if self.settings.max_connections < DESCRIPTORS_A_SLOT * sum([each.slots for each in self._nodes.values()]):
+            advice = "each of them may be a client of its own; raise the limit (ulimit -n) where the broker is started"
+            self._alarm("few descriptors for so many workers", advice, now)
         self.book.offer(node, hello.holding)
         self._commands.replace(node)
         self.book.record(b"", self._present(now))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, KEEP_RESULTS_S, PING_GRACE_S, SUSPECT_AFTER_BEATS
@@ -36,6 +37,7 @@ class Settings:
     keep_results_s: float = KEEP_RESULTS_S
     settle_s: float = 0.0
     max_queued_bytes: int = 1 << 30
+    max_connections: float = math.inf
     idle_timeout_s: float = 0.0
 
     @property
