@@ -140,6 +140,8 @@ def test_a_clients_key_does_not_end_the_cluster(cluster, capsys, tmp_path):
     file_of(cluster, "client").write(path)
     assert main(["keys", "rotate", str(path)]) == 1
     assert "does not allow ChangeKeys: that takes the owner's connection.json" in capsys.readouterr().err
+    assert main(["down", str(path)]) == 1
+    assert "does not allow Shutdown: that takes the owner's connection.json" in capsys.readouterr().err
     with Client(file_of(cluster, "client")) as client:
         assert client.submit(abs, -1).result(timeout=PATIENCE_S) == 1
 

@@ -19,7 +19,7 @@ from .client import Client
 from .cluster import STOP_TIMEOUT_S
 from .config import CONNECTION_FILE, STOPPING_FILE, ConnectionFile, cluster_dir, is_held, remove_cluster_dir, this_host
 from .core.events import Tell
-from .errors import BrokerUnreachable, ClusterExists, ClusterLost, ConnectionFileError, ZmqschedError
+from .errors import BrokerUnreachable, ClusterExists, ClusterLost, ConnectionFileError, Refused, ZmqschedError
 from .fleet import CLOSE_TIMEOUT_S
 from .protocol import Query, Shutdown
 
@@ -71,8 +71,9 @@ def _ask(file: ConnectionFile) -> bool:
             reply.result(ASK_TIMEOUT_S)
     except ClusterLost:
         return True
-    except (ZmqschedError, TimeoutError):
-        pass
+    except (ZmqschedError, TimeoutError) as error:
+        if isinstance(error, Refused) and file.role != "admin":  # it is well, and not this key's to end
+            raise
     return False
 
 
