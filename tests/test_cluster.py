@@ -24,7 +24,7 @@ from conftest import Gate, Home, alive, eventually
 from zmqsched import Client, Cluster, SlurmCluster, SSHCluster, control
 from zmqsched.clusterfile import BatchPart, BrokerPart, ClusterFile, HeartbeatPart, NodeGroup, Scale, TasksPart
 from zmqsched.config import cluster_dir
-from zmqsched.errors import ClusterExists, ClusterFileError, ClusterNotFound, StartError, TaskTimeout
+from zmqsched.errors import ClusterExists, ClusterFileError, ClusterNotFound, StartError, TaskTimeout, Unschedulable
 from zmqsched.launch import LAUNCHERS
 from zmqsched.launch.base import Launched, Launcher, Site
 from zmqsched.records import NodeList, Status
@@ -487,11 +487,16 @@ def test_nobody_with_work_is_ended_because_a_new_broker_does_not_know_it_yet(gat
         assert gate.begun() == 1
 
 
-def test_tasks_that_ask_for_what_is_not_there_yet_make_it_come():
-    """The broker fails tasks that no node could hold, but not at once."""
-    groups = [local(), local(name="gpu", tags=("gpu",), scale=Scale(min=0, max=1))]
+def test_tasks_that_ask_for_what_is_not_there_yet_make_it_come_and_nothing_else():
+    """It takes longer than the broker has patience with tasks that no node can hold."""
+    scale = Scale(min=0, max=1)
+    slow = local(name="gpu", tags=("gpu",), scale=scale, prologue=("sleep 8",))
+    groups = [local(), local(name="other", tags=("other",), scale=scale), slow]
     with Cluster(wanted(*groups)) as cluster, Client(cluster) as client:
-        assert client.options(tags=["gpu"]).submit(pow, 2, 3).result(30) == 8
+        assert client.options(tags=["gpu"]).submit(pow, 2, 3).result(60) == 8
+        assert labels(cluster) == ["gpu-1", "local-1"]
+        with pytest.raises(Unschedulable):
+            client.options(tags=["tpu"]).submit(pow, 2, 3).result(60)
         assert labels(cluster) == ["gpu-1", "local-1"]
 
 

@@ -21,7 +21,7 @@ import time
 import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
 import msgspec
@@ -66,6 +66,7 @@ from .protocol import (
     JobTasks,
     Options,
     Payload,
+    Prospect,
     Query,
     Report,
     Shape,
@@ -430,8 +431,8 @@ class Client(Shown, Tasks):
         self._post(events.Tell(make(request)))
         return request, reply
 
-    def _report(self, timeout_s: float = QUERY_TIMEOUT_S) -> Report:
-        return cast(Report, self._ask(Query, timeout_s))
+    def _report(self, timeout_s: float = QUERY_TIMEOUT_S, prospects: Sequence[Prospect] = ()) -> Report:
+        return cast(Report, self._ask(lambda request: Query(request, [], list(prospects)), timeout_s))
 
     def _ask(self, make: Callable[[int], Any], timeout_s: float = QUERY_TIMEOUT_S) -> Any:
         """What the broker answers to the message that ``make(request)`` is."""

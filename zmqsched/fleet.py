@@ -32,6 +32,8 @@ from .core.adapting import Adapting, Demand
 from .errors import CommandFailed, StartError, ZmqschedError
 from .launch import find_launcher
 from .launch.base import Launched, Launcher, Site
+from .options import MAX_AMOUNT
+from .protocol import Prospect
 from .readiness import Asked
 from .records import NodeInfo, Status, status_of
 from .shell import log
@@ -75,6 +77,7 @@ class Group:
         self.members: dict[str, _Member] = {}
         self.trouble = ""  # with its launcher
         self.adapting = Adapting(wanted.scale.min, wanted.scale.max) if wanted.scale else None
+        self.offers: dict[str, float] = {}  # of its nodes, once there was one
         self._numbers = itertools.count(1)
 
     def start(self, number: int) -> None:
@@ -114,6 +117,7 @@ class Fleet:
         self._client: Any = None
         self._status: Status  # as the broker was last asked
         self._nodes: dict[str, NodeInfo] = {}  # its nodes that are there, by label
+        self._suited: dict[str, int] = {}  # queued tasks that a node of each adapting group could hold
         self._shown: list[Launched] = []
         self._closed = False
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -223,7 +227,10 @@ class Fleet:
 
                 self._client = Client(self._broker.file, timeout=ANSWER_S, output=False)
             client = self._client
-        return status_of(client._report(ANSWER_S))
+        groups = [group for group in self.groups.values() if group.adapting]
+        report = client._report(ANSWER_S, [self._prospect(group) for group in groups])
+        self._suited = dict(zip([group.name for group in groups], report.suited, strict=False))
+        return status_of(report)
 
     def answer(self, request: Request) -> Request:
         """What the control socket says to a request."""
@@ -294,6 +301,14 @@ class Fleet:
             except ZmqschedError as error:  # the broker is being replaced, or a command of the site failed
                 log.debug("zmqsched: cluster %s: %s", self._broker.name, error)
             self._show()
+
+    def _prospect(self, group: Group) -> Prospect:
+        """What a node of the group would offer. What nobody can know before there is one is taken for enough."""
+        for label in list(group.members):
+            if node := self._nodes.get(label):
+                group.offers = node.resources
+        found = group.offers or {"memory": MAX_AMOUNT, **group.wanted.resources, "cpu": group.wanted.slots or MAX_AMOUNT}
+        return Prospect(tuple(sorted(found.items())), group.wanted.tags)
 
     def _look(self, *, ask: bool) -> None:
         """How are they?"""
@@ -374,8 +389,7 @@ class Fleet:
     def _adapt(self) -> None:
         """Each group in turn: what one starts, the next need not."""
         here = [node for node in self._status.nodes if node.state in ("alive", "suspect")]
-        queued = self._status.tasks.get("queued", 0)
-        tasks = queued + self._status.tasks.get("assigned", 0)
+        assigned = self._status.tasks.get("assigned", 0)
         groups = [group for group in self.groups.values() if group.adapting]
         for group in groups:
             assert group.adapting is not None
@@ -383,7 +397,8 @@ class Fleet:
             coming = [label for label, one in staying.items() if not one.joined]
             busy = {label: self._nodes[label].assigned for label in staying if label in self._nodes}
             busy.update(dict.fromkeys((label for label in staying if self._is_unknown(staying[label])), 1))
-            demand = Demand(tasks, queued, sum(node.slots for node in here), self._slots_coming())
+            queued = self._suited.get(group.name, 0)
+            demand = Demand(queued + assigned, queued, sum(node.slots for node in here), self._slots_coming(group.name))
             step = group.adapting.decide(time.monotonic(), demand, self._slots_of(group), busy, coming)
             self._dismiss(group, step.leave)
             group.stop([label for label, one in group.members.items() if one.ended])
@@ -393,10 +408,13 @@ class Fleet:
                 group.adapting.failed(time.monotonic())
                 self._failed(Launched(group.name, "ended", str(error)))
 
-    def _slots_coming(self) -> int:
+    def _slots_coming(self, name: str) -> int:
+        """Of all nodes that are on their way and could hold as much of what is queued as those of this group."""
+        mine = self._suited.get(name, 0)
+        like = [other for other in self.groups.values() if self._suited.get(other.name, math.inf) >= mine]
         return sum(
             self._slots_of(group)
-            for group in self.groups.values()
+            for group in like
             for one in group.staying().values()
             if not one.joined or self._is_unknown(one)
         )

@@ -433,11 +433,20 @@ class GroupDone(_Wire, tag=29):
     error: Text = ""
 
 
+class Prospect(_Wire):
+    """A node that could be started: what it would offer."""
+
+    resources: Annotated[tuple[tuple[Name, Amount], ...], Meta(max_length=64)]
+    tags: Annotated[tuple[Name, ...], Meta(max_length=64)] = ()
+
+
 class Query(_Wire, tag=30):
-    """Asks for a report; with ``tasks``, why those of them wait that the client may ask about."""
+    """Asks for a report; with ``tasks``, why those of them wait that the client may ask about. ``prospects``: nodes that the
+    client, an administrator's, starts when they are wanted: what they could hold is not hopeless, until it asks anew."""
 
     request: Count
     tasks: Annotated[list[TaskId], Meta(max_length=MAX_ITEMS)] = []
+    prospects: Annotated[list[Prospect], Meta(max_length=1_000)] = []
 
 
 class NodeReport(_Wire):
@@ -458,7 +467,8 @@ class NodeReport(_Wire):
 
 
 class Report(_Wire, tag=31):
-    """``waiting``: how many tasks have not started for what reason, most first."""
+    """``waiting``: how many tasks have not started for what reason, most first. ``suited``: how many of the queued
+    each of the query's prospects could hold."""
 
     request: Count
     name: Name
@@ -469,6 +479,7 @@ class Report(_Wire, tag=31):
     counts: list[tuple[Name, Count]]
     clients: Count
     waiting: list[tuple[Count, Text]] = []
+    suited: list[Count] = []
 
 
 class Notice(_Wire, tag=32):

@@ -41,6 +41,7 @@ from zmqsched.protocol import (
     Outcome,
     Ping,
     Progress,
+    Prospect,
     Query,
     Remains,
     Report,
@@ -1094,6 +1095,40 @@ def test_a_lost_node_that_may_be_back_is_waited_for():
     broker.passes(12)
     assert client.answers == {}
     broker.passes(15)
+    assert client.answers == {"a": "Unschedulable"}
+
+
+def test_what_a_node_could_hold_that_may_be_started_is_waited_for():
+    broker = Broker()
+    client, owner = broker.client(), broker.client("owner")
+    broker.node("small")
+    client.submits("a", "b", resources={"gpu": 1})
+    client.submits("c", tags=("tpu",))
+    prospects = [Prospect((("cpu", 8.0), ("gpu", 2.0))), Prospect((("cpu", 8.0),), ("tpu",)), Prospect((("cpu", 8.0),))]
+    owner.says(Query(1, [], prospects))
+    assert owner.last(Report).suited == [2, 1, 0]
+    broker.passes(20)
+    assert client.answers == {}
+    assert client.asks_why("a", "b", "c") == {
+        "need gpu, a node that has it is about to be started, or has no room to be": 2,
+        "need tag tpu, a node that has it is about to be started, or has no room to be": 1,
+    }
+    owner.says(Query(2, [], prospects[:1]))
+    broker.passes(10)
+    assert client.answers == {"c": "Unschedulable"}
+    owner.says(Goodbye())
+    broker.passes(10)
+    assert client.answers == dict.fromkeys("abc", "Unschedulable")
+
+
+def test_only_an_administrator_has_nodes_to_start():
+    broker = Broker()
+    client = broker.client(user="client:1")
+    broker.node("small")
+    client.submits("a", resources={"gpu": 1})
+    client.says(Query(1, [], [Prospect((("cpu", 1.0), ("gpu", 1.0)))]))
+    broker.passes(10)
+    assert client.last(Report).suited == []
     assert client.answers == {"a": "Unschedulable"}
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from random import Random
 
 from ..protocol import (
@@ -51,7 +51,7 @@ from .dependencies import Dependencies
 from .functions import CAP_BYTES, FunctionStore
 from .ledger import Ledger, final_bytes
 from .load import FUNCTIONS_SHARE, Load, answer_bytes, call_bytes
-from .nodes import Node
+from .nodes import Node, Prospect
 from .owners import Owner, Owners
 from .placement import Placement
 from .policy import POLICIES
@@ -700,8 +700,8 @@ class Book:
         for task in list(self.limbo.values()):
             self._fail(task, "the broker died while the task may have been running, and its node did not come back")
 
-    def fail_hopeless(self, expected: list[Node]) -> None:
-        """Tasks that no node can ever hold, here or of those that may be back."""
+    def fail_hopeless(self, expected: Sequence[Node | Prospect]) -> None:
+        """Tasks that no node can ever hold, here or of those that may come."""
         if not self.nodes:
             return  # they may all be on their way: nothing is known about what they will offer
         hopeless = self.placement.hopeless(expected)

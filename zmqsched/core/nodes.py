@@ -24,6 +24,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from collections.abc import Iterable
 from enum import StrEnum
 from random import Random
 from typing import TYPE_CHECKING
@@ -128,7 +129,7 @@ class Node:
 
     def could_hold(self, demand: Demand) -> bool:
         """Would fit if the node were empty."""
-        return all(amount <= self.total.get(name, 0.0) + 1e-9 for name, amount in demand)
+        return _holds(self.total, demand)
 
     def take(self, task: Task, turn: int) -> None:
         assert len(self.tasks) < self.credit, f"{self.id} would exceed its credit"
@@ -168,6 +169,23 @@ class Node:
         self.version += 1
 
 
+class Prospect:
+    """A node that somebody starts when it is wanted."""
+
+    __slots__ = ("tags", "total")
+
+    def __init__(self, resources: Iterable[tuple[str, float]], tags: Iterable[str]) -> None:
+        self.total = dict(resources)
+        self.tags = frozenset(tags)
+
+    def could_hold(self, demand: Demand) -> bool:
+        return _holds(self.total, demand)
+
+
+def _holds(total: dict[str, float], demand: Demand) -> bool:
+    return all(amount <= total.get(name, 0.0) + 1e-9 for name, amount in demand)
+
+
 class Pool:
     """The nodes with these resource names and tags, best first. ``blocked``: lanes that found no room here."""
 
@@ -183,7 +201,7 @@ class Pool:
         self._count = itertools.count()
         self._last = 0.0  # the rank of the node found last
 
-    def suits(self, node: Node) -> bool:
+    def suits(self, node: Node | Prospect) -> bool:
         return self.tags <= node.tags and all(node.total.get(name, 0.0) > 0 for name in self.names)
 
     def join(self, node: Node) -> None:

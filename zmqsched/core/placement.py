@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import heapq
 import math
+from collections.abc import Sequence
 from random import Random
 
 from ..protocol import Options, Shape
-from .nodes import ALIVE, SUSPECT, Demand, Node, Pool
+from .nodes import ALIVE, SUSPECT, Demand, Node, Pool, Prospect
 from .policy import Policy
 from .tasks import ASSIGNED, QUEUED, Kind, Lane, Task
 
@@ -250,15 +251,19 @@ class Placement:
             self._ready.update(pool.blocked)
             pool.blocked.clear()
 
-    def hopeless(self, expected: list[Node]) -> list[Lane]:
-        """Lanes with tasks that no node, here or expected back, could hold even if it were empty."""
+    def hopeless(self, expected: Sequence[Node | Prospect]) -> list[Lane]:
+        """Lanes with tasks that no node, here or expected, could hold even if it were empty."""
         return [
             lane
             for lane in self._lanes.values()
             if lane.tasks
             and not any(node.could_hold(lane.demand) for node in lane.pool.nodes.values())
-            and not any(lane.pool.suits(node) and node.could_hold(lane.demand) for node in expected)
+            and not any(lane.suits(node) for node in expected)
         ]
+
+    def suited(self, prospect: Prospect) -> int:
+        """How many queued tasks such a node could hold."""
+        return sum(len(lane.tasks) for lane in self._lanes.values() if lane.tasks and lane.suits(prospect))
 
     def lanes(self) -> list[Lane]:
         return list(self._lanes.values())

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..protocol import clipped
-from .nodes import ALIVE, DRAINING, PAUSED, SUSPECT, Demand, Node
+from .nodes import ALIVE, DRAINING, PAUSED, SUSPECT, Demand, Node, Prospect
 from .tasks import ASSIGNED, DELAYED, QUEUED, WAITING, Lane, Task
 
 if TYPE_CHECKING:
@@ -35,11 +35,13 @@ STATES = {DRAINING: "is draining", SUSPECT: "is silent", PAUSED: "is paused"}
 
 
 class Reasons:
-    """Of the moment at which it is made. ``lost``: nodes that may be back. ``held``: why nothing at all is placed now."""
+    """Of the moment at which it is made. ``lost``: nodes that may be back; ``prospects``: those that may be started.
+    ``held``: why nothing at all is placed now."""
 
-    def __init__(self, book: Book, lost: Sequence[Node], held: str = "") -> None:
+    def __init__(self, book: Book, lost: Sequence[Node], prospects: Sequence[Prospect] = (), held: str = "") -> None:
         self._book = book
         self._lost = lost
+        self._prospects = prospects
         self._held = held
         self._of_lanes: dict[int, str] = {}
 
@@ -83,7 +85,8 @@ class Reasons:
         if self._held:
             return self._held
         if id(lane) not in self._of_lanes:
-            self._of_lanes[id(lane)] = why_queued(lane, self._book.nodes.values(), self._lost, self._book.now)
+            book = self._book
+            self._of_lanes[id(lane)] = why_queued(lane, book.nodes.values(), self._lost, self._prospects, book.now)
         return self._of_lanes[id(lane)]
 
     def _of_delayed(self) -> str:
@@ -91,13 +94,17 @@ class Reasons:
         return f"failed and will be tried again, the next in {next_in_s:.0f} s"
 
 
-def why_queued(lane: Lane, nodes: Collection[Node], lost: Sequence[Node], now: float) -> str:
-    """Why the first task of a lane is at none of these nodes. ``lost``: nodes that may be back."""
+def why_queued(
+    lane: Lane, nodes: Collection[Node], lost: Sequence[Node], prospects: Sequence[Prospect], now: float
+) -> str:
+    """Why the first task of a lane is at none of these nodes. ``lost``, ``prospects``: as :class:`Reasons` has them."""
     need = _needs(lane.demand, lane.tags)
     able = [node for node in lane.pool.nodes.values() if node.could_hold(lane.demand)]
     if not nodes:
         return "no node is there" + (": " + _listed(f"{node.id} is lost" for node in lost) if lost else "")
     if not able:
+        if any(map(lane.suits, prospects)):
+            return _joined(need, "a node that has it is about to be started, or has no room to be")
         return _of_the_lost(lane, need, lost) or _nobody_has(lane, nodes)
     alive = [node for node in able if node.state is ALIVE]
     if not alive:

@@ -98,7 +98,7 @@ from .events import (
 )  # fmt: skip
 from .functions import function_bytes
 from .ledger import Answered, Consequence, Counted, Ledger, Placed
-from .nodes import ALIVE, DRAINING, GONE, LOST, PAUSED, SUSPECT, Node
+from .nodes import ALIVE, DRAINING, GONE, LOST, PAUSED, SUSPECT, Node, Prospect
 from .offences import Floods, Offences
 from .owners import Owner
 from .reasons import SETTLING, UNREAD, Reasons
@@ -243,6 +243,8 @@ class Scheduler:
             case GroupForget(request):
                 self.book.counting.groups.forget(session.token, request)
             case Query():
+                if session.role == ADMIN:
+                    session.prospects = [Prospect(each.resources, each.tags) for each in message.prospects]
                 self._sessions.send(session, self._report(session, message, now))
             case StillOpen(tasks):
                 self.book.still_open(session, tasks)
@@ -361,7 +363,7 @@ class Scheduler:
             self.book.expire_waiting()
             self.book.dependencies.expire(self.settings.client_lease_s)
             self.book.expire_offers()
-            self.book.fail_hopeless(self._may_be_back(now))
+            self.book.fail_hopeless([*self._may_be_back(now), *self._prospects()])
             self.book.placement.reserve(now)
             self._publish_counts()
             if line := self._offences.line(now):
@@ -532,6 +534,9 @@ class Scheduler:
         self.counts["requeued: node gone" if left else "requeued: node lost"] += requeued
         self._fact("gone" if left else "lost", node, f"{why}; {requeued} tasks requeued")
 
+    def _prospects(self) -> list[Prospect]:
+        return [prospect for session in self._sessions for prospect in session.prospects]
+
     def _may_be_back(self, now: float) -> list[Node]:
         return [node for node in self._former if node.state is LOST and now - node.heard_at < self.settings.await_lost_s]
 
@@ -685,11 +690,12 @@ class Scheduler:
         clients = sum(1 for session in self._sessions if not session.node)
         counts = sorted(self.counts.items())
         held = SETTLING if now < self._settled_at else UNREAD if self.book.load.unread else ""
-        reasons = Reasons(self.book, self._may_be_back(now), held)
+        reasons = Reasons(self.book, self._may_be_back(now), self._prospects(), held)
         waiting = reasons.of(self.book.asked_about(session, query.tasks)) if query.tasks else reasons.of_all()
         return Report(
             query.request, self.settings.name, self.settings.epoch, self.settings.policy,
             [_node_report(node, now) for node in nodes], self.book.task_counts(), counts, clients, waiting,
+            [self.book.placement.suited(prospect) for prospect in session.prospects] if query.prospects else [],
         )  # fmt: skip
 
 

@@ -22,17 +22,18 @@ from .roles import role_of
 from .timers import Timers
 
 if TYPE_CHECKING:
-    from .nodes import Node
+    from .nodes import Node, Prospect
     from .owners import Owner
 
 
 class Session:
     """``finals`` and ``running`` collect what the next flush tells a client, so that many go as one message. ``follows``:
-    its own tasks' owner, and those of the jobs it asked for; ``remembered``: its tasks were known when it came."""
+    its own tasks' owner, and those of the jobs it asked for; ``remembered``: its tasks were known when it came;
+    ``prospects``: nodes that it starts when they are wanted."""
 
     __slots__ = (
-        "finals", "follows", "heard_at", "incarnation", "life", "link", "node", "peer", "remembered", "role", "running",
-        "token", "user", "where",
+        "finals", "follows", "heard_at", "incarnation", "life", "link", "node", "peer", "prospects", "remembered", "role",
+        "running", "token", "user", "where",
     )  # fmt: skip
 
     def __init__(
@@ -52,6 +53,7 @@ class Session:
         self.remembered = False
         self.finals: list[Final] = []
         self.running: list[bytes] = []
+        self.prospects: list[Prospect] = []
 
 
 class Sessions:

@@ -34,7 +34,7 @@ from .priorities import PriorityQueue
 
 if TYPE_CHECKING:
     from .counting import Debts
-    from .nodes import Pool
+    from .nodes import Node, Pool, Prospect
     from .owners import Owner
 
 
@@ -144,6 +144,10 @@ class Lane:
     def may_pass(self, other: Lane) -> bool:
         """Whether a node kept free for the other lane may serve this one."""
         return self is other or not other.tasks or self.rank > other.rank
+
+    def suits(self, node: Node | Prospect) -> bool:
+        """Its tasks could be held there, if nothing else were."""
+        return self.pool.suits(node) and node.could_hold(self.demand)
 
     @property
     def rank(self) -> int:
