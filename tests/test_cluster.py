@@ -494,7 +494,7 @@ def test_tasks_that_ask_for_what_is_not_there_yet_make_it_come_and_nothing_else(
     groups = [local(), local(name="other", tags=("other",), scale=scale), slow]
     with Cluster(wanted(*groups)) as cluster, Client(cluster) as client:
         assert client.options(tags=["gpu"]).submit(pow, 2, 3).result(60) == 8
-        assert labels(cluster) == ["gpu-1", "local-1"]
+        eventually(lambda: labels(cluster) == ["gpu-1", "local-1"])
         with pytest.raises(Unschedulable):
             client.options(tags=["tpu"]).submit(pow, 2, 3).result(60)
         assert labels(cluster) == ["gpu-1", "local-1"]
