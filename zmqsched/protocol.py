@@ -182,7 +182,8 @@ class Remains(_Wire):
 
 
 class Death(_Wire):
-    """A worker died. ``task`` is the attempt it was running, if any, since ``ran_s``; ``how`` is one readable phrase."""
+    """A worker died. ``task`` is the attempt it was running, if any, since ``ran_s``; ``how`` is one readable phrase.
+    ``blamed``: the task may be the cause."""
 
     worker: Count
     pid: Count
@@ -191,6 +192,7 @@ class Death(_Wire):
     attempt: Count = 0
     ran_s: Amount = 0.0
     remains: Remains = Remains()
+    blamed: bool = True
 
 
 Verdict = Literal[

@@ -420,11 +420,12 @@ class Node(Peer):
         self.says(Progress(credit))
 
     def loses_a_worker(
-        self, running: str = "", how: str = "killed by SIGSEGV", ran_s: float = 0.0, remains: Remains = NOTHING_LEFT
-    ) -> None:
+        self, running: str = "", how: str = "killed by SIGSEGV", ran_s: float = 0.0, remains: Remains = NOTHING_LEFT,
+        *, blamed: bool = True,
+    ) -> None:  # fmt: skip
         attempt = self._attempt(running) if running else Attempt(task_id("nothing"), 0)
         self.orders.pop(running, None)
-        death = Death(1, 4711, how, attempt.task if running else b"", attempt.attempt, ran_s, remains)
+        death = Death(1, 4711, how, attempt.task if running else b"", attempt.attempt, ran_s, remains, blamed)
         self.says(Progress(self.credit, deaths=[death]))
 
     def leaves(self, reason: str = "") -> None:

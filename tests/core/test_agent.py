@@ -668,6 +668,19 @@ def test_a_node_that_is_told_to_stop_does_not_wait():
     assert isinstance(place.told[-1], Goodbye)
 
 
+@pytest.mark.parametrize(("leaves", "how", "blamed"), [
+    (True, "killed by SIGTERM", False), (True, "killed by SIGSEGV", True), (False, "killed by SIGTERM", True),
+])  # fmt: skip
+def test_who_is_ended_with_its_node_is_not_blamed(leaves, how, blamed):
+    place = Workplace()
+    place.broker_orders("a")
+    if leaves:
+        place.leaves(drain=True)
+    place.dies(1, how)
+    (death,) = place.deaths
+    assert (death.task, death.blamed) == (task_id("a"), blamed)
+
+
 def test_a_draining_node_that_was_given_up_says_so_again():
     place = with_a_task_waiting()
     place.leaves(drain=True)

@@ -537,6 +537,19 @@ def test_only_the_running_task_is_blamed_for_a_death():
     assert client.answers == {"killer": "WorkerDied", "innocent": "ok", "other": "ok"}
 
 
+def test_a_worker_that_was_ended_with_its_node_is_not_charged_to_its_task():
+    broker = Broker()
+    client, node = broker.client(), broker.node()
+    client.submits("a")
+    for _ in range(5):
+        node.loses_a_worker("a", "killed by SIGTERM", blamed=False)
+    node.loses_a_worker("a")
+    node.loses_a_worker("a")
+    assert client.answers == {}
+    node.finishes("a")
+    assert client.answers == {"a": "ok"}
+
+
 def test_the_third_death_is_the_last_and_all_three_are_told():
     broker = Broker()
     client, node = broker.client(), broker.node("box")

@@ -113,6 +113,7 @@ LEASE_S = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS
 SILENT_AFTER_S = 5.0
 DRAIN_BEFORE_S = 5.0  # a node that will be ended
 TERM_GRACE_S = 20.0  # what a batch system leaves between SIGTERM and SIGKILL, or more
+TERMINATED = "killed by SIGTERM"  # as the nursery says it
 PARTING_S = 2.0  # how long a drained node waits for its last results to be acknowledged
 
 
@@ -506,7 +507,10 @@ class Agent:
             while worker.runs:  # one, unless a task read from its worker's pipe
                 running = worker.runs.popitem(last=False)[1]
                 ran_s = max(0.0, now - worker.since)
-                self._reports.deaths.append(Death(worker.id, pid, how, running.task, running.attempt, ran_s, remains))
+                # A batch system that ends a job tells so each process of it: the node leaves, and its workers die.
+                blamed = not (self._leaving and how == TERMINATED)
+                death = Death(worker.id, pid, how, running.task, running.attempt, ran_s, remains, blamed)
+                self._reports.deaths.append(death)
                 self._reports.no_longer_counts(running)
                 self._forget(running)
             self._idle(worker, now)

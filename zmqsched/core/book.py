@@ -500,10 +500,11 @@ class Book:
             self.counting.over(death.task, node.incarnation)
             return
         self.let_go(task, node)
-        after_first_s = None if task.died_at is None else self.now - task.died_at
-        task.died_at = self.now if task.died_at is None else task.died_at
-        where = f"{node.id}/{death.worker} on {node.where.host}"
-        task.deaths += (entry(death, where, after_first_s, task.deaths),)
+        if death.blamed:
+            after_first_s = None if task.died_at is None else self.now - task.died_at
+            task.died_at = self.now if task.died_at is None else task.died_at
+            where = f"{node.id}/{death.worker} on {node.where.host}"
+            task.deaths += (entry(death, where, after_first_s, task.deaths),)
         self.charge(task)
         if not task.kind.options.requeue:
             self._fail(task, "its worker died, and requeue=False forbids another try")
