@@ -10,7 +10,7 @@ FILES = /sbin/ip /usr/sbin/nft /usr/lib/*/faketime/libfaketime.so.1 /usr/bin/ssh
 PYTEST = -m pytest -q
 # Two processes, each with test modules of its own: most tests wait half of the time.
 TWO = -n 2 --dist loadfile
-# Without what only `make test-system` installs.
+# Without what only `make test-system` installs, and what takes minutes: launching.
 PLAIN = -m 'not system' --ignore=tests/system
 VERSIONS = 3.11 3.12 3.13 3.14
 

@@ -160,6 +160,9 @@ def _slurm(directory: Path, command: str, words: list[str], chosen: list[str], j
     if not known:
         print("slurm_load_jobs error: Invalid job id specified", file=sys.stderr)
         return 1
+    if "--format=%e" in words:  # jobs without a limit have no end
+        print("N/A")
+        return 0
     for job in known:
         state = "PENDING" if job["held"] else "FAILED" if _ended(directory, job) else "RUNNING"
         print(f"{job['id']}|{state}|{job['held'] or 'None'}")

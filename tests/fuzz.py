@@ -489,7 +489,10 @@ class AroundRequests(World):
             return events.Withdraw([self.random.choice(IDS)])
         if rolled < 0.2:
             kinds = get_args(events.Tell.__annotations__["message"]) or (protocol.Query, protocol.GroupWait)
-            return events.Tell(self.maker.message(kinds))
+            try:  # its owner says what can be said
+                return events.Tell(over_the_wire(Envelope(1, 1, 0, self.maker.message(kinds))).body)
+            except ProtocolError:
+                return None
         if rolled < 0.21:
             return events.Unreadable("nonsense")
         following = self.received + 1

@@ -25,6 +25,8 @@ from zmqsched.launch.batch import BatchLauncher, in_hours
 from zmqsched.launch.jobs import NODE_FILE, Files, Job, cancel_recorded, directory_of, recorded_jobs
 from zmqsched.launch.slurm import _in_words
 
+pytestmark = pytest.mark.system
+
 KINDS = ("slurm", "pbs", "sge")
 FAILED = {"slurm": "FAILED, exit code 3", "pbs": "exit code 3", "sge": "exit code 3"}
 WAITS = {"slurm": "PD: no room", "pbs": "PD: no room", "sge": "PD: error reason    1:      no room"}

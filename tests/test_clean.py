@@ -27,6 +27,8 @@ from zmqsched.errors import StartError
 from zmqsched.launch import remote
 from zmqsched.stopping import is_zmqsched
 
+pytestmark = pytest.mark.system
+
 ZMQSCHED = [sys.executable, "-m", "zmqsched"]
 
 

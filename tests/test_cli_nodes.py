@@ -18,6 +18,8 @@ from zmqsched.cli import look
 from zmqsched.launch.output import MAX_LOG, Log
 from zmqsched.records import NodeInfo, NodeList, Status, WorkerList
 
+pytestmark = pytest.mark.system
+
 TWO_NODES = """
 name = "lab"
 [[nodes]]

@@ -19,6 +19,8 @@ from zmqsched.clusterfile import BatchPart, BrokerPart, ClusterFile, NodeGroup
 from zmqsched.errors import ClusterFileError
 from zmqsched.launch.base import Launched
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture
 def home() -> Iterator[Home]:

@@ -24,6 +24,8 @@ from zmqsched.doctor import Finding
 from zmqsched.hops import Hop
 from zmqsched.version import __version__
 
+pytestmark = pytest.mark.system
+
 
 @pytest.fixture
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:

@@ -18,6 +18,8 @@ from zmqsched.config import ConnectionFile, shared_dir
 from zmqsched.errors import StartError
 from zmqsched.ranks import Ranks, find_ranks, remove_left
 
+pytestmark = pytest.mark.system
+
 SLURM = {
     "SLURM_JOB_ID": "12", "SLURM_STEP_ID": "3", "SLURM_PROCID": "2", "SLURM_NTASKS": "7", "SLURM_STEP_NUM_TASKS": "4",
     "SLURM_STEP_TASKS_PER_NODE": "1(x2),2", "SLURM_NODEID": "2", "SLURM_STEP_NODELIST": "a[1-2],b",

@@ -135,7 +135,8 @@ class Story:
         self.world = StoryWorld()
         self.broker = SimBroker(self.world, Settings())
         self.nodes = {
-            f"n{n}": SimNode(self.world, b"n%d" % n, self.broker, slots, {"cpu": float(slots)}) for n in range(1, nodes + 1)
+            f"n{n}": SimNode(self.world, b"n%d" % n, self.broker, slots, {"cpu": float(slots)}, "")
+            for n in range(1, nodes + 1)
         }
         self.world.passes(0.1)
         self.client = StoryClient(self.world, b"client", self.broker)

@@ -20,6 +20,8 @@ from zmqsched.launch import remote
 from zmqsched.launch.base import Site
 from zmqsched.launch.ssh import SSHLauncher
 
+pytestmark = pytest.mark.system
+
 SHELLS = [shell for shell in ("sh", "bash", "csh", "tcsh", "fish", "zsh", "dash") if shutil.which(shell)]
 # What a shell must not touch. A newline at its end would be lost, as it is in any shell's $(...).
 NASTY = "it's \"so\" $HOME `id` !! !x \\n \\\\ %s %% \t{a,b} *\n  second line; ~ #"

@@ -19,6 +19,8 @@ from conftest import Home, eventually
 from zmqsched import Client
 from zmqsched.config import find_cluster, role_file
 
+pytestmark = pytest.mark.system
+
 UNITS = Path(__file__).parent.parent / "examples" / "systemd"
 CLUSTER, NODE = UNITS / "zmqsched.service", UNITS / "zmqsched-node.service"
 INSTALLED = "%h/.local/bin/zmqsched"

@@ -40,7 +40,7 @@ from .journal import Journal
 from .launch.jobs import Job, cancel_recorded, recorded_jobs
 from .launch.remote import dead_tunnels
 from .orphans import is_marked
-from .stopping import KILL_TIMEOUT_S, connection_path, is_zmqsched, still_running
+from .stopping import KILL_TIMEOUT_S, all_processes, connection_path, is_zmqsched, still_running
 
 _LOG, _JOURNAL = ".log", ".journal"
 _LOOK_EVERY_S = 0.1
@@ -105,7 +105,7 @@ def _is_dead(directory: Path) -> bool:
 def _nodes_by_cluster(home: Path) -> dict[str, list[psutil.Process]]:
     """Processes of nodes whose connection file is in a directory of ours, by its name."""
     found: dict[str, list[psutil.Process]] = {}
-    for process in psutil.process_iter():
+    for process in all_processes():
         if is_zmqsched(process, "node") and (path := connection_path(process)) is not None and path.parent.parent == home:
             found.setdefault(path.parent.name, []).append(process)
     return {name: nodes for name, nodes in found.items() if _is_name(name)}
@@ -124,7 +124,7 @@ def _nodes(name: str, processes: list[psutil.Process]) -> Leftover:
 
 
 def _started_by_tasks() -> list[Leftover]:
-    marked = still_running([process for process in psutil.process_iter() if is_marked(process.pid)], 0)
+    marked = still_running([process for process in all_processes() if is_marked(process.pid)], 0)
     orphans = [process for process in marked if not any(is_zmqsched(one) for one in [process, *_ancestors(process)])]
     what = f"processes that tasks of dead nodes have started: {_listed(orphans)}"
     return [Leftover(what, lambda: _kill(orphans, orphans))] if orphans else []

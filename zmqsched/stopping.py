@@ -11,6 +11,7 @@ import contextlib
 import itertools
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -94,7 +95,7 @@ def _processes(file: ConnectionFile) -> list[psutil.Process]:
         return []
     starter = [parent] if parent is not None and is_zmqsched(parent, "up") else []
     # The nursery and the workers are a node's forks: they have its command line.
-    nodes = [one for one in psutil.process_iter() if is_zmqsched(one, "node")]
+    nodes = [one for one in all_processes() if is_zmqsched(one, "node")]
     return [*starter, broker, *(one for one in nodes if (path := connection_path(one)) and path.parent == directory)]
 
 
@@ -103,6 +104,14 @@ def _cluster_id(directory: Path) -> str:
         return ConnectionFile.load(directory / CONNECTION_FILE).cluster_id
     except ConnectionFileError:
         return ""
+
+
+def all_processes() -> Iterator[psutil.Process]:
+    """All that are there. ``psutil.process_iter`` remembers what it has seen, and takes a new process for the one that had
+    its number before."""
+    for pid in psutil.pids():
+        with contextlib.suppress(psutil.Error):
+            yield psutil.Process(pid)
 
 
 def is_zmqsched(process: psutil.Process, command: str = "") -> bool:
