@@ -389,7 +389,7 @@ def test_a_slurm_cluster_says_why_its_nodes_are_not_there_and_scales_when_they_a
         assert len(slurm.jobs()) >= 2
         cluster.scale("slurm", 1)
         eventually(lambda: len(slurm.jobs()) == 1, JOIN_S)
-        assert {one.state for one in cluster.nodes()} == {"running"}
+        eventually(lambda: {one.state for one in cluster.nodes()} == {"running"})  # squeue is asked every other second
         assert cluster.failures == []
     eventually(lambda: slurm.jobs() == {})
 
