@@ -22,7 +22,8 @@ import pytest
 from msgspec.structs import replace
 
 from zmqsched import Client, LocalCluster, sockets
-from zmqsched.config import STOPPING_FILE, ConnectionFile, cluster_dir
+from zmqsched.config import CONNECTION_FILE, STOPPING_FILE, ConnectionFile, cluster_dir
+from zmqsched.launch.base import Site
 
 # What is waited for comes within milliseconds; on a machine that does other things too, later. Nobody waits so long for
 # what has to happen, only for what a bug keeps from happening.
@@ -145,6 +146,23 @@ def nothing_left(clusters: Home) -> Iterator[None]:
     while (left := {pid: what for pid, what in children().items() if pid not in before}) and time.monotonic() < until:
         time.sleep(0.01)
     assert not left
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
+    """A directory of clusters for one test alone, which may leave something there."""
+    home = Home()
+    monkeypatch.setenv("ZMQSCHED_DIR", str(home.path))
+    yield home
+    home.remove()
+
+
+@contextlib.contextmanager
+def site_on_loopback() -> Iterator[Site]:
+    """A broker with one node of its own, that others can join over loopback."""
+    with LocalCluster(1, listen="127.0.0.1") as cluster:
+        directory = cluster_dir(cluster.name)
+        yield Site(directory / CONNECTION_FILE, directory)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Home, eventually, processes_knowing
+from conftest import Home, eventually, processes_knowing, site_on_loopback
 from fake_batch import FakeBatch
 from msgspec.structs import replace
 
@@ -34,10 +34,8 @@ WAITS = {"slurm": "PD: no room", "pbs": "PD: no room", "sge": "PD: error reason 
 
 @pytest.fixture(scope="module")
 def site(clusters: Home) -> Iterator[Site]:
-    """A broker with one node of its own, that others can join over loopback."""
-    with LocalCluster(1, listen="127.0.0.1") as cluster:
-        directory = cluster_dir(cluster.name)
-        yield Site(directory / CONNECTION_FILE, directory)
+    with site_on_loopback() as site:
+        yield site
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
@@ -32,13 +32,10 @@ pytestmark = pytest.mark.system
 ZMQSCHED = [sys.executable, "-m", "zmqsched"]
 
 
-@pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
-    home = Home()
-    monkeypatch.setenv("ZMQSCHED_DIR", str(home.path))
-    monkeypatch.setattr(remote, "TUNNEL", str(home.path / "{token}.{role}"))  # and not what others have left
-    yield home
-    home.remove()
+@pytest.fixture(autouse=True)
+def tunnels(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of this test, and not what others have left."""
+    monkeypatch.setattr(remote, "TUNNEL", str(home.path / "{token}.{role}"))
 
 
 def run(*words: str) -> str:

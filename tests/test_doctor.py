@@ -27,14 +27,6 @@ from zmqsched.version import __version__
 pytestmark = pytest.mark.system
 
 
-@pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
-    home = Home()
-    monkeypatch.setenv("ZMQSCHED_DIR", str(home.path))
-    yield home
-    home.remove()
-
-
 def run(*words: str, code: int = 0) -> str:
     with contextlib.redirect_stdout(io.StringIO()) as out:
         assert main(["doctor", *words]) == code

@@ -44,6 +44,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _broker(arguments: list[str]) -> int:
+    parser = _broker_parser()
+    options = parser.parse_args(arguments)
+    beat_interval_s = options.beat_interval
+    dead_after_s = options.dead_after or DEAD_AFTER_S * beat_interval_s / BEAT_INTERVAL_S
+    if beat_interval_s > MAX_BEAT_INTERVAL_S:
+        parser.error(f"a beat interval is at most {MAX_BEAT_INTERVAL_S:g} s, not {beat_interval_s:g}")
+    if dead_after_s < 3 * beat_interval_s:
+        parser.error(f"--dead-after is at least three beat intervals, {3 * beat_interval_s:g} s, not {dead_after_s:g}")
+    _return_memory_by_page(arguments)
+    set_up_logging(options.log_level)
+    allow_many_connections()
+    starter = Starter(options.ready_fd)
+    try:
+        from . import sockets
+        from .broker import Broker
+
+        wide = options.insecure_any_interface
+        listen = [each for text in options.listen for each in sockets.listen_addresses(text, any_interface=wide)]
+        journal = journal_path(options.name) if options.journal == "" else options.journal and Path(options.journal)
+        broker = Broker(
+            options.name, options.policy, listen, journal or None, options.max_queued, beat_interval_s=beat_interval_s,
+            dead_after_s=dead_after_s, idle_timeout_s=options.idle_timeout, tasks=options.task_defaults,
+        )  # fmt: skip
+    except ValueError as error:
+        return starter.failed(error if isinstance(error, ZmqschedError) else ZmqschedError(str(error)))
+    except ZmqschedError as error:
+        return starter.failed(error)
+    broker.run(starter, until_eof=options.until_eof)
+    return 0
+
+
+def _broker_parser() -> argparse.ArgumentParser:
     parser = _parser("broker", "Run a broker: the process that owns the tasks and gives them to nodes.")
     parser.add_argument("--name", default="default", help="the cluster's name (default: %(default)s)")
     parser.add_argument(
@@ -98,34 +130,7 @@ def _broker(arguments: list[str]) -> int:
         default=TaskDefaults(),
         help='what tasks have unless they say otherwise: {"retries": 2, "timeout": 60, "priority": 0, "requeue": true}',
     )
-    options = parser.parse_args(arguments)
-    beat_interval_s = options.beat_interval
-    dead_after_s = options.dead_after or DEAD_AFTER_S * beat_interval_s / BEAT_INTERVAL_S
-    if beat_interval_s > MAX_BEAT_INTERVAL_S:
-        parser.error(f"a beat interval is at most {MAX_BEAT_INTERVAL_S:g} s, not {beat_interval_s:g}")
-    if dead_after_s < 3 * beat_interval_s:
-        parser.error(f"--dead-after is at least three beat intervals, {3 * beat_interval_s:g} s, not {dead_after_s:g}")
-    _return_memory_by_page(arguments)
-    set_up_logging(options.log_level)
-    allow_many_connections()
-    starter = Starter(options.ready_fd)
-    try:
-        from . import sockets
-        from .broker import Broker
-
-        wide = options.insecure_any_interface
-        listen = [each for text in options.listen for each in sockets.listen_addresses(text, any_interface=wide)]
-        journal = journal_path(options.name) if options.journal == "" else options.journal and Path(options.journal)
-        broker = Broker(
-            options.name, options.policy, listen, journal or None, options.max_queued, beat_interval_s=beat_interval_s,
-            dead_after_s=dead_after_s, idle_timeout_s=options.idle_timeout, tasks=options.task_defaults,
-        )  # fmt: skip
-    except ValueError as error:
-        return starter.failed(error if isinstance(error, ZmqschedError) else ZmqschedError(str(error)))
-    except ZmqschedError as error:
-        return starter.failed(error)
-    broker.run(starter, until_eof=options.until_eof)
-    return 0
+    return parser
 
 
 def _return_memory_by_page(arguments: list[str]) -> None:

@@ -6,9 +6,7 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import sshd
@@ -24,10 +22,8 @@ pytestmark = [
 
 @pytest.fixture
 def hosts() -> Iterator[Hosts]:
-    with tempfile.TemporaryDirectory(prefix="zsd", dir="/tmp") as path, Hosts(Path(path)) as hosts:
+    with sshd.checked_hosts() as hosts:
         yield hosts
-        for host in hosts.hosts:
-            assert host.home.left() == set()
 
 
 def doctor(hosts: Hosts, home: Home, *names: str, code: int = 0) -> dict[str, dict[str, tuple[str, str, str]]]:

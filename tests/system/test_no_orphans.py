@@ -10,7 +10,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import psutil
 import pytest
@@ -23,14 +23,6 @@ pytestmark = [pytest.mark.system, pytest.mark.timeout(600)]
 
 ZMQSCHED = [sys.executable, "-m", "zmqsched"]
 TIMES = 50 if os.environ.get("LONG") else 10
-
-
-@pytest.fixture
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Home]:
-    home = Home()
-    monkeypatch.setenv("ZMQSCHED_DIR", str(home.path))
-    yield home
-    home.remove()
 
 
 def zmqsched(*words: str, code: int = 0) -> None:

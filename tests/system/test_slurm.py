@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 import pytest
-from conftest import Home, eventually, processes_knowing
+from conftest import Home, eventually, processes_knowing, site_on_loopback
 from msgspec.structs import replace
 from slurm import Slurm, running_slurm
 
@@ -60,10 +60,8 @@ def slurm(slurm_of_this_machine: Slurm, monkeypatch: pytest.MonkeyPatch) -> Iter
 
 @pytest.fixture(scope="module")
 def site(clusters: Home) -> Iterator[Site]:
-    """A broker with one node of its own, that others can join over loopback."""
-    with LocalCluster(1, listen="127.0.0.1") as cluster:
-        directory = cluster_dir(cluster.name)
-        yield Site(directory / CONNECTION_FILE, directory)
+    with site_on_loopback() as site:
+        yield site
 
 
 @pytest.fixture(scope="module")
