@@ -7,6 +7,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -222,8 +223,11 @@ def wait_for_pidfd(pid: int) -> None:
     """Until it watches the process that holds the cluster."""
 
     def watches() -> bool:
-        found = [os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir()]
-        return "anon_inode:[pidfd]" in found
+        for link in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(FileNotFoundError):  # closed since it was listed
+                if os.readlink(link) == "anon_inode:[pidfd]":
+                    return True
+        return False
 
     until = time.monotonic() + PATIENCE_S
     while not watches():
