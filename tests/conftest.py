@@ -27,7 +27,7 @@ from zmqsched.launch.base import Site
 
 # What is waited for comes within milliseconds; on a machine that does other things too, later. Nobody waits so long for
 # what has to happen, only for what a bug keeps from happening.
-PATIENCE_S = 15.0
+PATIENCE_S = 60.0
 
 
 def pytest_configure() -> None:
@@ -252,7 +252,7 @@ class Scripts:
         return process
 
     def run(
-        self, source: str, *arguments: str, code: int = 0, timeout_s: float = 40, **environment: str
+        self, source: str, *arguments: str, code: int = 0, timeout_s: float = 60, **environment: str
     ) -> tuple[str, str]:
         """Run to its end; what it printed, and its errors."""
         process = self.start(source, *arguments, **environment)

@@ -31,7 +31,7 @@ from zmqsched.codec import encode
 from zmqsched.config import ConnectionFile, cluster_dir, role_file, split_tcp
 from zmqsched.protocol import Ack, ClientHello, Envelope, Host
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.system
 
 # What one attack may cost. Python and libzmq keep some of what they have used once.
 MAX_GROWTH = 60 << 20

@@ -88,7 +88,7 @@ def nodes(client: Client) -> set[str]:
 def test_nodes_join_from_jobs_and_end_with_them(batch, launcher, client):
     many = launcher(array=True)
     many.start(["many-1", "many-2"])
-    eventually(lambda: nodes(client) == {"many-1", "many-2"}, 30)
+    eventually(lambda: nodes(client) == {"many-1", "many-2"})
     assert launched(many, "many-1").state == "running"
     assert len(batch.going()) == 2
     many.stop(["many-1"])

@@ -40,10 +40,10 @@ def test_it_is_sent_once_and_again_when_it_has_changed(client, sent):
         "`total` captures `table` (numpy.ndarray, 8.0 MB)"
     ]
     assert told[0].filename == __file__
-    assert {future.result(timeout=20) for future in futures} == {499_999_500_000}
+    assert {future.result(timeout=60) for future in futures} == {499_999_500_000}
     assert [size // 1_000_000 for size in sent] == [8]
     table[7] += 1
-    assert client.submit(total).result(timeout=20) == 499_999_500_001
+    assert client.submit(total).result(timeout=60) == 499_999_500_001
     assert [size // 1_000_000 for size in sent] == [8, 8]
 
 
@@ -55,7 +55,7 @@ def test_a_task_gets_an_array_of_its_own_that_it_may_write_to(client):
         return table[0]
 
     with pytest.warns(UserWarning, match="captures `table`"):
-        assert client.submit(writes).result(timeout=20) == 1
+        assert client.submit(writes).result(timeout=60) == 1
     assert table[0] == 0
 
 
@@ -70,7 +70,7 @@ def test_with_retries_and_in_maps_too(client, sent):
 
     with pytest.warns(UserWarning, match="captures `table`"):
         futures = [client.options(retries=1, retry_on=OSError).submit(again, n) for n in range(20)]
-    assert [future.result(timeout=20) for future in futures] == [500_000.0 + n for n in range(20)]
+    assert [future.result(timeout=60) for future in futures] == [500_000.0 + n for n in range(20)]
     assert len(sent) == 2
 
 

@@ -24,7 +24,6 @@ def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
         yield {name: pool.submit(SCENARIOS[name].run, **SCENARIOS[name].short) for name in chosen}
 
 
-@pytest.mark.timeout(200)
 @pytest.mark.parametrize("name", NAMES)
 def test_a_scenario(runs: Runs, name: str):
     figures = runs[name].result()

@@ -47,7 +47,7 @@ def run(*words: str) -> str:
 
 
 def up(*words: str) -> None:
-    subprocess.run([*ZMQSCHED, "up", "--detach", *words], stdout=subprocess.DEVNULL, timeout=50, check=True)
+    subprocess.run([*ZMQSCHED, "up", "--detach", *words], stdout=subprocess.DEVNULL, timeout=60, check=True)
 
 
 def kill_all(home: Home) -> None:
@@ -133,7 +133,7 @@ def test_a_node_whose_cluster_has_died_is_ended_with_all_that_its_tasks_have_sta
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         assert f"removed nodes and workers of the dead cluster default: {node.pid}" in run("clean")
-        assert node.wait(10) == -signal.SIGKILL
+        assert node.wait(60) == -signal.SIGKILL
     eventually(lambda: not any(map(alive, family)))
 
 
@@ -264,4 +264,4 @@ def test_what_cannot_be_killed_is_an_error(home: Home, monkeypatch: pytest.Monke
             with pytest.raises(StartError, match=f"cannot be killed: {process.pid}"):
                 left.remove()
         left.remove()
-        assert process.wait(10) == -signal.SIGKILL
+        assert process.wait(60) == -signal.SIGKILL

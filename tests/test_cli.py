@@ -222,7 +222,7 @@ def test_up_killed_outright_leaves_no_process(home):
         assert len(home.ask("status")["workers"]) == 2
         assert len(home.processes()) == 8  # up, the broker, and twice a node, its nursery and its worker
         lab.process.kill()
-        eventually(lambda: not home.processes(), 5.0)
+        eventually(lambda: not home.processes())
         home.assert_nothing_left()
 
 
@@ -304,7 +304,7 @@ def test_down_all(home):
 def test_the_log_of_one_that_was_killed_outright_goes_with_the_next_down(home):
     home.run("up", "-n", "1", "--detach")
     os.kill(pid_of(home, "zmqsched up"), signal.SIGKILL)
-    eventually(lambda: not home.processes(), 5.0)
+    eventually(lambda: not home.processes())
     home.fails("down")
     home.assert_nothing_left()
 

@@ -159,7 +159,7 @@ def test_nothing_of_a_file_is_in_arguments_or_environments_of_who_runs_detached(
         assert "s3cret" not in command
         if " up " in command:
             assert b"s3cret" not in Path(f"/proc/{pid}/environ").read_bytes()
-    source = "import os, zmqsched\nwith zmqsched.Client('lab') as c: print(c.submit(os.getenv, 'PASSWORD').result(15))"
+    source = "import os, zmqsched\nwith zmqsched.Client('lab') as c: print(c.submit(os.getenv, 'PASSWORD').result(60))"
     (tools / "ask.py").write_text(source)
     assert home.run_python(tools / "ask.py") == "s3cret"
     home.call("down", "lab")

@@ -337,7 +337,7 @@ def test_what_a_task_says_comes_out_of_its_client(scripts):
 
         with LocalCluster(2) as cluster, Client(cluster) as client:
             list(client.map(says, range(100)))
-            client.options(requeue=False).submit(dies).exception(timeout=20)
+            client.options(requeue=False).submit(dies).exception(timeout=60)
         """,
         PYTHONUNBUFFERED="1",
     )
@@ -376,7 +376,7 @@ def test_a_relay_without_standard_error_writes_to_no_other_file(tmp_path):
         "relay = Relay(); relay.forward(b'x'); relay.close()"
     )
     command = ["sh", "-c", 'exec "$0" -c "$1" "$2" 2>&-', sys.executable, script, str(tmp_path / "other")]
-    subprocess.run(command, check=True, timeout=30)
+    subprocess.run(command, check=True, timeout=60)
     assert (tmp_path / "other").read_bytes() == b""
 
 
@@ -419,7 +419,7 @@ def test_a_node_may_open_more_files_than_its_workers(clusters):
         return resource.getrlimit(resource.RLIMIT_NOFILE)
 
     with LocalCluster(1) as cluster, Client(cluster) as client:
-        soft, hard = client.submit(limit).result(timeout=20)
+        soft, hard = client.submit(limit).result(timeout=60)
         (node,) = client.nodes()
         assert (soft, hard) == resource.getrlimit(resource.RLIMIT_NOFILE)
         assert psutil.Process(node.pid).rlimit(psutil.RLIMIT_NOFILE) == (hard, hard)
@@ -457,10 +457,10 @@ def test_the_next_task_has_its_streams(scripts):
             return os.getpid(), [os.readlink(f"/proc/self/fd/{number}") for number in range(3)]
 
         with LocalCluster(1) as cluster, Client(cluster) as client:
-            before = client.submit(says, 0).result(timeout=20)
+            before = client.submit(says, 0).result(timeout=60)
             for number, damages in enumerate((closes_the_descriptors, redirects_the_descriptors, closes_the_streams), 1):
-                client.submit(damages).result(timeout=20)
-                assert client.submit(says, number).result(timeout=20) == before
+                client.submit(damages).result(timeout=60)
+                assert client.submit(says, number).result(timeout=60) == before
         """
     )
     assert untagged(out) == [f"on stdout {number}" for number in range(4)]
@@ -596,7 +596,7 @@ def test_the_oom_killer_is_named(scripts):
                     kept.append(bytearray(b"x" * (16 << 20)))
 
             with LocalCluster(1) as cluster, Client(cluster) as client:
-                print(client.options(requeue=False).submit(hoards).exception(timeout=30))
+                print(client.options(requeue=False).submit(hoards).exception(timeout=60))
             """,
             str(group / "cgroup.procs"),
         )
@@ -612,7 +612,7 @@ def test_the_oom_killer_is_named(scripts):
 
 def certificate(client: Client, task: Callable[..., object], *args: object, **options: object) -> str:
     with pytest.raises(errors.WorkerDied) as raised:
-        client.options(**options).submit(task, *args).result(timeout=30)
+        client.options(**options).submit(task, *args).result(timeout=60)
     return str(raised.value)
 
 
@@ -660,7 +660,7 @@ def test_the_memory_was_measured(client, gate):
     future = client.options(requeue=False).submit(holds, go)
     eventually(lambda: max(worker.memory for worker in client.workers()) > 200 << 20)
     Path(go).touch()
-    text = str(future.exception(timeout=20))
+    text = str(future.exception(timeout=60))
     measured, peak = re.search(r"memory: (\d+) MiB when last measured, (\d+) MiB at most", text).groups()
     assert 200 < int(measured) <= int(peak) < 600
 
@@ -669,8 +669,8 @@ def test_the_innocent_are_neither_charged_nor_failed(client):
     before = [client.submit(abs, number) for number in range(50)]
     guilty = client.submit(without_core(segfaults))
     after = [client.submit(abs, number) for number in range(50, 100)]
-    assert [future.result(timeout=30) for future in before + after] == list(range(100))
-    assert type(guilty.exception(timeout=30)) is errors.WorkerDied
+    assert [future.result(timeout=60) for future in before + after] == list(range(100))
+    assert type(guilty.exception(timeout=60)) is errors.WorkerDied
 
 
 class Weird:

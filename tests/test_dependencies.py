@@ -31,14 +31,14 @@ def test_a_future_becomes_what_its_task_returns_wherever_it_lies(client: Client,
     whole = client.submit(lambda *args, **named: (args, named), held, [held, (1, {"deep": held})], by_name={held: held})
     assert not whole.done()
     gate.open()
-    assert whole.result(20) == ((21, [21, (1, {"deep": 21})]), {"by_name": {21: 21}})
+    assert whole.result(60) == ((21, [21, (1, {"deep": 21})]), {"by_name": {21: 21}})
 
 
 def test_what_is_done_goes_along_as_its_value_unpickled_or_not(client: Client):
     asked, unasked = client.submit(double, 1), client.submit(double, 2)
-    assert asked.result(20) == 2
+    assert asked.result(60) == 2
     eventually(unasked.done)
-    assert client.submit(add, asked, unasked).result(20) == 6
+    assert client.submit(add, asked, unasked).result(60) == 6
     assert unasked.result(0) == 4
 
 
@@ -47,10 +47,10 @@ def test_done_futures_of_another_client_are_values_and_unfinished_ones_are_refus
 ):
     other = Client(cluster)
     done, held = other.submit(double, 4), other.submit(gate.task, 1)
-    assert done.result(20) == 8
-    assert client.submit(double, done).result(20) == 16
+    assert done.result(60) == 8
+    assert client.submit(double, done).result(60) == 16
     with pytest.raises(NotSerializable, match="another client"):
-        client.submit(double, held).result(20)
+        client.submit(double, held).result(60)
     gate.open()
     other.shutdown()
 
@@ -58,9 +58,9 @@ def test_done_futures_of_another_client_are_values_and_unfinished_ones_are_refus
 def test_a_future_elsewhere_than_in_arguments_is_refused_and_told_what_to_do(client: Client, gate: Gate):
     held = client.submit(gate.task, 1)
     with pytest.raises(NotSerializable, match=r"closure variable `held`.*among the arguments"):
-        client.submit(lambda: held).result(20)
+        client.submit(lambda: held).result(60)
     with pytest.raises(NotSerializable, match=r"argument 1 \(concurrent\.futures\S*Future\)"):
-        client.submit(double, concurrent.futures.Future()).result(20)
+        client.submit(double, concurrent.futures.Future()).result(60)
     gate.open()
 
 
@@ -71,7 +71,7 @@ def test_a_diamond_and_a_deep_chain(client: Client, gate: Gate):
     for _ in range(200):
         last = client.submit(add, last, 1)
     gate.open()
-    assert last.result(30) == 205
+    assert last.result(60) == 205
 
 
 def test_large_inputs_travel_out_of_band(client: Client, gate: Gate):
@@ -84,7 +84,7 @@ def test_large_inputs_travel_out_of_band(client: Client, gate: Gate):
 
     first, second = client.submit(scaled, array, held), client.submit(scaled, array, held)
     gate.open()
-    assert first.result(20).sum() == second.result(20).sum() == 999_999_000_000
+    assert first.result(60).sum() == second.result(60).sum() == 999_999_000_000
 
 
 def test_very_many_inputs_and_too_many(client: Client, gate: Gate):
@@ -95,7 +95,7 @@ def test_very_many_inputs_and_too_many(client: Client, gate: Gate):
     with pytest.raises(PayloadTooLarge, match=r"10,001 unfinished futures.*10,000"):
         too_many.result(0)
     gate.open()
-    assert total.result(40) == sum(range(3_000))
+    assert total.result(60) == sum(range(3_000))
 
 
 def test_a_map_over_futures(client: Client, gate: Gate):
@@ -115,11 +115,11 @@ def test_a_failed_input_fails_its_dependents_with_the_cause_chained(client: Clie
     second = client.submit(add, direct, 1)
     gate.open()
     with pytest.raises(DependencyFailed, match=r"its input fail-\d+ failed") as caught:
-        direct.result(20)
+        direct.result(60)
     assert type(caught.value.__cause__) is ValueError
     assert "in fail" in "".join(traceback.format_exception(caught.value)), "the remote traceback"
     with pytest.raises(DependencyFailed, match=r"its input double-\d+ was not run; its input fail-\d+ failed") as caught:
-        second.result(20)
+        second.result(60)
     assert type(caught.value.__cause__) is ValueError
     with pytest.raises(ValueError, match="no"):
         failed.result(0)
@@ -146,7 +146,7 @@ def test_a_cancelled_input(client: Client, gate: Gate):
     assert never.cancel()
     assert held.cancel(force=True)
     for future in (first, running, client.submit(double, never)):
-        error = future.exception(20)
+        error = future.exception(60)
         assert isinstance(error, DependencyFailed)
         assert isinstance(error.__cause__, concurrent.futures.CancelledError)
 
@@ -156,12 +156,12 @@ def test_a_cancelled_dependent_leaves_its_inputs_alone(client: Client, gate: Gat
     dependent = client.submit(double, held)
     assert dependent.cancel()
     gate.open()
-    assert held.result(20) == 5
+    assert held.result(60) == 5
 
 
 def test_other_ends_of_inputs_are_causes_too(client: Client):
     late = client.options(timeout=0.05).submit(time.sleep, 30)
-    error = client.submit(double, late).exception(20)
+    error = client.submit(double, late).exception(60)
     assert isinstance(error, DependencyFailed)
     assert isinstance(error.__cause__, TaskTimeout)
     assert "ended with TaskTimeout" in str(error)
@@ -175,7 +175,7 @@ def test_dependents_wait_while_an_input_is_retried(client: Client, tmp_path):
             return 4
         raise OSError
 
-    assert client.submit(double, client.options(retries=1).submit(flaky)).result(20) == 8
+    assert client.submit(double, client.options(retries=1).submit(flaky)).result(60) == 8
 
 
 def test_a_waitgroup_counts_dependents(client: Client, gate: Gate):
@@ -188,7 +188,7 @@ def test_a_waitgroup_counts_dependents(client: Client, gate: Gate):
     with pytest.raises(TimeoutError):
         group.wait(0.05)
     gate.open()
-    group.wait(20)
+    group.wait(60)
     assert all(future.done() for future in futures)
 
 
@@ -202,4 +202,4 @@ def test_dependents_of_a_job_wait_at_the_broker_for_its_tasks(cluster: LocalClus
     gate.wait_until_begun()
     leaver._close()  # as at exit
     gate.open()
-    assert sorted(future.result(20) for future in client.job("chain")) == [7, 14]
+    assert sorted(future.result(60) for future in client.job("chain")) == [7, 14]

@@ -27,7 +27,7 @@ def run():
     def run(name):
         command = [sys.executable, "-W", "error", str(EXAMPLES / name)]
         done = subprocess.run(
-            command, cwd=ROOT, env={**env, "EXAMPLE_RUN": mark}, capture_output=True, text=True, timeout=50, check=False
+            command, cwd=ROOT, env={**env, "EXAMPLE_RUN": mark}, capture_output=True, text=True, timeout=60, check=False
         )
         assert done.stderr == ""
         assert done.returncode == 0

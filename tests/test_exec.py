@@ -129,7 +129,7 @@ def test_so_does_one_that_takes_too_long(client: Client, tmp_path: Path):
     command = Template([FAMILY], 1, shell=True).command(1, [str(tmp_path / "family")])
     future = client.options(timeout=1.0).submit(run_command, command, "/")
     family = family_of(tmp_path / "family")
-    assert isinstance(future.exception(30), TaskTimeout)
+    assert isinstance(future.exception(60), TaskTimeout)
     nobody_of(family)
 
 
@@ -139,7 +139,7 @@ def test_so_does_one_whose_worker_is_killed(client: Client, tmp_path: Path):
     family = family_of(tmp_path / "family")
     worker = next(one for one in client.workers() if one.pid == parent_of(family[0]))
     os.kill(worker.pid, signal.SIGKILL)
-    assert future.exception(30) is not None
+    assert future.exception(60) is not None
     nobody_of(family)
 
 
@@ -179,7 +179,7 @@ def start(home: Home, *words: str, **how: int) -> subprocess.Popen[str]:
 
 def run(home: Home, *words: str, stdin: str = "") -> tuple[int, str, str]:
     process = start(home, *words, stdin=subprocess.PIPE)
-    out, err = process.communicate(stdin, timeout=50)
+    out, err = process.communicate(stdin, timeout=60)
     return process.returncode, out, err
 
 
@@ -203,7 +203,7 @@ def test_what_ends_first_is_printed_first_and_while_others_run(home: Home, tmp_p
     assert process.stdout is not None
     assert process.stdout.readline() == "fast\n"
     gate.touch()
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert (out, err, process.returncode) == ("slow\n", "", 0)
 
 
@@ -215,7 +215,7 @@ def test_a_line_is_run_before_the_next_is_there(home: Home):
     process.stdin.write("first\n")
     process.stdin.flush()
     assert process.stdout.readline() == "first\n"
-    out, _ = process.communicate("second\n", timeout=30)
+    out, _ = process.communicate("second\n", timeout=60)
     assert (out, process.returncode) == ("second\n", 0)
 
 
@@ -261,7 +261,7 @@ def test_after_a_failure_nothing_more_is_started(home: Home, tmp_path: Path, hal
             process.wait(0.5)  # not a moment to wait for: that it waits for the second is what is asked
         assert process.poll() is None
         gate.touch()
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=60)
     assert (process.returncode, out) == (1, "ended\n" if halt == "soon" else "")
 
 
@@ -271,7 +271,7 @@ def test_an_interrupt_ends_the_commands(home: Home, tmp_path: Path, number: sign
     process = start(home, "--shell", FAMILY, ":::", str(tmp_path / "family"))
     family = family_of(tmp_path / "family")
     process.send_signal(number)
-    out, err = process.communicate(timeout=30)
+    out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.strip()) == (130, "", "")
     nobody_of(family)
 

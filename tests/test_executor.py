@@ -26,8 +26,6 @@ import zmqsched
 from zmqsched import Client, errors
 from zmqsched.config import CONNECTION_FILE, cluster_dir
 
-pytestmark = pytest.mark.timeout(40)
-
 
 @pytest.fixture
 def path(cluster) -> str:
@@ -52,7 +50,7 @@ def test_submit_takes_the_callable_by_position_and_every_keyword_is_its_own(clie
     def capture(*args, **kwargs):
         return args, kwargs
 
-    assert client.submit(capture, 1, self=2, fn=3, task=4).result(10) == ((1,), {"self": 2, "fn": 3, "task": 4})
+    assert client.submit(capture, 1, self=2, fn=3, task=4).result(60) == ((1,), {"self": 2, "fn": 3, "task": 4})
     for wrong in ({"fn": capture, "arg": 1}, {"arg": 1}):
         with pytest.raises(TypeError):
             client.submit(**wrong)
@@ -69,12 +67,12 @@ def test_what_is_submitted_is_not_kept_here(client):
     del thing
     gc.collect()
     assert ref() is None
-    assert future.result(10) == 1
+    assert future.result(60) == 1
 
 
 def test_a_result_lives_as_long_as_its_future(client):
     future = client.submit(functools.partial(set, [1]))
-    ref = weakref.ref(future.result(10))
+    ref = weakref.ref(future.result(60))
     assert ref() is future.result() == {1}
     del future
     eventually(lambda: gc.collect() is None or ref() is None)
@@ -83,7 +81,7 @@ def test_a_result_lives_as_long_as_its_future(client):
 def test_an_exception_does_not_keep_its_future(client):
     future = client.submit(divmod, 1, 0)
     with pytest.raises(ZeroDivisionError):
-        future.result(10)
+        future.result(60)
     ref = weakref.ref(future)
     gc.disable()
     try:
@@ -105,9 +103,9 @@ def test_cancel(client, busy, gate):
     assert states(waiting) == (True, False, True)
     for ask in (waiting.result, waiting.exception):
         with pytest.raises(CancelledError):
-            ask(timeout=5)
+            ask(timeout=60)
     gate.open()
-    assert busy[0].result(10) == 0
+    assert busy[0].result(60) == 0
     assert states(busy[0]) == (False, False, True)
     assert not busy[0].cancel()
     assert not busy[0].cancel(force=True)
@@ -120,7 +118,7 @@ def test_the_errors_are_the_standards(client, gate):
         future.exception(timeout=0)
     assert type(raised.value) is TimeoutError
     gate.open()
-    assert future.exception(timeout=10) is None
+    assert future.exception(timeout=60) is None
     for set_again in (lambda: future.set_result(1), lambda: future.set_exception(ValueError())):
         with pytest.raises(InvalidStateError):
             set_again()
@@ -133,7 +131,7 @@ def test_who_waits_is_woken_by_a_cancel(client, busy):
 
     def ask():
         try:
-            waiting.result(20)
+            waiting.result(60)
         except CancelledError as error:
             told.append(error)
 
@@ -141,7 +139,7 @@ def test_who_waits_is_woken_by_a_cancel(client, busy):
     thread.start()
     eventually(lambda: waiting._condition._waiters)
     assert waiting.cancel()
-    thread.join(10)
+    thread.join(60)
     assert told
 
 
@@ -212,7 +210,7 @@ def test_shutdown_of_several_threads_at_once(cluster, gate):
         thread.start()
     gate.open()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert not any(thread.is_alive() for thread in threads)
     assert future.result(timeout=0) == 1
 
@@ -241,7 +239,7 @@ def test_shutdown_without_waiting_finishes_what_runs_and_cancels_the_rest(cluste
     client.shutdown(wait=False, cancel_futures=True)
     assert all(future.cancelled() for future in waiting)
     gate.open()
-    assert [future.result(timeout=10) for future in running] == [0, 1]
+    assert [future.result(timeout=60) for future in running] == [0, 1]
 
 
 def test_a_client_that_nobody_has_finishes(cluster, gate):
@@ -251,7 +249,7 @@ def test_a_client_that_nobody_has_finishes(cluster, gate):
     del client
     gc.collect()
     gate.open()
-    assert [future.result(timeout=10) for future in futures] == [0, 1, 2, 3]
+    assert [future.result(timeout=60) for future in futures] == [0, 1, 2, 3]
     del futures
     eventually(lambda: gc.collect() is None or ref() is None)
 
@@ -266,7 +264,7 @@ def test_in_an_event_loop(client):
         assert await loop.run_in_executor(client.options(priority=1), pow, 2, 4) == 16
         assert await asyncio.wrap_future(client.submit(pow, 2, 5)) == 32
         done = client.submit(abs, -1)
-        done.result(10)
+        done.result(60)
         assert await done == await done == 1, "more than once"
         many = [client.submit(pow, number, 2) for number in range(20)]
         assert await asyncio.gather(*many) == [number**2 for number in range(20)]
@@ -275,7 +273,7 @@ def test_in_an_event_loop(client):
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(wait_for(client.submit(abs, -number))) for number in range(3)]
         assert [task.result() for task in tasks] == [0, 1, 2]
-        async for future in zmqsched.as_completed([client.submit(abs, -1)] * 2, timeout=10):
+        async for future in zmqsched.as_completed([client.submit(abs, -1)] * 2, timeout=60):
             assert future.result() == 1
 
     async def wait_for(future):
@@ -360,12 +358,12 @@ FORKS = """
                 told.add("not told")
         print(told, future.cancel(), called, answered.result(), client.usable)
         with zmqsched.Client(cluster) as mine:
-            print(mine.submit(pow, 2, 4).result(20))
+            print(mine.submit(pow, 2, 4).result(60))
         client.shutdown()
         sys.exit(0)
     assert os.waitpid(child, 0)[1] == 0
     open(held, "x")
-    print(future.result(20), called or "soon", client.submit(pow, 2, 6).result(20))
+    print(future.result(60), called or "soon", client.submit(pow, 2, 6).result(60))
 """
 
 
@@ -387,10 +385,10 @@ def test_a_forked_child_does_not_end_its_parents_cluster(scripts: Scripts):
             if not (child := os.fork()):
                 sys.exit(0)
             assert os.waitpid(child, 0)[1] == 0
-            future.result(20)
+            future.result(60)
             before = cluster.broker_pid
             os.kill(before, signal.SIGKILL)  # whoever looks after the broker still does
-            assert client.submit(pow, 2, 5).result(20) == 32
+            assert client.submit(pow, 2, 5).result(60) == 32
             assert cluster.broker_pid != before
     """, PYTHONWARNINGS="ignore::DeprecationWarning")  # fmt: skip  # Python 3.12 and later advise against fork
     assert "follows it" in err
@@ -404,7 +402,7 @@ def test_pickled_a_client_connects_again(client, cluster, path, monkeypatch):
                 assert again is not made
                 assert again._client.cluster_name == cluster.name
                 assert again._options == made._options
-                assert again.submit(abs, -1).result(10) == 1
+                assert again.submit(abs, -1).result(60) == 1
 
 
 def test_pickled_or_says_why_not(scripts: Scripts, client, cluster):
@@ -445,7 +443,7 @@ def test_threads_submit_wait_and_cancel_at_once(client):
         futures = [client.submit(pow, thread, number) for number in range(50)]
         cancelled = {future for future in futures[::7] if future.cancel()}
         wanted = [future for future in futures if future not in cancelled]
-        zmqsched.wait(wanted, timeout=20)
+        zmqsched.wait(wanted, timeout=60)
         return [future.result(0) for future in wanted] == [
             thread**number for number, future in enumerate(futures) if future not in cancelled
         ]
@@ -493,7 +491,7 @@ def test_a_program_that_is_ended_by_an_interrupt_cancels_what_is_left(scripts: S
     assert "the program has ended but for 1 unfinished tasks, which it waits for; an interrupt (Ctrl-C) cancels them" in told
     interrupted = time.monotonic()
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
     assert time.monotonic() - interrupted < 2
     eventually(lambda: sum(client.status().tasks.values()) == 0)
     assert process.returncode == 0
@@ -510,7 +508,7 @@ def test_a_program_that_an_interrupt_ends_does_not_wait(scripts: Scripts, client
     assert process.stdout.readline() == "ready\n"
     interrupted = time.monotonic()
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert time.monotonic() - interrupted < 2
     assert "KeyboardInterrupt" in err
     assert "waits for" not in err

@@ -29,7 +29,7 @@ def test_what_is_not_there_is_an_attribute_error():
 def imported(statement: str) -> set[str]:
     """The modules that are there after it, in a new interpreter."""
     code = f"import sys; {statement}; print(*sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     return set(done.stdout.split())
 
 

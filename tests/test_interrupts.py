@@ -19,8 +19,6 @@ from conftest import Scripts, eventually
 from zmqsched import Client, LocalCluster
 from zmqsched.config import CONNECTION_FILE, cluster_dir
 
-pytestmark = pytest.mark.timeout(60)
-
 # What is interrupted would go on for minutes. That it takes less than 2 s on a quiet machine, `make bench` measures.
 BACK_WITHIN_S = 20.0
 
@@ -132,14 +130,14 @@ def prompt(program: Scripts, client: Client, cluster: LocalCluster, tmp_path_fac
     process = program.start(PROMPT, str(path), str(begun), stdin=subprocess.PIPE)
     eventually(lambda: all(worker.pid for worker in client.workers()))
     yield Prompt(process, begun, client)
-    process.communicate(timeout=20)
+    process.communicate(timeout=60)
 
 
 @pytest.mark.parametrize(
     ("begin", "call"),
     [
         (1, "client.submit(spin).result()"),
-        (1, "client.submit(spin).exception(timeout=50)"),
+        (1, "client.submit(spin).exception(timeout=60)"),
         (2, "f = [client.submit(spin) for _ in range(30)]; zmqsched.wait(f)"),
         (2, "f = [client.submit(spin) for _ in range(30)]; zmqsched.wait(f, 50, 'FIRST_EXCEPTION')"),
         (2, "f = [client.submit(spin) for _ in range(30)]; list(zmqsched.as_completed(f))"),
@@ -158,7 +156,7 @@ def test_the_prompt_is_back_and_the_workers_are_idle_and_warm(prompt: Prompt, be
     prompt.wait_until_idle()
     assert time.monotonic() - began < BACK_WITHIN_S
     prompt.assert_workers_are_the_same()
-    assert prompt.evaluate("assert client.submit(pow, 2, 3).result(10) == 8") == "done"
+    assert prompt.evaluate("assert client.submit(pow, 2, 3).result(60) == 8") == "done"
 
 
 def test_what_was_finished_is_kept_and_what_others_do_goes_on(prompt: Prompt, client: Client, gate):
@@ -170,7 +168,7 @@ def test_what_was_finished_is_kept_and_what_others_do_goes_on(prompt: Prompt, cl
     assert prompt.evaluate("assert [one.result() for one in f[:5]] == [0, 1, 2, 3, 4]") == "done"
     assert prompt.evaluate("assert all(one.cancelled() for one in f[5:])") == "done"
     gate.open()
-    assert other.result(timeout=10) == "other"
+    assert other.result(timeout=60) == "other"
     prompt.assert_workers_are_the_same()
 
 
@@ -180,7 +178,7 @@ def test_a_task_that_will_not_be_interrupted_is_killed_with_its_worker(prompt: P
     assert prompt.interrupt() < BACK_WITHIN_S
     eventually(lambda: sum(client.status().tasks.values()) == 0)
     assert time.monotonic() - began < BACK_WITHIN_S
-    assert prompt.evaluate("assert client.submit(pow, 2, 3).result(10) == 8") == "done"
+    assert prompt.evaluate("assert client.submit(pow, 2, 3).result(60) == 8") == "done"
     eventually(lambda: len({worker.pid for worker in client.workers() if worker.pid}) == 2)
 
 

@@ -25,7 +25,7 @@ from zmqsched.codec import encode
 from zmqsched.config import ROLES, ConnectionFile, Role, cluster_dir, role_file
 from zmqsched.protocol import ChangeKeys, Envelope, NodeHello
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(90)]
+pytestmark = pytest.mark.system
 
 
 def file_of(cluster: LocalCluster, role: Role) -> ConnectionFile:

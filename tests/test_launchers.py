@@ -57,7 +57,7 @@ find_launcher("local")
 assert "zmqsched.launch.ssh" not in sys.modules
 assert "importlib.metadata" not in sys.modules
 """
-    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=60)
 
 
 def test_one_that_is_not_there_is_told_with_those_that_are(others: Path):

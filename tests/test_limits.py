@@ -18,8 +18,6 @@ from conftest import Gate, Home, alive, eventually
 from zmqsched import Client, Future, LocalCluster, WaitGroup, errors
 from zmqsched.core.stops import GRACE_S
 
-pytestmark = pytest.mark.timeout(60)
-
 # On a machine that does other things too; without those it is some milliseconds, or GRACE_S and some.
 SOON_S = 10.0
 
@@ -267,7 +265,7 @@ def test_an_interrupt_never_hits_another_task(client):
             future.cancel(force=True)
     for future, value, sort in futures:
         try:
-            assert future.result(timeout=30) == value
+            assert future.result(timeout=60) == value
         except errors.TaskTimeout:
             assert sort == 0
         except concurrent.futures.CancelledError:
@@ -331,11 +329,11 @@ def test_those_who_wait_are_told(client):
         others = waiters.submit(future.exception, 30)
         eventually(lambda: len(future._waiters) == 3)
         assert future.cancel(force=True)
-        assert [wait.result(30).done for wait in waits] == [{future}] * 2
-        assert completed.result(30) == [future]
+        assert [wait.result(60).done for wait in waits] == [{future}] * 2
+        assert completed.result(60) == [future]
         for waiting in (results, others):
             with pytest.raises(concurrent.futures.CancelledError):
-                waiting.result(30)
+                waiting.result(60)
     assert told == [future]
     assert (future.done(), future.running(), future.cancelled()) == (True, False, True)
     assert "cancelled" in repr(future)

@@ -138,7 +138,7 @@ def test_items_of_a_slow_iterable_do_not_wait_for_more(client):
 
     def slowly():
         yield from range(100)
-        go_on.wait(20)
+        go_on.wait(60)
         yield 100
 
     results = client.map(square, slowly())
@@ -624,7 +624,7 @@ def test_an_interrupt_ends_what_runs_and_keeps_what_is_finished(client, gate):
     results = client.last_map.results()
     assert results == {x: x for x in range(len(results))}
     assert len(results) >= 300
-    assert client.submit(abs, -1).result(timeout=10) == 1, "its workers are there"
+    assert client.submit(abs, -1).result(timeout=60) == 1, "its workers are there"
 
 
 def test_last_map_is_the_last(client):
@@ -642,7 +642,7 @@ def test_a_client_and_its_maps_are_dropped_together(cluster):
     thread, dropped = client._thread, weakref.ref(client)
     del client
     eventually(lambda: gc.collect() is not None and dropped() is None)
-    thread.join(20)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -695,7 +695,7 @@ def test_several_maps_at_once_from_several_threads(client):
     for user in users:
         user.start()
     for user in users:
-        user.join(30)
+        user.join(60)
     assert sums == {number: sum(x * x for x in range(number, number + 2000)) for number in range(6)}
 
 
@@ -718,7 +718,7 @@ def test_in_an_event_loop_and_in_a_callback(client):
 def test_the_tasks_of_a_jobs_map_are_its_items(client):
     view = client.options(job="squares")
     assert list(view.map(square, iter(range(5)))) == [0, 1, 4, 9, 16]
-    assert sorted(future.result(timeout=10) for future in client.job("squares")) == [0, 1, 4, 9, 16]
+    assert sorted(future.result(timeout=60) for future in client.job("squares")) == [0, 1, 4, 9, 16]
     results = client.options(job="draws").map(noise, range(5), seed=1, on_error="return")
     assert list(results) == list(client.map(noise, range(5), seed=1))
 

@@ -30,8 +30,6 @@ from zmqsched.core.requests import WINDOW_BYTES
 MIB = 1 << 20
 ROUND = 50_000 if os.environ.get("LONG") else 15_000
 
-pytestmark = pytest.mark.timeout(120)
-
 
 def peak(pid: int) -> int:
     """The most resident memory a process ever had, in bytes."""
@@ -111,7 +109,7 @@ def held(small: LocalCluster, gate: Gate, monkeypatch: pytest.MonkeyPatch) -> It
     yield client
     gate.open()
     if client.usable:
-        concurrent.futures.wait(first, timeout=30)
+        concurrent.futures.wait(first, timeout=60)
     client.shutdown(wait=False, cancel_futures=True)
 
 
@@ -123,14 +121,14 @@ def test_submit_goes_on_when_there_is_room(held: Client, gate: Gate):
     submitter = Submitter(lambda: push(held, 100))
     eventually(lambda: is_blocked(held))
     gate.open()
-    assert [future.result(timeout=30) for future in submitter.end()] == list(range(100))
+    assert [future.result(timeout=60) for future in submitter.end()] == list(range(100))
 
 
 def test_several_blocked_threads_all_go_on(held: Client, gate: Gate):
     submitters = [Submitter(lambda: push(held, 50)) for _ in range(4)]
     eventually(lambda: held._blocked == 4)
     gate.open()
-    assert [sum(future.result(timeout=30) for future in each.end()) for each in submitters] == [sum(range(50))] * 4
+    assert [sum(future.result(timeout=60) for future in each.end()) for each in submitters] == [sum(range(50))] * 4
 
 
 def test_map_of_an_endless_iterable_pauses(held: Client, gate: Gate):
@@ -163,7 +161,7 @@ def test_ctrl_c_ends_a_blocked_submit(held: Client, gate: Gate):
     interrupter.end()
     assert not is_blocked(held)
     gate.open()
-    assert held.submit(abs, -7).result(timeout=30) == 7
+    assert held.submit(abs, -7).result(timeout=60) == 7
 
 
 def test_a_callback_is_never_blocked(held: Client, gate: Gate):
@@ -177,8 +175,8 @@ def test_a_callback_is_never_blocked(held: Client, gate: Gate):
     future = held.submit(abs, -1)
     future.add_done_callback(callback)
     gate.open()
-    assert done.wait(30)
-    assert [each.result(timeout=30) for each in many] == list(range(100))
+    assert done.wait(60)
+    assert [each.result(timeout=60) for each in many] == list(range(100))
 
 
 def test_what_is_held_back_is_cancelled_at_once(held: Client, gate: Gate):
@@ -192,7 +190,7 @@ def test_what_is_held_back_is_cancelled_at_once(held: Client, gate: Gate):
 def test_a_waitgroup_waits_for_what_is_held_back(held: Client, gate: Gate):
     group = WaitGroup(held)
     futures = [group.go(abs, -number) for number in range(10)]
-    waiter = Submitter(lambda: group.wait(timeout=30))
+    waiter = Submitter(lambda: group.wait(timeout=60))
     eventually(lambda: held._core._asked)
     assert held.status().tasks  # it does not wait behind the tasks
     gate.open()
@@ -216,14 +214,14 @@ def test_submit_waits_for_a_broker_that_is_away(clusters: Home, monkeypatch):
     monkeypatch.setattr(zmqsched.client, "MAX_WAITING_BYTES", 8 * MIB)
     monkeypatch.setattr(zmqsched.core.requests, "WINDOW_BYTES", MIB)
     with LocalCluster(1) as cluster, Client(cluster) as client:
-        client.submit(abs, 1).result(timeout=30)
+        client.submit(abs, 1).result(timeout=60)
         os.kill(cluster.broker_pid, signal.SIGSTOP)
         try:
             submitter = Submitter(lambda: [client.submit(len, bytes(MIB)) for _ in range(30)])
             eventually(lambda: is_blocked(client))
         finally:
             os.kill(cluster.broker_pid, signal.SIGCONT)
-        assert [future.result(timeout=30) for future in submitter.end()] == [MIB] * 30
+        assert [future.result(timeout=60) for future in submitter.end()] == [MIB] * 30
 
 
 # --- what is forgotten -----------------------------------------------------------------------------------------------
@@ -235,7 +233,7 @@ def nothing_open(client: Client) -> bool:
 
 def test_a_done_future_that_is_dropped_leaves_nothing(client: Client):
     future = client.submit(collections.Counter, "abc")
-    result = weakref.ref(future.result(timeout=30))
+    result = weakref.ref(future.result(timeout=60))
     dropped = weakref.ref(future)
     del future
     gc.collect()
@@ -263,12 +261,12 @@ def test_an_unfinished_future_that_is_dropped_runs_calls_back_and_leaves_nothing
 def test_a_client_that_is_dropped_leaves_by_itself(client: Client, cluster: LocalCluster):
     clients, descriptors = client.status().clients, len(os.listdir("/proc/self/fd"))
     other = Client(cluster)
-    assert other.submit(abs, -1).result(timeout=30) == 1
+    assert other.submit(abs, -1).result(timeout=60) == 1
     thread, dropped = other._thread, weakref.ref(other)
     assert client.status().clients == clients + 1
     del other
     gc.collect()
-    thread.join(30)
+    thread.join(60)
     assert dropped() is None
     eventually(lambda: client.status().clients == clients)
     assert len(os.listdir("/proc/self/fd")) == descriptors

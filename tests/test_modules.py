@@ -53,8 +53,8 @@ def files(client, tmp_path, monkeypatch) -> Iterator[Files]:
 def test_a_module_that_the_nodes_lack(client, files):
     files.write("m_lacking.py", "def fit(x):\n    return x + 1\n")
     mine = files.load("m_lacking")
-    assert client.submit(mine.fit, 1).result(timeout=10) == 2
-    assert client.submit(lambda x: mine.fit(x) * 10, 1).result(timeout=10) == 20
+    assert client.submit(mine.fit, 1).result(timeout=60) == 2
+    assert client.submit(lambda x: mine.fit(x) * 10, 1).result(timeout=60) == 20
     assert list(client.map(mine.fit, range(3), chunksize=2)) == [1, 2, 3]
 
 
@@ -64,7 +64,7 @@ def test_edit_and_run_again(client, files):
     for number in range(1, 9):
         files.write("m_edited.py", f"def fit():\n    return {number}\n")
         mine = mine or files.load("m_edited")
-        assert client.submit(mine.fit).result(timeout=10) == number
+        assert client.submit(mine.fit).result(timeout=60) == number
     assert mine.fit() == 1
 
 
@@ -72,12 +72,12 @@ def test_what_a_module_imports_may_be_edited_too(client, files):
     files.write("m_constant.py", "FACTOR = 2\n")
     files.write("m_user.py", "from m_constant import FACTOR\ndef times(x):\n    return x * FACTOR\n")
     mine = files.load("m_user")
-    assert client.submit(mine.times, 5).result(timeout=10) == 10
+    assert client.submit(mine.times, 5).result(timeout=60) == 10
     files.write("m_constant.py", "FACTOR = 300\n")
-    assert client.submit(mine.times, 5).result(timeout=10) == 1500
+    assert client.submit(mine.times, 5).result(timeout=60) == 1500
     files.write("m_user.py", "import m_new\ndef times(x):\n    return m_new.more(x)\n")
     files.write("m_new.py", "def more(x):\n    return x + 0.5\n")
-    assert client.submit(mine.times, 5).result(timeout=10) == 5.5
+    assert client.submit(mine.times, 5).result(timeout=60) == 5.5
 
 
 def test_a_package_with_all_kinds_of_imports(client, files):
@@ -107,25 +107,25 @@ def test_a_package_with_all_kinds_of_imports(client, files):
     files.write("m_pkg/late.py", "WHEN = 'late'\n")
     files.write("m_pkg/deep/data.txt", "beside it")
     down = files.load("m_pkg.deep.down")
-    assert client.submit(down.measure).result(timeout=10) == (12, 12, "m_pkg", "late", "beside it")
+    assert client.submit(down.measure).result(timeout=60) == (12, 12, "m_pkg", "late", "beside it")
     files.write("m_pkg/numbers.py", "AREA = 13\n")
     files.write("m_pkg/late.py", "WHEN = 'later'\n")
-    assert client.submit(down.measure).result(timeout=10) == (13, 13, "m_pkg", "later", "beside it")
+    assert client.submit(down.measure).result(timeout=60) == (13, 13, "m_pkg", "later", "beside it")
 
 
 def test_a_namespace_package(client, files):
     files.write("m_space/inner/leaf.py", "from m_space.other import VALUE\ndef get():\n    return VALUE\n")
     files.write("m_space/other.py", "VALUE = 'a leaf'\n")
-    assert client.submit(files.load("m_space.inner.leaf").get).result(timeout=10) == "a leaf"
+    assert client.submit(files.load("m_space.inner.leaf").get).result(timeout=60) == "a leaf"
 
 
 def test_modules_that_import_each_other(client, files):
     files.write("m_left.py", "import m_right\ndef name():\n    return 'left of ' + m_right.name()\n")
     files.write("m_right.py", "import m_left\ndef name():\n    return 'right'\n")
     mine = files.load("m_left")
-    assert client.submit(mine.name).result(timeout=10) == "left of right"
+    assert client.submit(mine.name).result(timeout=60) == "left of right"
     files.write("m_right.py", "import m_left\ndef name():\n    return 'the wall'\n")
-    assert client.submit(mine.name).result(timeout=10) == "left of the wall"
+    assert client.submit(mine.name).result(timeout=60) == "left of the wall"
 
 
 def test_what_a_cell_imports_while_it_runs(client, files):
@@ -139,7 +139,7 @@ def test_what_a_cell_imports_while_it_runs(client, files):
         return m_lazy.answer(), WORD
 
     assert "m_lazy" not in sys.modules
-    assert client.submit(cell).result(timeout=10) == (42, "too")
+    assert client.submit(cell).result(timeout=60) == (42, "too")
 
 
 def test_classes_are_the_same_on_both_sides(client, files):
@@ -168,15 +168,15 @@ def test_classes_are_the_same_on_both_sides(client, files):
         """,
     )
     mine = files.load("m_classes")
-    moved = client.submit(mine.move, mine.Point(1)).result(timeout=10)
+    moved = client.submit(mine.move, mine.Point(1)).result(timeout=60)
     assert (type(moved), moved) == (mine.Point, mine.Point(2))
     assert moved.color is mine.Color.RED
-    assert client.submit(lambda point: point.x, mine.Point(7)).result(timeout=10) == 7, "named by the argument alone"
+    assert client.submit(lambda point: point.x, mine.Point(7)).result(timeout=60) == 7, "named by the argument alone"
     with pytest.raises(mine.Wrong, match="as told") as caught:
-        client.submit(mine.fail).result(timeout=10)
+        client.submit(mine.fail).result(timeout=60)
     assert 'raise Wrong("as told")  # the line' in told(caught.value)
     with pytest.raises(mine.Wrong):
-        client.options(retries=1, retry_on=mine.Wrong).submit(mine.fail).result(timeout=10)
+        client.options(retries=1, retry_on=mine.Wrong).submit(mine.fail).result(timeout=60)
 
 
 SEES = """
@@ -197,50 +197,50 @@ def test_what_a_module_keeps_is_kept_until_it_or_what_it_imports_changes(client,
     for number in range(20):
         if number == 10:
             files.write("m_aside.py", "def aside():\n    return 2\n")
-        client.submit(aside.aside).result(timeout=10)
-        pid, kept = client.submit(mine.see, number).result(timeout=10)
+        client.submit(aside.aside).result(timeout=60)
+        pid, kept = client.submit(mine.see, number).result(timeout=60)
         assert kept == [*seen.get(pid, ()), number]
         seen[pid] = kept
     files.write("m_base.py", "WORD = 'two'\n")
-    assert client.submit(mine.see, 99).result(timeout=10)[1] == [99]
+    assert client.submit(mine.see, 99).result(timeout=60)[1] == [99]
 
 
 def test_an_error_in_the_file_is_told_at_once_and_can_be_repaired(client, files):
     files.write("m_broken.py", "def fit():\n    return 1\n")
     mine = files.load("m_broken")
-    assert client.submit(mine.fit).result(timeout=10) == 1
+    assert client.submit(mine.fit).result(timeout=60) == 1
     files.write("m_broken.py", "def fit(:\n    return 2\n")
     future = client.submit(mine.fit)
     assert future.done()
     with pytest.raises(NotSerializable, match=r"cannot send the module 'm_broken' along: .*m_broken.py, line 1"):
         future.result()
     files.write("m_broken.py", "def fit():\n    return 3\n")
-    assert client.submit(mine.fit).result(timeout=10) == 3
+    assert client.submit(mine.fit).result(timeout=60) == 3
     files.write("m_broken.py", "1 / 0\n")
     with pytest.raises(ZeroDivisionError) as caught:
-        client.submit(mine.fit).result(timeout=10)
+        client.submit(mine.fit).result(timeout=60)
     frames = traceback.extract_tb(caught.value.__traceback__)[-1:]
     assert [(frame.name, frame.line) for frame in frames] == [("<module>", "1 / 0")]
     assert "while it loaded the task's function" in told(caught.value)
-    frames = traceback.extract_tb(client.submit(mine.fit).exception(timeout=10).__traceback__)
+    frames = traceback.extract_tb(client.submit(mine.fit).exception(timeout=60).__traceback__)
     assert [frame.name for frame in frames] == ["<module>"], "no frame of ours, nor of the import"
 
 
 def test_a_file_that_is_gone_counts_as_it_was(client, files):
     file = files.write("m_gone.py", "def fit():\n    return 'still'\n")
     mine = files.load("m_gone")
-    assert client.submit(mine.fit).result(timeout=10) == "still"
+    assert client.submit(mine.fit).result(timeout=60) == "still"
     file.unlink()
-    assert client.submit(mine.fit).result(timeout=10) == "still"
+    assert client.submit(mine.fit).result(timeout=60) == "still"
 
 
 def test_a_module_that_was_imported_again_here(client, files):
     files.write("m_again.py", "class Thing:\n    word = 'old'\n    def tell(self):\n        return self.word\n")
     mine = files.load("m_again")
-    assert client.submit(mine.Thing().tell).result(timeout=10) == "old"
+    assert client.submit(mine.Thing().tell).result(timeout=60) == "old"
     files.write("m_again.py", "class Thing:\n    word = 'newer'\n    def tell(self):\n        return self.word\n")
     importlib.reload(mine)
-    assert client.submit(mine.Thing().tell).result(timeout=10) == "newer"
+    assert client.submit(mine.Thing().tell).result(timeout=60) == "newer"
 
 
 def test_a_task_may_send_on_what_has_come_with_it(client, files):
@@ -261,7 +261,7 @@ def test_a_task_may_send_on_what_has_come_with_it(client, files):
         finally:
             os.rename(f"{gone}.away", gone)
 
-    sources = client.submit(relays, str(file)).result(timeout=10)
+    sources = client.submit(relays, str(file)).result(timeout=60)
     assert sources.keys() == {"m_relay", "m_relayed"}
     assert sources["m_relay"] == file.read_bytes()
 
@@ -278,7 +278,7 @@ def test_a_module_that_is_loaded_when_it_is_used_is_not_loaded_by_looking(files)
 def test_inspect_and_tracebacks_in_the_worker_find_the_text(client, files):
     files.write("m_inspect.py", "def source():\n    import inspect, m_inspect\n    return inspect.getsource(m_inspect)\n")
     mine = files.load("m_inspect")
-    assert "return inspect.getsource" in client.submit(mine.source).result(timeout=10)
+    assert "return inspect.getsource" in client.submit(mine.source).result(timeout=60)
 
 
 # --- what travels, and what does not --------------------------------------------------------------------------------------
@@ -355,7 +355,7 @@ def test_a_version_that_comes_back_is_the_same_module(client, files):
     for number in range(30):
         version = number % 2
         files.write("m_versions.py", SEES + "# another\n" * version)
-        pid, kept = client.submit(mine.see, number).result(timeout=10)
+        pid, kept = client.submit(mine.see, number).result(timeout=60)
         assert kept == [*seen.get((pid, version), ()), number]
         seen[pid, version] = kept
 

@@ -44,7 +44,7 @@ def single(clusters):
 
 
 def test_recursion_of_depth_ten_finishes_on_one_slot(single: Client):
-    assert single.submit(descend, 10).result(50) == 10
+    assert single.submit(descend, 10).result(60) == 10
     eventually(lambda: len(single.workers()) == 1)
 
 
@@ -85,7 +85,7 @@ def test_each_way_to_wait_lends_the_slot(single: Client):
         return [future.result(0) for future in futures]
 
     for how in ("map", "the list", "wait", "as_completed", "the standard's wait", "the standard's as_completed", "await"):
-        assert single.submit(waits, how).result(30) == [2, 4], how
+        assert single.submit(waits, how).result(60) == [2, 4], how
 
 
 def test_futures_of_a_task_are_arguments_of_its_tasks(single: Client):
@@ -94,7 +94,7 @@ def test_futures_of_a_task_are_arguments_of_its_tasks(single: Client):
         first = client.submit(double, 1)
         return client.submit(double, client.submit(double, first)).result()
 
-    assert single.submit(chain).result(30) == 8
+    assert single.submit(chain).result(60) == 8
 
 
 def test_a_failure_comes_up_through_all_levels(single: Client):
@@ -103,7 +103,7 @@ def test_a_failure_comes_up_through_all_levels(single: Client):
         client.submit(double, client.submit(int, "no number")).result()
 
     with pytest.raises(DependencyFailed) as raised:
-        single.submit(relay, fails).result(30)
+        single.submit(relay, fails).result(60)
     assert isinstance(raised.value.__cause__, ValueError) or "invalid literal" in str(raised.value.__notes__)
 
 
@@ -116,12 +116,12 @@ def test_a_waitgroup_starts_and_waits_inside_a_task(single: Client):
     def waits(group):
         for _ in range(3):
             group.go(double, 1)
-        group.wait(20)
+        group.wait(60)
         return "done"
 
-    assert single.submit(waits, WaitGroup(single)).result(30) == "done"
-    group.go(starts, group).result(30)
-    group.wait(20)  # for what was started in the task too
+    assert single.submit(waits, WaitGroup(single)).result(60) == "done"
+    group.go(starts, group).result(60)
+    group.wait(60)  # for what was started in the task too
 
 
 def test_a_client_that_is_sent_to_a_task_is_the_tasks(single: Client):
@@ -135,7 +135,7 @@ def test_a_client_that_is_sent_to_a_task_is_the_tasks(single: Client):
 
 def test_a_client_is_not_made_in_a_task(single: Client):
     with pytest.raises(RuntimeError, match=r"zmqsched\.get_client\(\)"):
-        single.submit(Client).result(30)
+        single.submit(Client).result(60)
 
 
 def test_outside_of_tasks_it_is_the_client_that_map_uses(monkeypatch):
@@ -160,7 +160,7 @@ def test_what_a_dead_worker_waited_for_is_ended_and_its_task_runs_again(client: 
     gate.wait_until_begun()
     eventually(lambda: "waiting" in {worker.state for worker in client.workers()})
     os.kill(int((tmp_path / "first").read_text()), signal.SIGKILL)
-    assert future.result(20) == "second"
+    assert future.result(60) == "second"
     eventually(lambda: dict(client.status().tasks).get("assigned", 0) == 0)  # though the gate is closed
     eventually(lambda: len(client.workers()) == 2)
 

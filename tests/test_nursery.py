@@ -341,7 +341,7 @@ def run_script(source: str) -> str:
         env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
         stdout=subprocess.PIPE,
         text=True,
-        timeout=50,
+        timeout=60,
         check=False,
     )
     return done.stdout

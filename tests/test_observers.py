@@ -83,4 +83,4 @@ def test_beats_carry_each_workers_state_cpu_and_memory(cluster):
         node = client.nodes()[0]
         assert node.resources["cpu"] >= 2
         assert node.resources["memory"] > 2**20
-        busy.result(timeout=10)
+        busy.result(timeout=60)

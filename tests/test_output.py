@@ -332,7 +332,7 @@ def test_of_a_flood_the_end_is_there_and_nobody_has_waited(quiet, cluster):
     before = [node.memory_info().rss for node in nodes]
     flood = quiet.submit(floods, FLOOD)
     assert [quiet.submit(abs, number).result(timeout=PATIENCE_S) for number in range(20)] == list(range(20))
-    flood.result(timeout=50)
+    flood.result(timeout=60)
     head, _, log = flood.log().partition("\n")
     assert int(re.fullmatch(r"\[(\d+) bytes skipped\]", head)[1]) + len(log) == FLOOD // 100_000 * 100_000 + 8
     assert len(log) == KB64
@@ -368,11 +368,11 @@ def test_it_is_shown_with_its_task_and_worker(scripts):
             print("no end", end="", flush=True)
 
         with LocalCluster(1) as cluster, Client(cluster) as client:
-            client.submit(fit, 1).result(timeout=20)
-            client.options(name="a name").submit(fit, 2).result(timeout=20)
+            client.submit(fit, 1).result(timeout=60)
+            client.options(name="a name").submit(fit, 2).result(timeout=60)
             with Client(cluster, output=False) as silent:
                 future = silent.submit(fit, 3)
-                future.result(timeout=20)
+                future.result(timeout=60)
                 assert "oops" in future.log()
         """
     )
@@ -394,8 +394,8 @@ def test_a_million_lines_are_shown_in_part_and_counted(scripts):
         with LocalCluster(2) as cluster, Client(cluster) as client:
             flood = client.submit(floods)
             for number in range(20):
-                client.submit(print, "a word").result(timeout=20)
-            flood.result(timeout=30)
+                client.submit(print, "a word").result(timeout=60)
+            flood.result(timeout=60)
             assert flood.log().endswith("\\n999998\\n999999\\n")
         """
     )
@@ -422,13 +422,13 @@ def test_a_screen_that_nobody_reads_holds_up_nobody(scripts, tmp_path):
 
         client = Client(LocalCluster(2))
         for future in [client.submit(floods) for _ in range(4)]:
-            future.result(timeout=30)
+            future.result(timeout=60)
             assert len(future.log()) > 60_000
         Path(sys.argv[1]).touch()
         """,
         str(tmp_path / "ends"),
     )
-    assert process.wait(timeout=40) == 0
+    assert process.wait(timeout=60) == 0
     assert (tmp_path / "ends").exists()
 
 
@@ -451,12 +451,12 @@ def test_a_screen_that_is_gone_holds_up_nobody(scripts):
             os.close(1)
             for sys.stdout in (sys.stdout, None, closed, Raises()):
                 futures = [client.submit(print, number) for number in range(10)]
-                assert [future.result(timeout=20) for future in futures] == [None] * 10
+                assert [future.result(timeout=60) for future in futures] == [None] * 10
                 assert futures[3].log() == "3\\n"
                 while client._printer._busy:
                     time.sleep(0.001)
             sys.stdout = sys.stderr
-            client.submit(print, "heard again").result(timeout=20)
+            client.submit(print, "heard again").result(timeout=60)
         """
     )
     assert err.splitlines() == ["[print-41 n1/1] heard again"]
@@ -470,7 +470,7 @@ def test_lines_and_a_bar_do_not_run_into_each_other(scripts):
         from zmqsched import Client, LocalCluster
 
         with LocalCluster(1) as cluster, Client(cluster) as client, tqdm(total=2, file=sys.stderr) as bar:
-            client.submit(print, "a line", file=None).result(timeout=20)
+            client.submit(print, "a line", file=None).result(timeout=60)
             bar.update()
         """
     )
@@ -517,13 +517,13 @@ def test_a_node_writes_what_tasks_say_on_standard_error_into_its_own(scripts):
                 break
             except ClusterNotFound:
                 time.sleep(0.02)
-        client.submit(os.write, 2, b"to both\\n").result(timeout=20)
-        client.submit(os.write, 1, b"to the client\\n").result(timeout=20)
+        client.submit(os.write, 2, b"to both\\n").result(timeout=60)
+        client.submit(os.write, 1, b"to the client\\n").result(timeout=60)
         client.shutdown()
         """
     )
     assert (out, err) == ("[write-2 n1/1] to the client\n", "[write-1 n1/1] to both\n")
     process.terminate()
-    _, err = process.communicate(timeout=30)
+    _, err = process.communicate(timeout=60)
     assert err.count("to both\n") == 1
     assert "to the client" not in err

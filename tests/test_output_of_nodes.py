@@ -216,5 +216,5 @@ says = "import sys; sys.stderr.write('hear, hear'); sys.exit(1)"
 children.start("a-1", [sys.executable, "-c", says], Path({str(tmp_path / "a.log")!r}), os.environ)
 children.close()
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=True)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == "hear, hear"

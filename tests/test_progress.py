@@ -603,7 +603,7 @@ class Terminal:
         return self._output.decode(errors="replace")
 
     def ends(self):
-        code = self.process.wait(timeout=40)
+        code = self.process.wait(timeout=60)
         self._reader.join()
         return code
 

@@ -54,7 +54,7 @@ def test_a_script_arrives_whole_in_whatever_shell_one_logs_in_to(shell):
         [shell, "-c", remote.COMMAND],
         input=remote.line(script) + b'{"a": 1}\nrest',
         capture_output=True,
-        timeout=20,
+        timeout=60,
         check=True,
     )
     assert done.stdout.decode() == NASTY + '{"a": 1}\nrest'
@@ -72,7 +72,7 @@ def test_a_cluster_of_hosts(fake_ssh, monkeypatch):
             ("ssh-1", "running", "alpha"),
             ("ssh-2", "running", "beta"),
         ]
-        assert client.submit(pow, 2, 10).result(timeout=20) == 1024
+        assert client.submit(pow, 2, 10).result(timeout=60) == 1024
         assert (fake_ssh / "hosts").read_text().split() == ["alpha", "beta"]
         pids = [node.pid for node in client.nodes()]
     assert not any(alive(pid) for pid in pids)
@@ -118,7 +118,7 @@ def test_what_is_left_of_a_node_is_found_by_its_mark_and_nothing_else_is_touched
         for end in ends:
             end.touch()
         script = remote.line(remote.sweep_script([("f00d", started[0].pid), ("dead", 0)]))
-        subprocess.run(["sh", "-c", remote.COMMAND], input=script, timeout=20, check=True)
+        subprocess.run(["sh", "-c", remote.COMMAND], input=script, timeout=60, check=True)
         assert [process.poll() for process in started] == [-9, -9, None, None]
         assert [end.exists() for end in ends] == [False, False, True, True]
     finally:
@@ -140,9 +140,9 @@ def test_a_node_is_killed_before_its_nursery_which_knows_what_its_tasks_have_sta
         sweeper = subprocess.Popen(["sh", "-c", remote.COMMAND], stdin=subprocess.PIPE)
         sweeper.stdin.write(remote.line(remote.sweep_script([("cafe", node.pid)])))
         sweeper.stdin.close()
-        assert node.wait(timeout=20) == -9
-        assert nursery.wait(timeout=20) == 0  # by itself
-        assert sweeper.wait(timeout=20) == 0
+        assert node.wait(timeout=60) == -9
+        assert nursery.wait(timeout=60) == 0  # by itself
+        assert sweeper.wait(timeout=60) == 0
         assert order.read_text().split() == ["node", "nursery"]
     finally:
         for process in (node, nursery):

@@ -68,7 +68,7 @@ def end(process: subprocess.Popen[str], path: Path) -> str:
     settings = service(path)
     assert settings["KillMode"] == "mixed"
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=20)
+    out, _ = process.communicate(timeout=60)
     assert process.returncode == 0, out
     return out
 
@@ -82,8 +82,8 @@ def test_the_cluster_is_there_until_it_is_told_to_end(home: Home):
 
 def test_zmqsched_down_is_an_end_in_order_too(home: Home):
     with started(CLUSTER) as process:
-        subprocess.run([sys.executable, "-m", "zmqsched", "down"], check=True, stdout=subprocess.DEVNULL, timeout=40)
-        assert process.wait(20) == 0, "Restart=on-failure leaves it ended"
+        subprocess.run([sys.executable, "-m", "zmqsched", "down"], check=True, stdout=subprocess.DEVNULL, timeout=60)
+        assert process.wait(60) == 0, "Restart=on-failure leaves it ended"
         process.communicate()
 
 
@@ -94,7 +94,7 @@ def test_the_node_joins_with_its_file_and_drains_when_it_is_told_to_end(home: Ho
         shutil.copy(role_file(home.path / "default", "node"), file)
         assert file.stat().st_mode & 0o777 == 0o600
         with started(NODE, **{"%h": tmp_path}) as node, Client() as client:
-            eventually(lambda: len([one for one in client.nodes() if one.state == "alive"]) == 2, 30)
+            eventually(lambda: len([one for one in client.nodes() if one.state == "alive"]) == 2)
             end(node, NODE)
             assert [one.state for one in client.nodes() if one.pid == node.pid] == ["gone"]
         assert find_cluster().name == "default"

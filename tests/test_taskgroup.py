@@ -15,8 +15,6 @@ from conftest import eventually
 
 from zmqsched import LocalCluster
 
-pytestmark = pytest.mark.timeout(40)
-
 
 @pytest.fixture(scope="module")
 def cluster(clusters):
@@ -71,7 +69,7 @@ def test_the_first_failure_cancels_the_rest(client):
 def test_what_had_ended_stays(client):
     with pytest.raises(ExceptionGroup), client.task_group() as group:
         done = group.submit(abs, -1)
-        assert done.result(timeout=10) == 1
+        assert done.result(timeout=60) == 1
         group.submit(fail)
     assert done.result(timeout=0) == 1
 
@@ -93,7 +91,7 @@ def test_a_failure_is_heard_of_though_a_callback_blocks(client):
     """The end of the group needs no thread but its own."""
     held = threading.Event()
     blocked = client.submit(abs, 1)
-    blocked.add_done_callback(lambda _: held.wait(20))
+    blocked.add_done_callback(lambda _: held.wait(60))
     try:
         with pytest.raises(ExceptionGroup), client.task_group() as group:
             running = group.submit(sleep_long)
@@ -117,7 +115,7 @@ def test_a_body_that_waits_for_a_task_that_is_cancelled(client):
     with pytest.raises(ExceptionGroup) as caught, client.task_group() as group:
         slow = group.submit(sleep_long)
         group.submit(fail)
-        slow.result(timeout=20)
+        slow.result(timeout=60)
     assert leaf_errors(caught.value) == ["ValueError('broken')"]
 
 
@@ -158,7 +156,7 @@ def test_ctrl_c_cancels_all_and_comes_through_at_once(client, where):
     started = threading.Event()
 
     def interrupt():
-        started.wait(20)
+        started.wait(60)
         os.kill(os.getpid(), signal.SIGINT)
 
     interrupter = threading.Thread(target=interrupt)
@@ -168,8 +166,8 @@ def test_ctrl_c_cancels_all_and_comes_through_at_once(client, where):
         eventually(futures[0].running)
         started.set()
         if where == "body":
-            threading.Event().wait(20)
-    interrupter.join(10)
+            threading.Event().wait(60)
+    interrupter.join(60)
     assert all(future.cancelled() for future in futures)
     idle(client)
 
@@ -269,4 +267,4 @@ def test_submit_in_a_cancelled_group_says_so(client):
         group.submit(fail)
         with pytest.raises(CancelledError, match="one of its tasks has failed"):
             while True:
-                group.submit(abs, 1).result(timeout=20)
+                group.submit(abs, 1).result(timeout=60)

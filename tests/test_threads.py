@@ -38,7 +38,7 @@ def test_a_node_started_by_hand_divides_what_its_host_has():
         command = [sys.executable, "-m", "zmqsched", "node", "--connect", file, "-n", "2", "--tag", "by-hand"]
         with subprocess.Popen(command) as node:
             try:
-                set_there = client.options(tags=["by-hand"]).submit(os.getenv, "OMP_NUM_THREADS").result(timeout=30)
+                set_there = client.options(tags=["by-hand"]).submit(os.getenv, "OMP_NUM_THREADS").result(timeout=60)
             finally:
                 node.terminate()
         assert set_there == str(max(1, usable_cpus() // 2))

@@ -114,7 +114,7 @@ def test_wait_for_the_first_exception_unpickles_nothing(owner, wait, before):
     timer.start()
     if before:
         timer.join()
-    assert wait([good, bad, late], return_when="FIRST_EXCEPTION", timeout=10) == ({good, bad}, {late})
+    assert wait([good, bad, late], return_when="FIRST_EXCEPTION", timeout=60) == ({good, bad}, {late})
     assert good._packed() == pack_value(1), "not unpickled yet"
     assert "not unpickled yet" in repr(bad)
     assert (good.result(), good.exception(), good._packed()) == (1, None, None)
@@ -126,7 +126,7 @@ def test_wait_for_the_first_exception_unpickles_nothing(owner, wait, before):
 def test_as_completed_gives_each_once_in_the_order_of_their_end(owner):
     first, second, third, cancelled = owner.futures("abcd")
     owner.answer(first, 1)
-    completed = zmqsched.as_completed([second, first, third, first, cancelled], timeout=10)
+    completed = zmqsched.as_completed([second, first, third, first, cancelled], timeout=60)
     assert next(completed) is first
     owner.answer(third, 3)
     owner.answer(second, 2)
@@ -214,7 +214,7 @@ def test_async_for(owner):
 
     async def main():
         seen = []
-        async for future in zmqsched.as_completed(futures, timeout=10):
+        async for future in zmqsched.as_completed(futures, timeout=60):
             seen.append(future)
             if len(seen) < 3:
                 left = next(future for future in futures if future not in seen)
@@ -276,7 +276,7 @@ def test_an_await_that_is_cancelled_cancels_also_what_runs(owner, known_to_run):
 @pytest.mark.parametrize(
     "wait",
     [zmqsched.wait, lambda futures: list(zmqsched.as_completed(futures)), lambda futures: futures[1].result(),
-     lambda futures: futures[1].exception(timeout=20)],
+     lambda futures: futures[1].exception(timeout=60)],
     ids=["wait", "as_completed", "result", "exception"],
 )  # fmt: skip
 def test_an_interrupt_cancels_what_was_waited_for(owner, wait):
@@ -288,7 +288,7 @@ def test_an_interrupt_cancels_what_was_waited_for(owner, wait):
     with Interrupter(running), pytest.raises(KeyboardInterrupt):
         wait(futures[:3])
     assert running.cancelled()
-    assert called.wait(10)
+    assert called.wait(60)
     assert done.result() == 1
     assert not other.done()
     [(tasks, force)] = owner.withdrawn
@@ -343,13 +343,13 @@ def test_of_two_that_ask_one_unpickles_and_the_other_waits_as_long_as_it_may(own
     def slow(_):
         times.append(1)
         begun.set()
-        assert go_on.wait(10)
+        assert go_on.wait(60)
         return 7
 
     monkeypatch.setattr("zmqsched.futures.unpack_value", slow)
     with concurrent.futures.ThreadPoolExecutor() as threads:
         first = threads.submit(future.result)
-        assert begun.wait(10)
+        assert begun.wait(60)
         with pytest.raises(TimeoutError):
             future.result(timeout=0.01)
         assert future.done()
@@ -370,10 +370,10 @@ def test_many_threads_ask_for_the_same_results(owner, monkeypatch):
 
     monkeypatch.setattr("zmqsched.futures.unpack_value", unpack)
     with concurrent.futures.ThreadPoolExecutor(8) as threads:
-        asked = [threads.submit(lambda: [future.result(timeout=20) for future in futures]) for _ in range(8)]
+        asked = [threads.submit(lambda: [future.result(timeout=60) for future in futures]) for _ in range(8)]
         for future in futures:
             owner.answer(future, 1)
-        first, *others = [one.result(timeout=30) for one in asked]
+        first, *others = [one.result(timeout=60) for one in asked]
     assert all(results == first for results in others)
     assert len(times) == len(futures)
 
@@ -385,10 +385,10 @@ def test_a_signal_handler_may_ask_for_the_result_that_its_thread_unpickles(owner
 
     def unpack(_):
         depth.append(1)
-        return future.result(5) if len(depth) == 1 else len(depth)
+        return future.result(60) if len(depth) == 1 else len(depth)
 
     monkeypatch.setattr("zmqsched.futures.unpack_value", unpack)
-    assert future.result(5) == future.result() == 2
+    assert future.result(60) == future.result() == 2
 
 
 # --- callbacks -------------------------------------------------------------------------------------------------------
@@ -420,7 +420,7 @@ def test_callbacks_that_block_take_a_thread_each_and_it_ends(owner):
     futures = owner.futures("abcdefgh")
     seen = []
     for future in futures[:4]:
-        future.add_done_callback(lambda _: release.wait(20))
+        future.add_done_callback(lambda _: release.wait(60))
     for future in futures[4:]:
         future.add_done_callback(seen.append)
     for future in futures:
@@ -435,7 +435,7 @@ def test_callbacks_that_block_take_a_thread_each_and_it_ends(owner):
     owner._callbacks.finish()
     owner._callbacks.close()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert not owner._callbacks._threads
 
 

@@ -330,7 +330,7 @@ def test_the_worker_needs_no_zmq_and_the_nursery_no_payload():
         "import sys, zmqsched.nursery; print('cloudpickle' in sys.modules, 'zmqsched.payload' in sys.modules)\n"
         "import zmqsched.worker; print('zmq' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["False"] * 3
 
 

@@ -47,7 +47,7 @@ def _killed(times: int, queued: int, *, journal: bool) -> tuple[Again, list[Figu
             fleet.start_broker()
             restarts.append((restarted, time.monotonic()))
             answered = len(load.done_at)
-            eventually(lambda answered=answered: load.keep(queued) or len(load.done_at) > answered, 30)
+            eventually(lambda answered=answered: load.keep(queued) or len(load.done_at) > answered)
             down.append(time.monotonic() - restarted)
         load.finish(600)
         runs = fleet.ledger.runs()

@@ -42,7 +42,7 @@ def killed(lease_s: float = CLIENT_LEASE_S) -> list[Figure]:
         words = [sys.executable, "-c", VICTIM, fleet.path, fleet.root / "ledger", tests]
         with subprocess.Popen(words, stdin=subprocess.DEVNULL) as victim:
             try:
-                eventually(lambda: len(_of_victim(fleet)) == slots and load.counts()["accepted"] == 1_000, 30)
+                eventually(lambda: len(_of_victim(fleet)) == slots and load.counts()["accepted"] == 1_000)
             finally:
                 os.kill(victim.pid, signal.SIGKILL)
         died = time.monotonic()

@@ -50,7 +50,7 @@ def stepped(seconds: float = 10.0) -> list[Figure]:
             before = {node.id for node in client.nodes()}
             for hours in (1, -1):
                 step.write_text(f"{hours * HOUR_S:+d}")
-                ahead = client.submit(time.time).result(10) - time.time()
+                ahead = client.submit(time.time).result(60) - time.time()
                 assert abs(ahead - hours * HOUR_S) < 60, "the step has not reached the workers"
                 load.keep_for(seconds, 100)
             load.finish(60)

@@ -107,7 +107,7 @@ def silent_connections(number: int = 200, seconds: float = 10.0) -> list[Figure]
         served = (len(load.done_at) - answered) / seconds
         stack.close()
         began = time.monotonic()
-        Load(fleet.client(timeout=30), fleet.ledger, nap(0), first=1_000_000).submit(1)
+        Load(fleet.client(timeout=60), fleet.ledger, nap(0), first=1_000_000).submit(1)
         load.finish(30)
         load.assert_broker_agrees()
         assert load.counts()["requeued: node lost"] == 0

@@ -187,8 +187,8 @@ class Fleet:
         for part in reversed(self._parts):  # nodes first: they say goodbye
             part.close_input()
         for part in self._parts:
-            part.process.wait(10)
-        eventually(lambda: not processes_knowing(self.root), 10)
+            part.process.wait(60)
+        eventually(lambda: not processes_knowing(self.root))
         assert [str(path) for path in self.home.iterdir()] == []
 
     def _kill_all(self) -> None:

@@ -30,7 +30,7 @@ def killed(held: int = 1_000) -> list[Figure]:
         _learn_that_tasks_are_short(client, held)
         with frozen(node.family()):
             load.submit(held)
-            eventually(lambda: client.nodes()[0].assigned == held, 2)
+            eventually(lambda: client.nodes()[0].assigned == held)
             died = node.kill_family()
         fleet.start_node(2)
         lost = eventually(lambda: (client.nodes()[0].state == "lost" or "lost" in _states(client)) and time.monotonic())
@@ -75,7 +75,7 @@ def frozen_and_back(times: int = 5, seconds: float = 10.0, *, whole: bool = Fals
                 load.keep_for(seconds, 100)
                 assert "lost" in _states(client)
             woke = time.monotonic()
-            eventually(lambda woke=woke: load.keep(100) or _started(fleet, workers, woke + 0.2), 30)
+            eventually(lambda woke=woke: load.keep(100) or _started(fleet, workers, woke + 0.2))
             load.keep_for(1.0, 100)
             back.append(_first_answered(fleet, load, workers, woke) - woke)
             zombie_starts += _zombie_starts(fleet, workers, stopped_at + LOST_AFTER_S)
@@ -137,7 +137,7 @@ def drained(tasks: int = 2_000) -> list[Figure]:
 
 def _wait(part: Part) -> int:
     try:
-        return part.process.wait(30)
+        return part.process.wait(60)
     except subprocess.TimeoutExpired:
         os.kill(part.pid, signal.SIGKILL)
         raise

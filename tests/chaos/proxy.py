@@ -58,7 +58,7 @@ class Proxy:
         self._await(self._reset())
 
     def _await(self, what: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(what, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(what, self._loop).result(60)
 
     async def _listen(self, host: str, port: int) -> str:
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

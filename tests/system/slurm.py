@@ -116,7 +116,7 @@ class Slurm:
     def __call__(self, *words: str) -> str:
         """What a command of it says."""
         done = subprocess.run(
-            words, capture_output=True, text=True, timeout=30, check=False, env={**os.environ, **self.environment}
+            words, capture_output=True, text=True, timeout=60, check=False, env={**os.environ, **self.environment}
         )
         assert done.returncode == 0, f"{words}: {done.stderr}"
         return done.stdout.strip()
@@ -129,7 +129,7 @@ class Slurm:
         """Cancel every job, and wait until both hosts are idle."""
         self("scancel", "--quiet", "--user=root")
         self("scontrol", "update", "PartitionName=short", "State=UP")
-        eventually(lambda: not self.jobs() and self("sinfo", "-h", "-o", "%D %t") == f"{len(HOSTS)} idle", 40)
+        eventually(lambda: not self.jobs() and self("sinfo", "-h", "-o", "%D %t") == f"{len(HOSTS)} idle")
 
     def _answers(self) -> bool:
         done = subprocess.run(["scontrol", "ping"], env={**os.environ, **self.environment}, capture_output=True, check=False)

@@ -6,7 +6,6 @@ from chaos.scenarios import SCENARIOS
 pytestmark = pytest.mark.system
 
 
-@pytest.mark.timeout(120)
 @pytest.mark.parametrize("name", [name for name, scenario in SCENARIOS.items() if scenario.system])
 def test_a_scenario(name):
     scenario = SCENARIOS[name]

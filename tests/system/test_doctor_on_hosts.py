@@ -16,7 +16,6 @@ from sshd import Hosts
 pytestmark = [
     pytest.mark.system,
     pytest.mark.skipif(bool(sshd.why_not()), reason=sshd.why_not()),
-    pytest.mark.timeout(120),
 ]
 
 

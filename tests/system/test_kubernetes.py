@@ -73,7 +73,7 @@ def test_the_copy_of_the_key_is_one_that_a_node_takes(tmp_path):
         (tmp_path / "secret" / "node.json").symlink_to("..data")
         (init,) = pod("zmqsched-node")["initContainers"]
         environment = {**os.environ, "SECRET": str(tmp_path / "secret"), "OWN": str(tmp_path)}
-        subprocess.run(init["command"], env=environment, check=True, timeout=30)
+        subprocess.run(init["command"], env=environment, check=True, timeout=60)
         copy, file = ConnectionFile.load(tmp_path / "node.json"), ConnectionFile.load(original)
         assert copy.client_secret == file.client_secret
         tcp = [address for address in file.addresses.work if address.startswith("tcp://")]
@@ -85,7 +85,7 @@ def test_the_copy_of_the_key_is_one_that_a_node_takes(tmp_path):
 def test_the_options_are_ones_that_there_are(name):
     _, command, *options = pod(name)["containers"][0]["command"]
     known = subprocess.run(
-        [sys.executable, "-m", "zmqsched", command, "--help"], capture_output=True, text=True, timeout=30, check=True
+        [sys.executable, "-m", "zmqsched", command, "--help"], capture_output=True, text=True, timeout=60, check=True
     )
     assert options
     assert all(option.partition("=")[0] in known.stdout for option in options), json.dumps(options)

@@ -10,7 +10,7 @@ import nbformat
 import pytest
 from nbclient.util import ensure_async
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.system
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent.parent / "examples").glob("*.ipynb"))
 PROMPT_BACK_S = 20.0  # what is interrupted would go on for a minute and longer; `make bench` measures

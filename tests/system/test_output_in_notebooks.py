@@ -35,7 +35,7 @@ def kernel(clusters):
 def run(kernel, code: str) -> str:
     """Run a cell to its end; its number."""
     cell = kernel.execute(code)
-    while (reply := kernel.get_shell_msg(timeout=40))["parent_header"]["msg_id"] != cell:
+    while (reply := kernel.get_shell_msg(timeout=60))["parent_header"]["msg_id"] != cell:
         continue  # it answers more than once that it is ready
     assert reply["content"]["status"] == "ok", reply["content"]
     return cell

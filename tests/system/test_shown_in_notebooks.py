@@ -4,7 +4,7 @@ import nbclient
 import nbformat
 import pytest
 
-pytestmark = [pytest.mark.system, pytest.mark.timeout(120)]
+pytestmark = pytest.mark.system
 
 VIEW = "application/vnd.jupyter.widget-view+json"
 CELLS = [

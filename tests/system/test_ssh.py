@@ -31,7 +31,6 @@ from zmqsched.launch.ssh import SSHLauncher
 pytestmark = [
     pytest.mark.system,
     pytest.mark.skipif(bool(sshd.why_not()), reason=sshd.why_not()),
-    pytest.mark.timeout(120),
 ]
 
 
@@ -122,7 +121,7 @@ def test_nodes_on_several_hosts(hosts, clusters):
             f"{name}, back through ssh -R" for name in ("alpha", "beta", "alpha")
         ]
         assert {found.label: found.node for found in launcher.poll()} == {n.label: n.id for n in here.client.nodes()}
-        ran = {here.client.submit(where).result(timeout=20) for _ in range(20)}
+        ran = {here.client.submit(where).result(timeout=60) for _ in range(20)}
         assert ran <= set(names)
         launcher.stop(["g-2"])
         assert hosts.hosts[1].processes() == {}
@@ -156,7 +155,7 @@ def test_what_the_group_says_arrives_as_it_is_whatever_the_login_shell(shell, ho
             return os.environ["NASTY"], os.environ["LATER"], os.environ["EMPTY"], os.getcwd()
 
         view = here.client.options(tags=["a tag's"], resources={"big disk": 1})
-        assert view.submit(look).result(timeout=20) == (NASTY, NASTY, "", str(there))
+        assert view.submit(look).result(timeout=60) == (NASTY, NASTY, "", str(there))
         assert "nothing to read" in here.log("g-1")
         assert "forged" in here.log("g-1")
 
@@ -187,7 +186,7 @@ def test_the_first_python3_that_fits_is_taken(hosts, clusters, tmp_path):
         launcher = here.launcher("alpha", python="", prologue=(path,))
         launcher.start(["g-1"])
         eventually(lambda: all_run(launcher))
-        taken = here.client.submit(lambda: __import__("sys").executable).result(timeout=20)
+        taken = here.client.submit(lambda: __import__("sys").executable).result(timeout=60)
         assert Path(taken).parent == Path(sys.executable).parent
         assert "No module named 'zmqsched'" in here.log("g-1")
 
@@ -323,7 +322,7 @@ def test_a_node_that_can_reach_the_broker_does_not_take_the_way_back(hosts, clus
         eventually(lambda: all_run(launcher))
         assert one(launcher).where == "alpha"
         assert f"its broker at tcp://{HERE}:" in here.log("g-1")
-        assert here.client.submit(where).result(timeout=20) == "alpha"
+        assert here.client.submit(where).result(timeout=60) == "alpha"
         assert not caplog.records
 
 
@@ -340,9 +339,9 @@ def test_where_only_port_22_passes_the_connection_goes_back_through_it(hosts, cl
         ]
         for path in here.sockets(launcher):
             assert stat.S_IMODE(path.lstat().st_mode) == 0o600
-        assert here.client.submit(where).result(timeout=20) == "alpha"
-        assert here.client.submit(bytes, 8_000_000).result(timeout=40) == bytes(8_000_000)
-        assert here.client.submit(nested, [-1, 2, -3]).result(timeout=40) == 6
+        assert here.client.submit(where).result(timeout=60) == "alpha"
+        assert here.client.submit(bytes, 8_000_000).result(timeout=60) == bytes(8_000_000)
+        assert here.client.submit(nested, [-1, 2, -3]).result(timeout=60) == 6
         assert [node.state for node in here.client.nodes()] == ["alive"]
 
 
@@ -386,7 +385,7 @@ def test_a_host_that_is_cut_off_for_a_moment_comes_back_and_no_task_is_lost(host
             eventually(lambda: "lost" in {node.state for node in here.client.nodes()})
             done = sum(future.done() for future in futures)
             eventually(lambda: sum(future.done() for future in futures) > done or done == len(futures))  # at the other
-        eventually(lambda: sum(node.state == "alive" for node in here.client.nodes()) == 2, 30)
+        eventually(lambda: sum(node.state == "alive" for node in here.client.nodes()) == 2)
         assert {future.result(timeout=60) for future in futures} == {"alpha", "beta"}
         assert all_run(launcher)
         assert alpha.processes()
@@ -404,15 +403,15 @@ def test_a_host_that_stays_away_is_given_up_and_what_was_left_there_is_ended_fir
         node = launcher._children["g-1"].facts["pid"]
         os.kill(node, signal.SIGSTOP)  # it cannot end by itself
         with alpha.cut_off():
-            ended = eventually(lambda: (found := one(launcher)).state == "ended" and found, 30)
+            ended = eventually(lambda: (found := one(launcher)).state == "ended" and found)
             assert ended.why.startswith("alpha: exit code 255: ")
             assert f"Timeout, server {alpha.address} not responding" in ended.why
             assert ended.why.endswith("the connection broke; what ran there runs elsewhere")
             assert one(launcher, "g-2").state == "running"
-            assert here.client.submit(where).result(timeout=20) == "beta"
+            assert here.client.submit(where).result(timeout=60) == "beta"
         assert alive(node)
         launcher.start(["g-1"])
-        eventually(lambda: all_run(launcher), 30)
+        eventually(lambda: all_run(launcher))
         assert not alive(node)
         assert one(launcher).where == "alpha"
 
@@ -496,7 +495,7 @@ def test_nothing_is_left_anywhere_when_the_program_that_has_launched_is_killed(h
         command = [sys.executable, "-c", DRIVER, str(here.path), str(hosts.config), *names]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as driver:
             driver.stdout.readline()
-            eventually(lambda: len([node for node in here.client.nodes() if node.state == "alive"]) == 3, 30)
+            eventually(lambda: len([node for node in here.client.nodes() if node.state == "alive"]) == 3)
             futures = [here.client.options(requeue=False).submit(sleep_for, 600) for _ in names]
             eventually(lambda: all(future.running() for future in futures))
             driver.kill()
@@ -524,7 +523,7 @@ def test_an_sshd_that_is_busy_is_asked_again(hosts, clusters):
     with broker(hosts, clusters) as here:
         launcher = here.launcher("alpha")
         launcher.start(["g-1", "g-2", "g-3"])
-        eventually(lambda: all_run(launcher), 40)
+        eventually(lambda: all_run(launcher))
         assert "kex_exchange_identification" in "".join(here.log(f"g-{number}") for number in (1, 2, 3))
 
 
@@ -546,7 +545,7 @@ def test_through_a_jump_host(hosts, clusters):
         launcher = here.launcher("alpha", ssh_options=("-F", str(hosts.config), "-J", "beta"))
         launcher.start(["g-1"])
         eventually(lambda: all_run(launcher))
-        assert here.client.submit(where).result(timeout=20) == "alpha"
+        assert here.client.submit(where).result(timeout=60) == "alpha"
         assert f"Accepted publickey for root from {beta.address}" in hosts.hosts[0].log()
         assert beta.processes() == {}
 
@@ -563,7 +562,7 @@ def test_over_a_connection_that_the_user_shares(hosts, clusters):
                 launcher.start(["g-1", "g-2"])
                 eventually(lambda: all_run(launcher))
                 assert alpha.log().count("Accepted publickey") == 1
-                assert here.client.submit(where).result(timeout=20) == "alpha"
+                assert here.client.submit(where).result(timeout=60) == "alpha"
                 os.kill(launcher._children["g-1"].pid, signal.SIGKILL)
                 eventually(lambda: not [line for line in alpha.processes().values() if "--label=g-1" in line])
                 launcher.stop(["g-2"])

@@ -21,7 +21,6 @@ from zmqsched.errors import StartError
 pytestmark = [
     pytest.mark.system,
     pytest.mark.skipif(bool(sshd.why_not()), reason=sshd.why_not()),
-    pytest.mark.timeout(180),
 ]
 NAMES = ("alpha", "beta", "gamma")
 
@@ -69,7 +68,7 @@ def test_a_cluster_of_three_hosts(hosts, clusters):
             (f"ssh-{number}", "running", name) for number, name in enumerate(NAMES, 1)
         ]
         assert cluster._fleet._site.file.role == "node"
-        assert client.submit(nested).result(timeout=40) == 6
+        assert client.submit(nested).result(timeout=60) == 6
         assert set(client.map(spin, [0.2] * 12)) == set(NAMES)
         cluster.scale("ssh", 1)
         eventually(lambda: sum(bool(host.processes()) for host in hosts.hosts) == 1)
@@ -108,7 +107,7 @@ def test_a_host_that_is_cut_off_and_comes_back_while_tasks_run(way, hosts, clust
         with hosts.hosts[0].cut_off():
             eventually(lambda: "lost" in {node.state for node in client.nodes()})
             eventually(lambda: sum(future.done() for future in futures) > 100, 60)
-        eventually(lambda: sum(node.state == "alive" for node in client.nodes()) == 2, 40)
+        eventually(lambda: sum(node.state == "alive" for node in client.nodes()) == 2)
         futures += [client.submit(spin, 0.1) for _ in range(20)]
         assert {future.result(timeout=90) for future in futures} == {"alpha", "beta"}
         assert {future.result() for future in futures[-20:]} == {"alpha", "beta"}
@@ -157,7 +156,7 @@ def test_nothing_is_left_when_the_program_ends(how, hosts, clusters: Home):
             elif how == "end":
                 driver.stdin.close()
             else:
-                subprocess.run([sys.executable, "-m", "zmqsched", "down", "lab"], check=True, timeout=40)
+                subprocess.run([sys.executable, "-m", "zmqsched", "down", "lab"], check=True, timeout=60)
             assert_nothing_left(hosts)
             if how == "zmqsched down":
                 assert driver.poll() is None
@@ -182,7 +181,7 @@ def test_up_with_hosts_and_down(hosts, clusters: Home, tmp_path, monkeypatch):
             assert {(node.label, node.slots) for node in client.nodes()} == {("ssh-1", 2), ("ssh-2", 2)}
             assert set(client.map(spin, [0.2] * 12)) == {"alpha", "beta"}
     finally:
-        subprocess.run([*zmqsched, "down", "lab"], check=True, timeout=40, capture_output=True)
+        subprocess.run([*zmqsched, "down", "lab"], check=True, timeout=60, capture_output=True)
     assert_nothing_left(hosts)
     clusters.assert_nothing_left()
 

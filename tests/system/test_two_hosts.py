@@ -27,7 +27,7 @@ with Client(sys.argv[1]) as client:
     assert client._dealer.last_endpoint.startswith(b"tcp://"), "a network of its own is another host"
     assert list(client.map(abs, range(-50, 0))) == list(range(50, 0, -1))
     big = bytes(8_000_000)
-    assert client.submit(bytes, big).result(timeout=30) == big
+    assert client.submit(bytes, big).result(timeout=60) == big
     print(*[node.state for node in client.nodes()])
 """
 
@@ -76,7 +76,6 @@ def on(host: str, home: Path, *words: str, **how: object) -> subprocess.Popen[st
     )
 
 
-@pytest.mark.timeout(120)
 def test_a_node_and_a_client_on_another_host_need_the_file_and_nothing_else(hosts, directory):
     here, there = hosts
     broker = on(here, directory / "h", "-m", "zmqsched", "broker", "--listen", HERE, "--until-eof", "--ready-fd", "1")
@@ -98,12 +97,11 @@ def test_a_node_and_a_client_on_another_host_need_the_file_and_nothing_else(host
     finally:
         for process in reversed(started):
             process.stdin.close()
-            assert process.wait(timeout=20) == 0
+            assert process.wait(timeout=60) == 0
             process.stdout.close()
             process.stderr.close()
 
 
-@pytest.mark.timeout(60)
 def test_a_host_without_the_right_keys_is_not_let_in(hosts, directory):
     here, there = hosts
     broker = on(here, directory / "h", "-m", "zmqsched", "broker", "--listen", HERE, "--until-eof", "--ready-fd", "1")
@@ -116,12 +114,12 @@ def test_a_host_without_the_right_keys_is_not_let_in(hosts, directory):
         forged.write_text(json.dumps({**file, "client_public": public.decode(), "client_secret": secret.decode()}))
         forged.chmod(0o600)
         client = on(there, directory / "t", "-c", USE, str(forged))
-        _, err = client.communicate(timeout=40)
+        _, err = client.communicate(timeout=60)
         assert client.returncode == 1
         assert "does not know this side's key" in err.splitlines()[-1]
     finally:
         broker.stdin.close()
-        assert broker.wait(timeout=20) == 0
+        assert broker.wait(timeout=60) == 0
         broker.stdout.close()
         broker.stderr.close()
 
@@ -131,11 +129,10 @@ import sys
 from zmqsched import Client
 with Client(sys.argv[1]) as client:
     assert client._dealer.last_endpoint.startswith(b"tcp://127.0.0.1:"), client._dealer.last_endpoint
-    assert client.submit(pow, 2, 10).result(timeout=30) == 1024
+    assert client.submit(pow, 2, 10).result(timeout=60) == 1024
 """
 
 
-@pytest.mark.timeout(60)
 def test_a_container_that_shares_the_network_but_no_files_comes_over_tcp(directory):
     """The Unix sockets that the file names are not there; and who finds them, but is another user, passes them over."""
     command = [sys.executable, "-m", "zmqsched", "broker", "--listen", "--until-eof", "--ready-fd", "1"]
@@ -153,10 +150,10 @@ def test_a_container_that_shares_the_network_but_no_files_comes_over_tcp(directo
             assert "node" in json.loads(other.stdout.readline())
             done = subprocess.run(
                 ["unshare", "--mount", "sh", "-c", hidden, CONTAINED], capture_output=True, text=True, check=False,
-                timeout=40, env={**os.environ, "ZMQSCHED_DIR": str(directory / "c")},
+                timeout=60, env={**os.environ, "ZMQSCHED_DIR": str(directory / "c")},
             )  # fmt: skip
             assert done.returncode == 0, done.stderr
             other.stdin.close()
-            assert other.wait(20) == 0
+            assert other.wait(60) == 0
         broker.stdin.close()
-        assert broker.wait(20) == 0
+        assert broker.wait(60) == 0
