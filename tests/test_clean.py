@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from unittest import mock
 
@@ -50,9 +50,8 @@ def up(*words: str) -> None:
     subprocess.run([*ZMQSCHED, "up", "--detach", *words], stdout=subprocess.DEVNULL, timeout=60, check=True)
 
 
-def kill_all(home: Home) -> None:
+def kill_all(pids: Collection[int]) -> None:
     """At once: each is stopped before the first is killed, so nobody can react."""
-    pids = list(home.processes())
     for number in (signal.SIGSTOP, signal.SIGKILL):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -89,7 +88,7 @@ def test_without_leftovers_there_is_nothing_to_do(home: Home):
 
 def test_of_a_cluster_that_was_killed_as_a_whole_nothing_is_left(home: Home):
     up("-n2")
-    kill_all(home)
+    kill_all(home.processes())
     assert {"default", "default/lock", ".default.log", ".journals/default.journal"} <= home.files()
     directory, log = home.path / "default", home.path / ".default.log"
     assert f"would remove directory {directory}\nwould remove log {log}\n" in run("clean", "--dry-run")
@@ -129,9 +128,7 @@ def test_a_node_whose_cluster_has_died_is_ended_with_all_that_its_tasks_have_sta
             eventually((tmp_path / "family").exists)
             user.kill()
         family = [int(word) for word in (tmp_path / "family").read_text().split()]
-        for pid in others:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill_all(others)
         assert f"removed nodes and workers of the dead cluster default: {node.pid}" in run("clean")
         assert node.wait(60) == -signal.SIGKILL
     eventually(lambda: not any(map(alive, family)))
@@ -143,8 +140,8 @@ def test_what_tasks_started_is_ended_when_nobody_else_is_left_who_knows_it(home:
     with subprocess.Popen([sys.executable, "-c", script, tmp_path / "family"], stderr=subprocess.DEVNULL) as user:
         eventually((tmp_path / "family").exists)
         child = int((tmp_path / "family").read_text().split()[1])
-        assert "tasks of dead nodes" not in run("clean", "--dry-run"), "while its node lives"
-        kill_all(home)
+        assert str(child) not in run("clean", "--dry-run"), "while its node lives"
+        kill_all(home.processes())
         user.kill()
     assert alive(child)
     assert str(child) in next(line for line in run("clean").splitlines() if "tasks of dead nodes have started" in line)
@@ -171,7 +168,7 @@ def test_jobs_that_wait_in_a_queue_are_cancelled(home: Home, tmp_path: Path, mon
     with subprocess.Popen([sys.executable, "-c", WITH_A_JOB], stdout=subprocess.PIPE) as program:
         assert program.stdout is not None
         assert program.stdout.readline() == b"up\n"
-        kill_all(home)
+        kill_all(home.processes())
     (job,) = batch.going()
     assert f"removed jobs of the dead cluster doomed: slurm {job}\n" in run("clean")
     assert batch.going() == []

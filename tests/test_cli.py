@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from conftest import alive
 from homes import PATIENCE_S, ZMQSCHED, Home, eventually, new_home, pid_of
@@ -220,7 +219,7 @@ def test_a_name_is_taken_once(home):
 def test_up_killed_outright_leaves_no_process(home):
     with home.up("-n", "2", "--nodes", "2") as lab:
         assert len(home.ask("status")["workers"]) == 2
-        assert len(home.processes()) == 8  # up, the broker, and twice a node, its nursery and its worker
+        eventually(lambda: len(home.processes()) == 8)  # up, the broker, and twice a node, its nursery and its worker
         lab.process.kill()
         eventually(lambda: not home.processes())
         home.assert_nothing_left()
@@ -290,7 +289,7 @@ def test_detached_it_can_be_used_by_others_until_it_is_told(home):
     pids = home.processes()
     assert [command for command in pids.values() if "zmqsched broker" in command and "--max-queued=614400 " in command]
     assert home.run("down", "lab").stdout == "cluster lab is stopped\n"
-    assert not any(psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in pids)
+    assert not any(map(alive, pids))
     home.assert_nothing_left()
 
 

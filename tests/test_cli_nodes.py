@@ -81,7 +81,7 @@ def test_of_several_nodes_each_that_cannot_be_is_told_of(lab):
 def test_scale_and_wait(lab):
     lab.call("wait", "2")
     assert lab.call("scale", "a=3").startswith("group a of cluster lab: 3 nodes from now on (now: 2 running, 1 ")
-    assert lab.call("wait", "3", "--timeout", "20s") == "3 nodes there\n"
+    assert lab.call("wait", "3", "--timeout", "60s") == "3 nodes there\n"
     [record] = lab.ask("ls")
     assert record["groups"] == {"a": 3}
     assert re.search(r" 3 a +\d$", lab.call("ls"), re.MULTILINE)

@@ -237,12 +237,12 @@ def test_map_gives_a_result_while_the_next_is_not_there(client, gate):
 
 def test_maps_timeout_counts_from_the_call(client, gate):
     called = time.monotonic()
-    results = client.map(gate.task, range(3), timeout=0.8)
-    eventually(lambda: time.monotonic() > called + 0.9)
+    results = client.map(gate.task, range(3), timeout=3)
+    eventually(lambda: time.monotonic() > called + 3)
     asked = time.monotonic()
     with pytest.raises(TimeoutError):
         next(results)
-    assert time.monotonic() - asked < 0.5
+    assert time.monotonic() - asked < 2.5
     gate.open()
 
 
@@ -579,12 +579,11 @@ def test_retries_of_named_exceptions_in_maps_and_views(client, tmp_path):
 
 
 def test_a_retry_waits_for_its_back_off(client, tmp_path):
-    before = unfinished(client)
     future = client.options(retries=1, backoff=1e6).submit(flaky(tmp_path / "counter"), 1)
     eventually(lambda: client.status().tasks["delayed"] == 1)
     assert client.options(retries=1, backoff=0.01).submit(flaky(tmp_path / "other"), 1).result(timeout=60) == 2
     assert future.cancel(force=True)  # its first run may be known here
-    eventually(lambda: unfinished(client) == before)
+    eventually(lambda: unfinished(client) == 0)
     assert (tmp_path / "counter").read_text() == "x"
 
 
@@ -909,16 +908,16 @@ def test_a_program_that_ends_by_an_exception(scripts: Scripts):
 
 
 def test_nothing_is_left_open_by_clients(cluster):
-    def descriptors():
+    def opened():
         gc.collect()
-        return len(os.listdir("/proc/self/fd"))
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
 
     def use():
         with Client(cluster) as client:
             client.submit(abs, -1).result(timeout=60)
 
     use()
-    before = descriptors(), threading.active_count()
+    descriptors, threads = opened()
     for _ in range(5):
         use()
-    assert (descriptors(), threading.active_count()) == before
+    eventually(lambda: opened() <= (descriptors, threads) and opened()[1] <= threads)

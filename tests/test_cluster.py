@@ -178,7 +178,7 @@ def test_the_broker_listens_at_each_address_and_so_does_who_follows_it(journal: 
         assert (cluster.file.addresses == before) is journal
         for address in cluster.file.addresses.work[:2]:
             host, _, port = address.removeprefix("tcp://").rpartition(":")
-            socket.create_connection((host, int(port)), 10).close()
+            socket.create_connection((host, int(port)), 60).close()
 
 
 def test_a_file_is_a_cluster(tmp_path: Path):
@@ -194,7 +194,7 @@ def test_a_file_is_a_cluster(tmp_path: Path):
 
 def test_heartbeat_and_what_tasks_have_by_default_are_the_files():
     file = ClusterFile(
-        name="lab", broker=BrokerPart(journal=False, idle_timeout=2.0), nodes=(local(),),
+        name="lab", broker=BrokerPart(journal=False, idle_timeout=6.0), nodes=(local(),),
         heartbeat=HeartbeatPart(interval=0.2, dead_after=0.8), tasks=TasksPart(timeout=0.5),
     )  # fmt: skip
     with Cluster(file) as cluster, Client(cluster) as client:
@@ -231,8 +231,8 @@ def clusters_nodes(cluster: Cluster) -> list[psutil.Process]:
 
 
 def test_nodes_that_do_not_listen_are_killed_at_the_end(deaf: str, clusters: Home, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("zmqsched.cluster.START_TIMEOUT_S", 1.0)
-    with Cluster(wanted(local(), local(name="deaf", python=deaf))) as cluster:
+    monkeypatch.setattr("zmqsched.cluster.ELSEWHERE_TIMEOUT_S", 1.0)
+    with Cluster(wanted(NodeGroup(launcher="queue"), local(name="deaf", python=deaf))) as cluster:
         assert [(one.label, one.why) for one in cluster.failures] == [("deaf-1", "was not ready within 1 s")]
     clusters.assert_nothing_left()
 
@@ -293,12 +293,11 @@ def test_a_node_that_dies_is_told_of_and_scale_makes_up_for_it(caplog: pytest.Lo
     with Cluster(wanted(local(count=2))) as cluster, Client(cluster) as client:
         victim = next(node for node in client.nodes() if node.label == "local-2")
         os.kill(victim.pid, signal.SIGKILL)
-        eventually(lambda: cluster.failures)
-        assert (cluster.failures[0].label, cluster.failures[0].why) == ("local-2", "killed by SIGKILL")
-        assert "node local-2 of cluster lab ended: killed by SIGKILL (1 left)" in caplog.text
+        eventually(lambda: "node local-2 of cluster lab ended: killed by SIGKILL (1 left)" in caplog.text)
+        assert [(one.label, one.why) for one in cluster.failures] == [("local-2", "killed by SIGKILL")]
         assert labels(cluster) == ["local-1"]
         cluster.scale("local", 2)
-        cluster.wait_for_nodes(2, 30)
+        cluster.wait_for_nodes(2, 60)
         eventually(lambda: labels(cluster) == ["local-1", "local-3"])
 
 
@@ -315,7 +314,7 @@ def test_a_launcher_that_is_wrong_is_told_once_and_the_others_go_on(caplog: pyte
         os.kill(next(node.pid for node in client.nodes() if node.label == "local-2"), signal.SIGKILL)
         eventually(lambda: cluster.failures)
         cluster.scale("local", 2)
-        cluster.wait_for_nodes(2, 30)
+        cluster.wait_for_nodes(2, 60)
     told = [record for record in caplog.records if "the launcher of group faulty fails" in record.message]
     assert len(told) == 2
     assert "KeyError: 'queue-1'" in caplog.text
@@ -341,7 +340,7 @@ def test_a_node_that_leaves_in_order_is_no_failure():
 def test_a_cluster_is_there_when_jobs_are_submitted_and_waiting_says_why_they_pend():
     with Cluster(wanted(NodeGroup(launcher="queue", count=2), local())) as cluster:
         assert Queue.asked == ["queue-1", "queue-2"]
-        cluster.wait_for_nodes(1, 30)
+        cluster.wait_for_nodes(1, 60)
         with pytest.raises(TimeoutError) as waited:
             cluster.wait_for_nodes(3, 0.3)
         assert str(waited.value) == (
@@ -372,7 +371,7 @@ def test_clients_wait_too_and_are_told_what_the_program_knows_that_has_started_t
         with pytest.raises(StartError, match="no licence for this host"):
             client.wait_for_nodes(2, 600)
         cluster.scale("local", 2)
-        client.wait_for_nodes(2, 30)
+        client.wait_for_nodes(2, 60)
 
 
 def test_a_client_alone_says_what_is_there(clusters: Home):
@@ -406,7 +405,7 @@ def test_waits_that_make_no_sense(n, timeout):
 
 def test_scaling_down_ends_the_idle_and_waits_for_the_busy(gate: Gate):
     with Cluster(wanted(local(count=3))) as cluster, Client(cluster) as client:
-        cluster.wait_for_nodes(3, 30)
+        cluster.wait_for_nodes(3, 60)
         future = client.submit(gate.task, os.getpid)
         gate.wait_until_begun()
         busy = next(node.label for node in client.nodes() if node.assigned)
@@ -452,14 +451,14 @@ def test_a_group_adapts_to_what_is_asked_of_it(gate: Gate, monkeypatch: pytest.M
         assert cluster.nodes() == []
         futures = [client.submit(gate.task) for _ in range(6)]
         gate.wait_until_begun(2)
-        cluster.wait_for_nodes(2, 30)
+        cluster.wait_for_nodes(2, 60)
         gate.open()
         for future in futures:
             future.result(60)
         eventually(lambda: cluster.nodes() == [])
         assert gate.begun() == 6
         cluster.adapt("local", 1, 1)
-        cluster.wait_for_nodes(1, 30)
+        cluster.wait_for_nodes(1, 60)
         cluster.scale("local", 0)
         eventually(lambda: cluster.nodes() == [])
 
@@ -507,7 +506,7 @@ def test_the_death_of_the_broker_ends_neither_nodes_nor_control(caplog: pytest.L
         eventually(lambda: cluster.broker_pid != before)
         assert client.submit(pow, 2, 3).result(60) == 8
         control.ask("lab", {"do": "scale", "group": "local", "n": 3})
-        cluster.wait_for_nodes(3, 30)
+        cluster.wait_for_nodes(3, 60)
         assert cluster.failures == []
 
 
@@ -541,7 +540,7 @@ def test_another_process_scales_and_looks(clusters: Home):
         command = [sys.executable, "-c", textwrap.dedent(program)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout == "local-1 {'local': 2}\n"
-        cluster.wait_for_nodes(2, 30)
+        cluster.wait_for_nodes(2, 60)
     with pytest.raises(ClusterNotFound, match="no cluster named 'lab' was started here"):
         control.ask("lab", {"do": "nodes"})
 

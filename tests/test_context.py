@@ -148,7 +148,7 @@ def test_a_thread_sees_that_the_end_was_asked_for(client, tmp_path):
             thread.join()
             return "ended by itself", task.cancelled
 
-    future = client.options(timeout=0.2).submit(works, str(tmp_path / "seen"))
+    future = client.options(timeout=1).submit(works, str(tmp_path / "seen"))
     assert future.result(timeout=PATIENCE_S) == ("ended by itself", True)
     assert os.path.exists(tmp_path / "seen")
     assert client.submit(describe).result(timeout=PATIENCE_S)[3] is False

@@ -216,7 +216,7 @@ def test_a_broker_that_does_not_answer_is_not_waited_for(clusters):
         try:
             began = time.monotonic()
             cells = Cells(client._repr_html_()).cells
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < 20
         finally:
             os.kill(cluster.broker_pid, signal.SIGCONT)
         assert cells[-2:] == ["broker", "the broker did not answer within 0.5 s"]

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"
 # Processes end after those that stop them; on a busy machine some moments after.
-GONE_AFTER_S = 5.0
+GONE_AFTER_S = 60.0
 
 
 @pytest.fixture

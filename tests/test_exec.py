@@ -127,7 +127,7 @@ def test_a_command_that_is_cancelled_dies_with_its_children(client: Client, tmp_
 
 def test_so_does_one_that_takes_too_long(client: Client, tmp_path: Path):
     command = Template([FAMILY], 1, shell=True).command(1, [str(tmp_path / "family")])
-    future = client.options(timeout=1.0).submit(run_command, command, "/")
+    future = client.options(timeout=2.0).submit(run_command, command, "/")
     family = family_of(tmp_path / "family")
     assert isinstance(future.exception(60), TaskTimeout)
     nobody_of(family)

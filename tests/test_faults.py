@@ -27,12 +27,9 @@ def family(cluster: LocalCluster) -> list[psutil.Process]:
     return [*heads, *(child for head in heads for child in head.children(recursive=True))]
 
 
-def assert_gone(processes: list[psutil.Process], within_s: float = 8.0) -> None:
+def wait_until_gone(processes: list[psutil.Process]) -> None:
     """Ended, if perhaps not yet buried: whose parent was killed is buried by init."""
-    until = time.monotonic() + within_s
-    while (left := [p for p in processes if p.is_running() and alive(p.pid)]) and time.monotonic() < until:
-        time.sleep(0.01)
-    assert [" ".join(process.cmdline()) for process in left] == []
+    eventually(lambda: not any(process.is_running() and alive(process.pid) for process in processes))
 
 
 def kill(pid: int) -> None:
@@ -57,15 +54,14 @@ def test_workers_killed_in_the_middle_of_a_map(client):
 
     before = set(eventually(lambda: len(found := pids(client)) == 2 and found))
     deaths = client.status().counts.get("worker deaths", 0)
-    results = []
+    results, victims = [], list(before)
     for result in client.map(square, range(300)):
         results.append(result)
         if len(results) in (50, 150):
-            kill(next(pid for pid in pids(client) if pid in before))
+            kill(victims.pop())
     assert results == [number * number for number in range(300)]
-    eventually(lambda: len(pids(client)) == 2)
-    assert before.isdisjoint(pids(client))
-    assert client.status().counts["worker deaths"] - deaths == 2
+    eventually(lambda: len(found := pids(client)) == 2 and before.isdisjoint(found))
+    eventually(lambda: client.status().counts["worker deaths"] - deaths == 2)
 
 
 def dies_by_exit():
@@ -178,7 +174,7 @@ def test_a_node_is_killed(two_nodes, gate):
         theirs = psutil.Process(lost.pid).children(recursive=True)
         kill(lost.pid)
         eventually(lambda: next(n for n in client.nodes() if n.id == lost.id).state == "lost")
-        assert_gone(theirs)
+        wait_until_gone(theirs)
         assert client.status().counts["requeued: node lost"] == 1
         gate.open()
         assert [future.result(timeout=60) for future in futures] == list(range(6))
@@ -241,7 +237,7 @@ def test_the_workers_of_a_node_whose_nursery_dies_are_lost_with_it(capfd, cluste
         [nursery] = node.children()
         workers = nursery.children()
         nursery.kill()
-        assert_gone([node, *workers])
+        wait_until_gone([node, *workers])
         gate.open()
         assert [future.result(timeout=60) for future in futures] == [0, 1, 2, 3]
     assert "nursery process died" in capfd.readouterr().err
@@ -252,8 +248,8 @@ def test_the_workers_of_a_node_whose_nursery_dies_are_lost_with_it(capfd, cluste
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clients give a silent broker two seconds instead of thirty."""
-    monkeypatch.setattr("zmqsched.client.Requests", functools.partial(Requests, lost_after_s=2.0))
+    """Clients give a silent broker four seconds instead of sixty."""
+    monkeypatch.setattr("zmqsched.client.Requests", functools.partial(Requests, lost_after_s=4.0))
 
 
 @pytest.mark.parametrize("journal", [False, True])
@@ -266,12 +262,12 @@ def test_a_broker_is_killed_and_followed(journal, clusters, gate, tmp_path):
         killed = cluster.broker_pid
         kill(killed)
         eventually(lambda: cluster.broker_pid != killed)
-        counts = eventually(lambda: (found := client.status().counts).get("adopted") and found)
+        eventually(lambda: client.status().counts.get("adopted"))
+        eventually(lambda: client.status().counts.get("submitted again" if journal else "accepted") == 3)
         gate.open()
         assert (running.result(60), queued.result(60)) == (1, 2)
         group.wait(timeout=60)
         assert gate.begun() == 1, "the running task was adopted, not run again"
-        assert counts["submitted again" if journal else "accepted"] == 3
         assert client.submit(abs, -3).result(60) == 3
 
 
@@ -310,7 +306,7 @@ def test_a_broker_is_killed_for_good(clusters, gate):
         assert "broken" in repr(client)
         client.shutdown()
         processes = family_without_broker(cluster)
-    assert_gone(processes)
+    wait_until_gone(processes)
 
 
 def family_without_broker(cluster: LocalCluster) -> list[psutil.Process]:
@@ -334,7 +330,7 @@ def test_a_client_that_is_closed_when_the_broker_is_gone(clusters):
         kill(cluster.broker_pid)
         began = time.monotonic()
         client.shutdown(wait=False, cancel_futures=True)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 20
         assert future.done() or future.running()
 
 
@@ -348,7 +344,7 @@ def test_a_broker_sleeps_and_nothing_is_lost(two_nodes, gate):
         assert [future.result(timeout=60) for future in futures] == list(range(6))
         counts = client.status().counts
         assert counts.get("requeued: node lost", 0) == 0
-        assert {node.state for node in client.nodes()} == {"alive"}
+        eventually(lambda: {node.state for node in client.nodes()} == {"alive"})
         assert gate.begun() == 6
 
 
@@ -359,7 +355,7 @@ def test_futures_of_a_cluster_that_is_closed_know_it_at_once(clusters, gate):
     gate.wait_until_begun()
     began = time.monotonic()
     cluster.close()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
     try:
         for future in futures:
             with pytest.raises(errors.ClusterLost):
@@ -377,9 +373,13 @@ def quick_to_warn(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_silent_broker_is_told_of(cluster):
     with Client(cluster) as client:
         os.kill(cluster.broker_pid, signal.SIGSTOP)
-        threading.Timer(0.5, os.kill, (cluster.broker_pid, signal.SIGCONT)).start()
-        with pytest.warns(RuntimeWarning, match=r"the broker has been silent for .*still trying"):
-            assert client.submit(abs, -1).result(timeout=60) == 1
+        try:
+            future = client.submit(abs, -1)
+            with pytest.warns(RuntimeWarning, match=r"the broker has been silent for .*still trying") as told:
+                eventually(lambda: told.list)
+        finally:
+            os.kill(cluster.broker_pid, signal.SIGCONT)
+        assert future.result(timeout=60) == 1
 
 
 @pytest.mark.usefixtures("quick_to_warn")
@@ -407,7 +407,7 @@ def test_close_leaves_nothing(clusters, gate):
     assert directory.is_dir()
     client.shutdown(wait=False, cancel_futures=True)
     cluster.close()
-    assert_gone(processes, within_s=0.5)
+    wait_until_gone(processes)
     assert not directory.exists()
 
 
@@ -426,7 +426,7 @@ def test_what_tasks_have_started_is_gone_after_close(clusters, tmp_path):
     with LocalCluster(1) as cluster, Client(cluster) as client:
         lingering = [psutil.Process(client.submit(starts_a_process).result(timeout=60))]
         assert lingering[0].cmdline() == ["sleep", "600"]
-    assert_gone(lingering)
+    wait_until_gone(lingering)
 
 
 OWNER = """
@@ -454,8 +454,8 @@ def test_a_program_that_owns_a_cluster_is_ended(scripts, how):
     assert {process.pid for process in processes} <= known.keys()
     owner.send_signal(how)
     owner.wait(60)
-    assert_gone(processes, within_s=6)
-    scripts.home.assert_nothing_left(within_s=6)
+    wait_until_gone(processes)
+    scripts.home.assert_nothing_left()
     owner.communicate()
 
 
@@ -469,7 +469,7 @@ def test_a_cluster_whose_broker_was_killed_with_its_owner(scripts):
     broker.kill()
     owner.kill()
     owner.communicate()
-    assert_gone(processes, within_s=6)
+    wait_until_gone(processes)
     [left] = scripts.home.path.iterdir()
     os.utime(left, (0, 0))  # long ago
     out, _ = scripts.run("from zmqsched.config import running_clusters\nprint(running_clusters())")

@@ -187,6 +187,7 @@ def test_the_second_interrupt_gives_the_prompt_back_whatever_happens(prompt: Pro
     prompt.type("with zmqsched.Client(sys.argv[1]) as other: other.submit(spin); other.submit(spin).result()", 2)
     prompt.process.send_signal(signal.SIGINT)
     eventually(lambda: sum(client.status().tasks.values()) == 1)
+    eventually(prompt._waits)
     assert prompt.interrupt() < BACK_WITHIN_S
     prompt.wait_until_idle()
     prompt.assert_workers_are_the_same()

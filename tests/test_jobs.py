@@ -132,11 +132,12 @@ import os, signal, sys
 from zmqsched import Client
 
 client = Client(sys.argv[1])
+before = client.status().counts["accepted"]
 job = client.options(job=sys.argv[2])
 for number in range(500):
     job.submit(pow, number, 2)
 if sys.argv[2] == "killed":
-    while client.status().counts.get("accepted", 0) < 500:
+    while client.status().counts["accepted"] < before + 500:
         pass
     os.kill(os.getpid(), signal.SIGKILL)
 """

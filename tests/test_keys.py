@@ -163,9 +163,9 @@ def test_replaced_keys_cost_nobody_anything(cluster, far, capsys, tmp_path):
     old = {role: file_of(cluster, role) for role in ("client", "node")}
     with Client(old["client"]) as client:
         there = client.options(tags=["far"])
-        running = there.submit(counted, str(tmp_path / "began"), 4.0)
+        running = there.submit(counted, str(tmp_path / "began"), 9.0)
         eventually((tmp_path / "began").exists)
-        told = change(capsys, cluster, "rotate", "--role", "node", "--role", "client", "--grace", "2")
+        told = change(capsys, cluster, "rotate", "--role", "node", "--role", "client", "--grace", "6")
         assert [(key["role"], key["number"], bool(key["good_for_s"])) for key in told["keys"]] == [
             ("client", 2, False), ("node", 2, False), ("node", 1, True), ("client", 1, True)
         ]  # fmt: skip
@@ -230,9 +230,10 @@ def test_who_comes_back_with_a_revoked_key_is_told_so(cluster, capsys):
     with Proxy(role_file(cluster_dir(cluster.name), "client")) as proxy:
         client = Client(proxy.file)
         future = client.submit(time.sleep, 60)
-        proxy.delay_s = 0.4  # the handshake takes three round trips
+        proxy.delay_s = 1.2  # the handshake takes three times that
         proxy.reset()
         change(capsys, cluster, "revoke", "--role", "client")
+        proxy.delay_s = 0.0
         with pytest.raises(errors.Refused, match="broke, and the broker does not know this side's key any more"):
             future.result(timeout=PATIENCE_S)
         client.shutdown()
@@ -246,9 +247,10 @@ def test_so_is_a_node(cluster, capsys, tmp_path):
         )
         with node:
             assert "node" in json.loads(node.stdout.readline())
-            proxy.delay_s = 0.4
+            proxy.delay_s = 1.2
             proxy.reset()
             change(capsys, cluster, "revoke", "--role", "node")
+            proxy.delay_s = 0.0
             assert node.wait(PATIENCE_S) == 1
             assert "does not know this side's key any more" in node.stderr.read()
 

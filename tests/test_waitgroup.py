@@ -319,7 +319,7 @@ def kill_itself(*_):
 
 
 def sleep_long(*_):
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_task_that_dies_for_good_is_named(client, group):

@@ -95,8 +95,9 @@ class KeptBroker:
         return process, os.fdopen(read, "rb")
 
     def _ready(self, process: subprocess.Popen[bytes], pipe: IO[bytes]) -> None:
-        self.pid = wait_until_ready(process, pipe)["pid"]
+        pid = wait_until_ready(process, pipe)["pid"]
         self.file = ConnectionFile.load(cluster_dir(self.name) / CONNECTION_FILE)
+        self.pid = pid  # last: who sees the next broker's pid finds the next broker's file
 
     def _supervise(self) -> None:
         """Until it is closed or given up."""

@@ -6,7 +6,7 @@ import socket
 import struct
 from types import TracebackType
 
-READ_S = 10.0
+READ_S = 60.0
 
 
 def greeting(mechanism: bytes = b"NULL", major: int = 3, minor: int = 1, *, as_server: bool = False) -> bytes:

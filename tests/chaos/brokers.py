@@ -81,7 +81,7 @@ def frozen_for_long(seconds: float = 30.0) -> list[Figure]:
         load.assert_broker_agrees()
         counts = load.counts()
         assert counts["requeued: node lost"] == 0
-        assert {node.id for node in client.nodes() if node.state == "alive"} == before
+        eventually(lambda: {node.id for node in client.nodes() if node.state == "alive"} == before)
         assert fleet.ledger.ratio() == 1.0
         return [
             Figure("healthy nodes' tasks queued again", "", [counts["requeued: node lost"]], 0),

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from conftest import eventually
 
 from .figures import Figure
 from .fleet import Fleet
@@ -56,8 +59,11 @@ def stepped(seconds: float = 10.0) -> list[Figure]:
             load.finish(60)
             load.assert_broker_agrees()
             counts = load.counts()
-            assert {node.id for node in client.nodes() if node.state == "alive"} == before
-            false = counts["worker deaths"] + counts["requeued: node lost"] + counts["own absences"]
+            eventually(lambda: {node.id for node in client.nodes() if node.state == "alive"} == before)
+            false = counts["worker deaths"] + counts["requeued: node lost"]
             assert false == 0
+            # A machine that is busy may keep the broker from running for some seconds, but not for an hour.
+            absences = re.findall(r"did not run for ([\d.]+) s", (fleet.root / "broker.log").read_text())
+            assert all(float(absence) < HOUR_S / 2 for absence in absences)
             assert fleet.ledger.ratio() == 1.0
             return [Figure("declared dead", "", [false], 0), load.executions()]

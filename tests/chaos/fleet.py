@@ -231,5 +231,5 @@ def _children(pid: int) -> list[int]:
     """From the kernel's own list: a search through all processes takes longer than a task."""
     try:
         return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         return []

@@ -37,7 +37,7 @@ SCENARIOS: dict[str, Scenario] = {
     "gil-held": Scenario("P4", workers.holding_the_gil, {"seconds": 4.5}),
     "broker-killed": Scenario("P5", brokers.killed_without_journal, {"times": 2, "queued": 500}),
     "broker-killed-journal": Scenario("P5", brokers.killed_with_journal, {"times": 2, "queued": 1_000}),
-    "client-killed": Scenario("P7", clients.killed, {"lease_s": 2.0}),
+    "client-killed": Scenario("P7", clients.killed, {"lease_s": 5.0}),
     "node-cut-off": Scenario(
         "P8", networks.partitioned_node, {"seconds": [1.0, 4.5], "directions": ["in", "both"]}, why_not=hosts.why_not
     ),
