@@ -10,6 +10,7 @@ import signal
 import threading
 import time
 
+import psutil
 import pytest
 from conftest import eventually
 
@@ -237,6 +238,54 @@ def test_inside_a_task_it_starts_and_waits_with_the_client_of_the_task(client, g
         return [future.result(0) for future in futures]
 
     assert client.submit(starts).result(timeout=60) == [1, 2]
+
+
+# --- the order of a task's program -------------------------------------------------------------------------------------
+
+
+def stop_the_node():
+    """In a task: what it tells its node arrives late, what it says through its client does not. Returns what is set when
+    that is over."""
+    zmqsched.get_client()
+    node = psutil.Process().parent().parent()
+    over = threading.Event()
+
+    def goes_on():
+        node.resume()
+        over.set()
+
+    node.suspend()
+    threading.Timer(0.7, goes_on).start()
+    return over
+
+
+def test_what_a_task_adds_counts_when_it_waits(client, group):
+    def waits(group):
+        stop_the_node()
+        group.add()
+        try:
+            group.wait(timeout=0.2)
+        except TimeoutError:
+            group.done()
+            group.wait(timeout=10)
+            return "waited"
+
+    assert client.submit(waits, group).result(timeout=20) == "waited"
+
+
+def test_what_a_task_adds_counts_before_what_it_submits(client, group, tmp_path):
+    def parent(group, ended):
+        over = stop_the_node()
+        group.add()
+        zmqsched.get_client().submit(WaitGroup.done, group)
+        over.wait(10)
+        ended.touch()
+        group.done()
+
+    group.add()
+    client.submit(parent, group, tmp_path / "ended")
+    group.wait(timeout=20)
+    assert (tmp_path / "ended").exists()
 
 
 def test_a_group_goes_nowhere_but_to_tasks(client, group):

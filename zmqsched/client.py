@@ -28,7 +28,7 @@ import msgspec
 import zmq
 from msgspec.structs import replace
 
-from . import errors, lifetime, nesting, sockets
+from . import errors, lifetime, nesting, sockets, worker
 from .arguments import fail, first_failed, inputs_of, values_of
 from .callbacks import Callbacks
 from .codec import decode, encode
@@ -78,7 +78,6 @@ from .readiness import asked_here, wait_for_nodes
 from .records import NodeList, Status, WorkerList, node_infos, nodes_table, status_of, task_facts, worker_infos
 from .tasks import Tasks
 from .waiting import cancel_all
-from .worker import in_worker
 
 if TYPE_CHECKING:
 
@@ -141,7 +140,7 @@ class Client(Shown, Tasks):
         output: bool = True,
     ) -> None:
         self._nested = isinstance(cluster, Origin)
-        if in_worker() and not self._nested:
+        if worker.in_worker() and not self._nested:
             raise RuntimeError(
                 "a task does not make a client: zmqsched.get_client() gives one of its cluster, and lends the task's slot "
                 "to others while it waits"
@@ -331,8 +330,10 @@ class Client(Shown, Tasks):
     ) -> Future[T]:  # fmt: skip
         """``accepted``: part of what was asked for before a shutdown."""
         self._check_usable(accepted=accepted)
-        if self._nested and options.depth != (depth := nesting.depth()):
-            options = replace(options, depth=depth)
+        if self._nested:
+            self._keep_order()
+            if options.depth != (depth := nesting.depth()):
+                options = replace(options, depth=depth)
         task = self._prefix + next(self._numbers).to_bytes(8, "big")
         future: Future[T] = self._future(task)
         if self._cell is not None:
@@ -365,6 +366,10 @@ class Client(Shown, Tasks):
             self._inbox.append(Submission(task, Shape(digest, options, short_form(fn)), call, blob, inputs))
         self._nudge()
         return future
+
+    def _keep_order(self) -> None:
+        """In a task: what it says next comes behind what it has told its node."""
+        nesting.keep_order(lambda: self._post(events.SetFence()))
 
     def _take_on(self, run: Run) -> None:
         self._runs.add(run)
@@ -623,6 +628,9 @@ class Client(Shown, Tasks):
                     reply = self._requests.pop(message.request, None)
                     if reply is not None:
                         reply.set_result(self._followed(message) if isinstance(message, JobTasks) else message)
+                case events.TellNode(fence):
+                    with contextlib.suppress(OSError, RuntimeError):  # the worker ends
+                        worker.tell(fence)
                 case events.UseKeys(public, secret):
                     sockets.use_keys(self._dealer, public, secret)
                 case events.Quit():
@@ -743,7 +751,7 @@ def _serve(
 
 def _arrived(where: str) -> Client:
     """A client that was pickled: in a task it is the worker's."""
-    return nesting.get_client() if in_worker() else Client(where)
+    return nesting.get_client() if worker.in_worker() else Client(where)
 
 
 def _is_closed(reference: weakref.ref[Client]) -> bool:

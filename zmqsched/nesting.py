@@ -8,6 +8,7 @@ Rules
   tasks may wait for tasks to any depth, on a single slot. A time limit goes on counting.
 * What a task submits goes before other tasks of the same priority, the deeper the sooner: recursion runs depth first, and
   the number of waiting workers stays near depth times slots.
+* What a task submits and waits for comes behind what it has counted on WaitGroups before (``core/fences.py``).
 * What a task has submitted and not waited for goes on when the task has ended, and ends with its worker.
 """
 
@@ -16,12 +17,13 @@ from __future__ import annotations
 import itertools
 import os
 import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import origin, worker
-from .protocol import MAX_DEPTH, GoesOn, Waits, nested_incarnation
+from .protocol import MAX_DEPTH, GoesOn, GroupAdd, Waits, nested_incarnation
 
 if TYPE_CHECKING:
     from .client import Client
@@ -31,6 +33,7 @@ _numbers = itertools.count(1)
 _client: Client | None = None
 _client_pid = 0
 _waits: dict[bytes, int] = {}  # by task: how many of its threads wait
+_counted = threading.Event()  # on a WaitGroup, since the last fence
 
 
 def get_client() -> Client:
@@ -66,6 +69,21 @@ def depth() -> int:
     now = worker.now()
     run = None if now is None else now.run
     return 0 if run is None else min(MAX_DEPTH, run.depth + 1)
+
+
+def count(addition: GroupAdd) -> None:
+    """The task counts on a WaitGroup that it was sent."""
+    with _lock:
+        worker.tell(addition)
+        _counted.set()
+
+
+def keep_order(set_fence: Callable[[], None]) -> None:
+    """What is said next through the worker's client is to come behind what tasks here have counted."""
+    with _lock:
+        if _counted.is_set():
+            _counted.clear()
+            set_fence()
 
 
 def waiting() -> AbstractContextManager[object]:

@@ -733,6 +733,14 @@ class GoesOn(_Wire, tag=66):
     task: TaskId
 
 
+class Fence(_Wire, tag=67):
+    """From a worker by way of its node to the broker, behind all that its tasks had told the node before, and back to
+    ``client``, the worker's, of which it is the ``number``-th."""
+
+    client: Token
+    number: Count
+
+
 class Advanced(_Wire, tag=64):
     """The task that the worker runs has said how far it is; where, is in ``streams.py``."""
 
@@ -792,11 +800,11 @@ Message: TypeAlias = (
     | Submit | Functions | NeedFunctions | Cancel | Finals | Running | GroupAdd | GroupWait | GroupForget | GroupDone
     | Query | Report | Notice | Shutdown | Command | CommandDone | Follow | JobTasks | StillOpen | Unknown | Hold
     | NeedInputs | Inputs | ChangeKeys | KeyReport | NewKeys
-    | Dispatch | Revoke | Stop | Pause | Results | Progress | Workers | Draining | Adopt | Output
+    | Dispatch | Revoke | Stop | Pause | Results | Progress | Workers | Draining | Adopt | Output | Fence
     | Beat | Fact
 )  # fmt: skip
 RecordMessage: TypeAlias = Submit | Functions | Finals | Inputs | GroupAdd | Charged | Forgotten | Left | Present
-PipeMessage: TypeAlias = Run | Done | Declined | GroupAdd | Interrupted | Advanced | Waits | GoesOn
+PipeMessage: TypeAlias = Run | Done | Declined | GroupAdd | Interrupted | Advanced | Waits | GoesOn | Fence
 
 
 class Envelope(Struct, array_like=True, frozen=True, gc=False):

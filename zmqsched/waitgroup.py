@@ -69,7 +69,7 @@ class WaitGroup:
             raise ValueError(f"add takes numbers up to {MAX_DELTA}, not {n}")
         message = GroupAdd([(self._group, n)])
         if self._tasks is None:
-            worker.tell(message)
+            nesting.count(message)
         else:
             self._tasks._client._check_usable()
             self._tasks._client._post(Tell(message))
@@ -95,6 +95,8 @@ class WaitGroup:
         client = self._here()._client
         now = worker.now()
         task = b"" if now is None or now.run is None else now.run.task
+        if client._nested:
+            client._keep_order()
         request, reply = client._request(lambda number: GroupWait(number, self._group, task))
         try:
             wait_alert({reply}, timeout)

@@ -30,6 +30,7 @@ from zmqsched.core.events import (
     ClientEvent,
     Exited,
     Finished,
+    FromTask,
     Give,
     Heard,
     Interrupt,
@@ -55,6 +56,7 @@ from zmqsched.core.events import (
     TakeBack,
     TakenBack,
     Tell,
+    TellNode,
     TellStack,
     Tick,
     ToBroker,
@@ -748,7 +750,7 @@ class Workplace:
     def goes_on(self, label: str) -> None:
         self.says(self.worker_of(label), GoesOn(task_id(label)))
 
-    def says(self, worker: int, message: Done | GroupAdd | Interrupted | Waits | GoesOn) -> None:
+    def says(self, worker: int, message: FromTask) -> None:
         self.step(Said(worker, message))
         self.turn()
 
@@ -978,7 +980,8 @@ class Desk:
             if isinstance(action, ToBroker):
                 self._hear(over_the_wire(action.envelope))
             else:
-                assert isinstance(action, Began | Finished | NowRunning | Heard | Replied | Warned | Broken | Quit)
+                other = Began | Finished | NowRunning | Heard | Replied | TellNode | Warned | Broken | Quit
+                assert isinstance(action, other)
                 self.actions.append(action)
 
     def turn(self) -> None:

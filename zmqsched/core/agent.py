@@ -45,6 +45,7 @@ from ..protocol import (
     Dispatch,
     Done,
     Draining,
+    Fence,
     Function,
     Functions,
     GoesOn,
@@ -285,7 +286,7 @@ class Agent:
         self._crew.changed = True
         self._reports.credit = self._crew.slots  # what the hello said
         for body in self._uplink.undelivered:  # what the last session did not deliver and is still worth something
-            if isinstance(body, Results | GroupAdd | Output):
+            if isinstance(body, Results | GroupAdd | Fence | Output):
                 self._uplink.send(body)
             elif isinstance(body, Progress) and (ended := self._ended_since_hello(body)):
                 self._uplink.send(ended)
@@ -408,6 +409,8 @@ class Agent:
                 if running:
                     worker.runs[running].counted = True
                 self._reports.counted(message, running)
+            case Fence():
+                self._uplink.send(message)
             case Waits() | GoesOn():
                 self._turns(worker, message, now)
             case Interrupted() if worker.ending is not None:

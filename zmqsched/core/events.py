@@ -20,6 +20,7 @@ from ..protocol import (
     Done,
     Envelope,
     Fact,
+    Fence,
     Final,
     Follow,
     GoesOn,
@@ -192,7 +193,7 @@ class Exited(NamedTuple):
     remains: Remains = Remains()
 
 
-FromTask: TypeAlias = Done | Declined | GroupAdd | Interrupted | Waits | GoesOn
+FromTask: TypeAlias = Done | Declined | GroupAdd | Interrupted | Waits | GoesOn | Fence
 
 
 class Said(NamedTuple):
@@ -322,6 +323,10 @@ class Withdraw(NamedTuple):
     force: bool = False
 
 
+class SetFence(NamedTuple):
+    """What comes now is to reach the broker behind what tasks here have told their node (``fences.py``)."""
+
+
 class Tell(NamedTuple):
     """A message for the broker that has no answer, or one that is asked for by its ``request`` number."""
 
@@ -359,6 +364,12 @@ class Warned(NamedTuple):
     text: str
 
 
+class TellNode(NamedTuple):
+    """From a task's client."""
+
+    fence: Fence
+
+
 class Broken(NamedTuple):
     """The cluster refuses this client, was shut down, or is gone: nothing more will come."""
 
@@ -366,5 +377,7 @@ class Broken(NamedTuple):
     reason: str
 
 
-ClientEvent = Ask | Withdraw | Tell | Reached | Reconnected | Unreadable | Leave | Tick
-ClientAction = ToBroker | Began | Finished | NowRunning | Heard | Replied | Warned | Broken | UseKeys | Quit
+ClientEvent = Ask | Withdraw | Tell | SetFence | Reached | Reconnected | Unreadable | Leave | Tick
+ClientAction = (
+    ToBroker | Began | Finished | NowRunning | Heard | Replied | TellNode | Warned | Broken | UseKeys | Quit
+)  # fmt: skip

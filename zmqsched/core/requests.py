@@ -34,6 +34,7 @@ from ..protocol import (
     ClientHello,
     CommandDone,
     Envelope,
+    Fence,
     Final,
     Finals,
     Follow,
@@ -87,7 +88,9 @@ from .events import (
     Reached,
     Reconnected,
     Replied,
+    SetFence,
     Tell,
+    TellNode,
     Tick,
     ToBroker,
     Unreadable,
@@ -95,6 +98,7 @@ from .events import (
     Warned,
     Withdraw,
 )  # fmt: skip
+from .fences import Fences
 from .functions import FunctionStore, function_bytes
 from .ledger import final_bytes
 from .load import call_bytes
@@ -131,6 +135,7 @@ class Requests:
         self._jobs: dict[str, set[bytes]] = {}  # unanswered tasks, not ours, of the jobs we follow
         self._listed: dict[str, list[bytes]] = {}  # of a job's tasks, those named so far
         self._additions = 0  # to WaitGroups
+        self._fences = Fences(hello.incarnation)
         self._lost_after_s = lost_after_s
         self._heard_at: float | None = None
         self._ticked_at: float | None = None
@@ -143,6 +148,12 @@ class Requests:
         self._strikes = Strikes()
 
     def handle(self, event: ClientEvent, now: float) -> list[ClientAction]:
+        if not self._fences.keeps(event):
+            self._take(event, now)
+        out, self._out = self._out, []
+        return out
+
+    def _take(self, event: ClientEvent, now: float) -> None:
         match event:
             case Ask(tasks, functions, values):
                 self._ask(tasks, functions, values)
@@ -169,11 +180,11 @@ class Requests:
                     self._send_behind(message)
                 else:
                     self._uplink.send(message)
+            case SetFence():
+                self._out.append(TellNode(self._fences.set()))
             case Leave(drain, reason):
                 self._leave_by = now + (DELIVERY_TIMEOUT_S if drain else 0.0)
                 self._leave_why = reason
-        out, self._out = self._out, []
-        return out
 
     def next_deadline(self) -> float:
         if self._fresh and self._may_submit:
@@ -190,6 +201,7 @@ class Requests:
         assert all(map(self._awaits, self._lacked)), "an answer that was given is kept for the broker"
         self._inputs.sanity_check({task: entry.inputs for task, entry in self._open.items() if entry.inputs})
         assert not self._lapsed.keys() & self._open.keys(), "a task that waits for its answer has lapsed"
+        self._fences.sanity_check()
         if self._uplink.link is not None:
             self._uplink.link.sanity_check()
 
@@ -255,6 +267,9 @@ class Requests:
                     self._out.append(Replied(message))
             case CommandDone():
                 self._out.append(Replied(message))
+            case Fence():
+                for event in self._fences.passed(message):
+                    self._take(event, now)
             case Unknown(tasks):
                 self._doubts -= 1
                 self._lapse(tasks)
@@ -296,6 +311,8 @@ class Requests:
 
     def _welcomed(self, welcome: Welcome) -> None:
         self._out.append(Began(welcome))
+        if (fence := self._fences.last) is not None:
+            self._out.append(TellNode(fence))
         self._sent.clear()
         self._lacked.clear()
         again = [body for body in [*self._uplink.undelivered, *self._behind] if self._is_worth_saying_again(body)]

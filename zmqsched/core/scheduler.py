@@ -37,6 +37,7 @@ from ..protocol import (
     Draining,
     Envelope,
     Fact,
+    Fence,
     Follow,
     Function,
     Functions,
@@ -279,6 +280,9 @@ class Scheduler:
                 known += [Function(name, value) for name in digests if (value := inputs.named(name)) is not None]
                 for batch in batches(known, function_bytes):
                     self._sessions.send(self._sessions.of(node), Functions(batch))
+            case Fence(client):
+                if (session := self._sessions.known(client)) is not None and session.token in node.nested:
+                    self._sessions.send(session, message)
             case Output():
                 outputs.pass_on(message, node.id, self.book)
             case Draining():
