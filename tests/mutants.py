@@ -196,10 +196,12 @@ MUTANTS = {
         "nodes", "if gone or not node.lasts(lane.length_s, now):", "if gone:"
     ),
     "a worker is given more tasks than it may run": _one(
-        "giving", "while self.queue and share and len(worker.runs) < min(depth, worker.left):",
-        "while self.queue and share and len(worker.runs) < depth:",
+        "giving", "while self.queue.count and share and len(worker.runs) < min(depth, worker.left):",
+        "while self.queue.count and share and len(worker.runs) < depth:",
     ),
-    "a worker that has run all it may is not replaced": _one("crew", "if worker.is_worn and", "if False and"),
+    "a worker that has run all it may is not replaced": _one(
+        "crew", "in self._worn.values() if", "in self._worn.values() if False and"
+    ),
     "a node does not go when its time is up": _one("agent", "if now >= self._leave_by:", "if False:"),
     "a node counts orphans that have ended": _one(
         "agent", "        self._orphans -= held.orphan\n        for name", "        for name"

@@ -59,6 +59,10 @@ class Listener:
         self._looks.pop(worker, None)
         self._seen.pop(worker, None)
 
+    def listens_to(self, ready: set[int]) -> bool:
+        """One of these descriptors is to be read, or will be again."""
+        return bool(self._resting) or not ready.isdisjoint(self._workers)
+
     def read(self, ready: set[int], now: float) -> None:
         for descriptor in ready & self._workers.keys():
             worker = self._workers[descriptor]

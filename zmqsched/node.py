@@ -52,6 +52,7 @@ PACE_S = 0.001
 MEASURE_S = 0.25  # how often to look at what workers take of the memory, if that is limited
 # What runs is handed back so long before the batch system ends this process.
 HAND_BACK_S = 3.0
+_TICK = Tick()
 
 
 class Node:
@@ -143,34 +144,43 @@ class Node:
 
     def _loop(self, stop: StopSignals, starter: Starter) -> None:
         tune_garbage_collection()
-        self._step(Tick())
+        self._step(_TICK)
         said = False
+        seldom = {self._nursery.fileno(), self._connections.descriptor, *stop.descriptors}
         while not self._why:
             deadline = min(self._agent.next_deadline(), self._listener.due(), self._measure_at)
             if self._agent.has_plenty:
                 sleep(PACE_S)
                 deadline = 0.0
             ready = self._waiter.wait(deadline)
-            for descriptor in stop.descriptors:
-                if descriptor in ready and (why := stop.read(descriptor)):
-                    self._step(events.Leave(why == "SIGTERM", why))
-            self._listener.read(ready, monotonic())
-            self._read_workers(ready)
-            if self._nursery.fileno() in ready:
-                self._read_nursery()
-            if self._connections.descriptor in ready:
-                self._look_at_connections()
-            self._read_broker()
-            self._pass_on()
-            if monotonic() >= self._measure_at:
+            if self._listener.listens_to(ready):
+                self._listener.read(ready, monotonic())
+            for descriptor in ready & self._readable.keys():
+                self._read_worker(self._readable[descriptor])
+            if not ready.isdisjoint(seldom):
+                self._read_seldom(ready, stop)
+            if self._waiter.socket in ready:
+                self._read_broker()
+            if self._listener.due() < math.inf:
+                self._pass_on()
+            if self._measure_at < math.inf and monotonic() >= self._measure_at:
                 self._measure_at = monotonic() + self._measure_s
                 self._step(events.Measured(self._sizes()))
-            self._step(Tick())
+            self._step(_TICK)
             if not said and self._agent.ready:
                 said = True
                 at = self._sockets.endpoint(self._dealer)
                 log.info("node %s is ready, its broker at %s", self._agent.name, at)
                 starter.ready({"pid": os.getpid(), "node": self._agent.name, "broker": at})
+
+    def _read_seldom(self, ready: set[int], stop: StopSignals) -> None:
+        for descriptor in stop.descriptors:
+            if descriptor in ready and (why := stop.read(descriptor)):
+                self._step(events.Leave(why == "SIGTERM", why))
+        if self._nursery.fileno() in ready:
+            self._read_nursery()
+        if self._connections.descriptor in ready:
+            self._look_at_connections()
 
     def _step(self, event: AgentEvent) -> None:
         for action in self._agent.handle(event, monotonic()):
@@ -245,11 +255,9 @@ class Node:
         if words or advances:
             self._step(events.Printed(words, advances))
 
-    def _read_workers(self, ready: set[int]) -> None:
-        for descriptor in ready & self._readable.keys():
-            self._read_worker(self._readable[descriptor])
-
-    def _read_worker(self, worker: int, limit: int = MAX_ANSWERS_PER_TURN) -> None:
+    def _read_worker(self, worker: int, limit: int = MAX_ANSWERS_PER_TURN, *, to_the_end: bool = False) -> None:
+        """What it has said. Unless ``to_the_end``, who has answered all it was given is not asked in vain for more: if there
+        is, its pipe stays readable."""
         pipe, _, box, _ = self._wires[worker]
         for _ in range(limit):
             try:
@@ -266,7 +274,11 @@ class Node:
                 self._listener.answered(worker, message)
                 if box.asked:
                     box.clear()  # or it would be told of the next task when that kills the worker
-            elif isinstance(message, Waits) and not self._nests:
+                self._step(Said(worker, message))
+                if self._agent.has_answered(worker) and not to_the_end:
+                    return
+                continue
+            if isinstance(message, Waits) and not self._nests:
                 self._nests = True
                 self._nursery.teach_clients()
             elif isinstance(message, Advanced):
@@ -301,7 +313,7 @@ class Node:
 
     def _buried(self, exited: Exited) -> None:
         worker, pid, how = exited.worker, exited.pid, exited.how
-        self._read_worker(worker, limit=1_000_000)  # what it said before it died
+        self._read_worker(worker, limit=1_000_000, to_the_end=True)  # what it said before it died
         untaken = self._untaken(worker) + self._unsent.pop(worker, [])
         wires = self._wires.pop(worker)
         del self._pids[worker]

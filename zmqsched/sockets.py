@@ -319,7 +319,8 @@ class Waiter:
     def __init__(self, sending: Socket, reading: Socket | None = None) -> None:
         self._sending = sending
         self._poll = select.poll()
-        self.add(descriptor(sending))
+        self.socket = descriptor(sending)
+        self.add(self.socket)
         if reading is not None:
             self.add(descriptor(reading))
 
@@ -330,11 +331,12 @@ class Waiter:
         self._poll.unregister(descriptor)
 
     def wait(self, deadline: float) -> set[int]:
-        """The descriptors that can be read, after sleeping until the deadline (monotonic) if there are none."""
-        timeout = 0
-        if deadline and not _readable(self._sending):
-            # Rounded up: a millisecond early would only mean another turn.
-            timeout = max(0, math.ceil((deadline - time.monotonic()) * 1000))
+        """The descriptors that can be read, after sleeping until the deadline (monotonic) if there are none. Without
+        ``socket`` among them there is nothing to receive from the socket that is sent on."""
+        if not deadline or _readable(self._sending):
+            return {self.socket, *[descriptor for descriptor, _ in self._poll.poll(0)]}
+        # Rounded up: a millisecond early would only mean another turn.
+        timeout = max(0, math.ceil((deadline - time.monotonic()) * 1000))
         return {descriptor for descriptor, _ in self._poll.poll(timeout)}
 
 

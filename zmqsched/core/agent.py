@@ -22,6 +22,11 @@ Tasks that wait for others
 * At most ``MAX_LENT`` slots are lent. A task that waits beyond that is ended with an error: it might wait for ever.
 * A time limit goes on counting; how long tasks take is estimated without their waits.
 
+What a turn costs
+-----------------
+* A turn does what its messages ask for, and no more. What time brings (limits, beats, silence, workers to start or to end)
+  is looked at when it is due, and at once after any event but the usual ones: a task comes, a task is done.
+
 How tasks get to workers is in ``giving.py``, how many workers there are in ``crew.py``, what they have of the node in
 ``room.py``; how tasks are ended before their time in ``stops.py``, and how it is all told in ``reports.py``.
 """
@@ -100,22 +105,23 @@ from .events import (
     UseKeys,
 )  # fmt: skip
 from .functions import FunctionStore
-from .giving import Giving
+from .giving import STUCK_AFTER_S, Giving
 from .offences import Offences, Strikes
 from .reports import Reports
 from .room import Room
 from .settings import Care
 from .stops import Ending
 from .uplink import Uplink
-from .workers import Held, Worker
+from .workers import REPORT_AFTER_S, Held, Worker
 
-REPORT_AFTER_S = 0.05  # a task that runs this long is reported as running
 LEASE_S = BEAT_INTERVAL_S * SUSPECT_AFTER_BEATS
 SILENT_AFTER_S = 5.0
 DRAIN_BEFORE_S = 5.0  # a node that will be ended
 TERM_GRACE_S = 20.0  # what a batch system leaves between SIGTERM and SIGKILL, or more
 TERMINATED = "killed by SIGTERM"  # as the nursery says it
 PARTING_S = 2.0  # how long a drained node waits for its last results to be acknowledged
+
+_USUAL = (Tick, Said, Reached, Printed)
 
 
 class Agent:
@@ -149,6 +155,7 @@ class Agent:
         self._beat_interval_s = BEAT_INTERVAL_S
         self._beats = 0
         self._beat_at = 0.0
+        self._look_at = 0.0  # when time brings something, at the earliest
         self._leaving = ""
         self._leave_by = math.inf
         self._paused = False
@@ -163,6 +170,8 @@ class Agent:
     # --- the contract ------------------------------------------------------------------------------------------------
 
     def handle(self, event: AgentEvent, now: float) -> list[AgentAction]:
+        if not isinstance(event, _USUAL):
+            self._look_at = 0.0
         match event:
             case Said(worker, message):
                 self._said(worker, message, now)
@@ -197,25 +206,11 @@ class Agent:
         return out
 
     def next_deadline(self) -> float:
-        times = [self._uplink.deadline(), self._beat_at, self._go_at, self._leave_by, self._drain_at]
         if self._ended:
             return self._uplink.deadline()
         if self._reports.due or self._crew.changed:
             return 0.0
-        times += self._crew.deadlines()
-        for worker in self._workers.values():
-            if worker.ending is not None and worker.has_nothing_else:
-                times.append(worker.ending.at)
-            if worker.runs:
-                if len(worker.runs) > 1 and not worker.taking_back:
-                    times.append(worker.since + self._giving.stuck_after())
-                first = next(iter(worker.runs.values()))
-                if not first.reported:
-                    times.append(worker.since + REPORT_AFTER_S)
-                if first.limit_s < math.inf and worker.ending is None:
-                    times.append(worker.since + first.limit_s)
-        times += self._giving.excess_at()
-        return min(times)
+        return min(self._uplink.deadline(), self._look_at)
 
     def sanity_check(self) -> None:
         queued = {held.task for held in self._queue}
@@ -234,7 +229,12 @@ class Agent:
 
     @property
     def has_plenty(self) -> bool:
+        """All workers have enough to do for a while."""
         return self._giving.has_plenty
+
+    def has_answered(self, worker: int) -> bool:
+        """This worker has nothing to do."""
+        return not self._workers[worker].runs
 
     @property
     def ready(self) -> bool:
@@ -249,6 +249,8 @@ class Agent:
     # --- from the broker ---------------------------------------------------------------------------------------------
 
     def _message(self, message: Message, now: float) -> None:
+        if not isinstance(message, Dispatch):
+            self._look_at = 0.0
         match message:
             case Dispatch(shapes, orders, functions, follow):
                 self._learn(functions)
@@ -357,13 +359,13 @@ class Agent:
             self._orphans -= held.orphan
             held.orphan = False
             held.reported = False
+            self._look_at = 0.0
             return
         self._ordered_so_far += 1
         held = self._held[order.task] = Held(order, shape, self._ordered_so_far)
-        needs = held.needs
-        for name in needs:
+        for name in held.needs:
             self._functions.hold(name)
-        lacking = [name for name in needs if name not in self._functions]
+        lacking = [name for name in held.needs if name not in self._functions]
         if not lacking:
             self._queue.push(held.task, held, held.options.rank)
             return
@@ -401,6 +403,8 @@ class Agent:
 
     def _said(self, number: int, message: FromTask, now: float) -> None:
         worker = self._workers[number]
+        if not isinstance(message, Done):
+            self._look_at = 0.0
         match message:
             case Done() | Declined():
                 self._answered(worker, message, now)
@@ -431,6 +435,8 @@ class Agent:
             self._done(worker, message, now)
         if worker.ending is not None and worker.ending.over:
             worker.ending = None
+        if worker.runs and self._look_at > now + STUCK_AFTER_S:  # else it is looked at soon enough
+            self._expect(worker)
 
     def _measured(self, sizes: dict[int, int]) -> None:
         self._out.extend(self._crew.measured(sizes))
@@ -543,7 +549,7 @@ class Agent:
         """Runs of several workers may have been taken back, one after the other: first come, first served again."""
         front = []
         last = max(numbers, default=0)
-        while self._queue and self._queue.head().number <= last:
+        while self._queue.count and self._queue.head().number <= last:
             front.append(self._queue.pop())
         for held in sorted(front, key=lambda held: held.number, reverse=True):
             self._queue.push(held.task, held, held.options.rank, first=True)
@@ -568,28 +574,46 @@ class Agent:
         if self._ended:
             self._flush(now)
             return
-        self._out.extend(self._crew.adjust(now))
-        self._watch_workers(now)
-        if not self._queue:
+        looks = now >= self._look_at or not self._crew.settled
+        if looks:
+            self._look(now)
+        if not self._queue.count:
             self._giving.share_the_last()
         elif self._uplink.has_lease(now):
-            self._giving.give(now, self._uplink.lease_ends)
-        self._hand_back(now)
-        self._reports.send(self._wanted_credit(now))
+            for worker in self._giving.give(now, self._uplink.lease_ends):
+                self._expect(worker)
+        if looks or self._reports.due:
+            self._reports.send(self._wanted_credit(now))
         if self._crew.changed:
             self._crew.changed = False
             self._uplink.send(Workers(self._crew.states()))
+        if self._queue.count:
+            self._look_at = min(self._look_at, self._giving.excess_at())
+        if self._leaving and not self._ended:
+            self._depart(now)
+        self._flush(now)
+
+    def _look(self, now: float) -> None:
+        """Do what time has brought, and say when it brings more."""
+        self._out.extend(self._crew.adjust(now))
+        self._watch_workers(now)
+        self._hand_back(now)
         if now >= self._beat_at:
             self._beat(now)
         self._notice_silence(now)
         if now >= self._drain_at:
             self._leave(drain=True, reason="its time here is over", by=self._leaves_at)
-        if self._leaving and not self._ended:
-            self._depart(now)
-        self._flush(now)
+        self._look_at = min(self._beat_at, self._drain_at, *self._crew.deadlines())
+        for worker in self._workers.values():
+            self._expect(worker)
+
+    def _expect(self, worker: Worker) -> None:
+        """Look again when something falls due of what this worker has."""
+        self._look_at = min(self._look_at, worker.due(self._giving.stuck_after()))
 
     def _flush(self, now: float) -> None:
-        self._out.extend(ToBroker(envelope) for envelope in self._uplink.flush(now))
+        for envelope in self._uplink.flush(now):
+            self._out.append(ToBroker(envelope))
 
     def _watch_workers(self, now: float) -> None:
         for worker in self._workers.values():
@@ -600,7 +624,7 @@ class Agent:
             age = now - worker.since
             if age >= self._giving.stuck_after():
                 self._giving.take_back(worker)
-            first = next(iter(worker.runs.values()))
+            first = worker.first
             if age >= REPORT_AFTER_S and not first.reported:
                 first.reported = True
                 self._reports.started.append(Attempt(first.task, first.attempt))
@@ -678,10 +702,12 @@ class Agent:
         if now >= self._leave_by:
             self._end(f"{self._leaving}; {len(self._held)} tasks are run elsewhere")
             return
+        self._look_at = min(self._look_at, self._leave_by)
         if self._held:  # or again: what was under way to this node when it said that it drains
             self._go_at = math.inf
             return
         self._go_at = min(self._go_at, now + PARTING_S)
+        self._look_at = min(self._look_at, self._go_at)
         if now >= self._go_at or (self._uplink.link is not None and not self._uplink.link.unfinished()):
             self._end(self._leaving)
 

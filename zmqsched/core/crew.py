@@ -36,6 +36,7 @@ class Crew:
         self.lent = 0
         self._numbers = 0
         self._spares = 0  # that are to end
+        self._worn: dict[int, Worker] = {}
         self._start_at = 0.0
         self._early_deaths = 0
 
@@ -44,6 +45,7 @@ class Crew:
         assert self.lent == sum(worker.waits for worker in workers), "the count of lent slots is off"
         assert self._spares == sum(worker.spare for worker in workers), "the count of spare workers is off"
         assert sum(worker.active and not worker.late for worker in workers) <= self.slots, "too many run"
+        assert self._worn.keys() == {worker.id for worker in workers if worker.is_worn}, "the worn workers are off"
         assert not any(worker.waits and not worker.runs for worker in workers), "a worker without a task waits"
         assert not any(worker.spare and worker.runs for worker in workers), "a worker that is to end was given a task"
 
@@ -55,6 +57,11 @@ class Crew:
     def useful_lent(self) -> int:
         """For so many lent slots there is another worker."""
         return min(MAX_LENT, self.lent)
+
+    @property
+    def settled(self) -> bool:
+        """There is one worker for each slot, and none of them is to end."""
+        return len(self.workers) == self.slots and not (self.lent or self._spares or self._worn)
 
     def deadlines(self) -> list[float]:
         if len(self.workers) < self._wanted:
@@ -83,16 +90,20 @@ class Crew:
                 continue
             if size > limit and not worker.over:
                 worker.over = f"used {_amount(size)} of the {_amount(limit)} that a worker may use"
-                worker.worn = self.changed = True
+                self._wear(worker)
                 actions.append(Kill(worker.id))
             elif size > limit * self._care.memory_soft and not worker.worn:
-                worker.worn = self.changed = True
+                self._wear(worker)
                 text = f"worker {worker.id} uses {_amount(size)} of {_amount(limit)}: it is replaced when its task has ended"
                 actions.append(Log("warning", text))
         return actions
 
     def _idle_and_worn(self) -> list[Worker]:
-        return [worker for worker in self.workers.values() if worker.is_worn and worker.state == "idle" and not worker.spare]
+        return [worker for worker in self._worn.values() if worker.state == "idle" and not worker.spare]
+
+    def _wear(self, worker: Worker) -> None:
+        worker.worn = self.changed = True
+        self._worn[worker.id] = worker
 
     def _retire(self, worker: Worker) -> Retire:
         worker.spare = True
@@ -102,6 +113,8 @@ class Crew:
     def has_done(self, worker: Worker) -> None:
         worker.done += 1
         worker.left -= 1
+        if worker.left <= 0:
+            self._worn[worker.id] = worker
         self._early_deaths = 0
 
     def bury(self, worker: Worker, now: float, *, early: bool) -> None:
@@ -111,6 +124,7 @@ class Crew:
             self._early_deaths += 1
         self._spares -= worker.spare
         del self.workers[worker.id]
+        self._worn.pop(worker.id, None)
         self.changed = True
 
     def states(self) -> list[WorkerState]:

@@ -14,6 +14,8 @@ Rules
 
 from __future__ import annotations
 
+import math
+
 from ..protocol import Input, Payload, Run, payload_bytes
 from .crew import Crew
 from .events import AgentAction, Give, TakeBack
@@ -52,15 +54,17 @@ class Giving:
     @property
     def has_plenty(self) -> bool:
         """Short tasks wait here and in every worker's pipe: nobody runs dry if answers are read a little later."""
-        return bool(self.queue) and self._depth() == MAX_BATCH and all(len(w.runs) > 1 for w in self._crew.workers.values())
+        if not self.queue.count:
+            return False
+        return self._depth() == MAX_BATCH and all(len(w.runs) > 1 for w in self._crew.workers.values())
 
     def stuck_after(self) -> float:
         return max(STUCK_AFTER_S, 3 * (self.task_s or 0.0))
 
     def stall(self, now: float) -> float:
         """For how long no worker has finished anything, if all are busy."""
-        ages = [now - worker.since for worker in self._crew.workers.values() if worker.active]
-        return min(ages) if len(ages) >= self._crew.slots else 0.0
+        since = self._since()
+        return now - max(since) if len(since) >= self._crew.slots else 0.0
 
     def prefetch(self, stall: float) -> int:
         """How many more than run are to lie here."""
@@ -69,17 +73,21 @@ class Giving:
 
     def excess(self, now: float) -> int:
         """How many of those that wait here will not start for long."""
-        if not self.queue or (stall := self.stall(now)) < 2 * LOOKAHEAD_S:
+        if not self.queue.count or (stall := self.stall(now)) < 2 * LOOKAHEAD_S:
             return 0
-        return len(self.queue) - self.prefetch(stall)
+        return self.queue.count - self.prefetch(stall)
 
-    def excess_at(self) -> list[float]:
-        """When there may be an excess: the queue is longer than what is worth prefetching at such a stall."""
-        since = [worker.since for worker in self._crew.workers.values() if worker.active]
-        if not self.queue or len(since) < self._crew.slots:
-            return []
-        stall = max(2 * LOOKAHEAD_S, self._crew.slots * LOOKAHEAD_S / len(self.queue) + 0.001)
-        return [max(since) + stall]
+    def excess_at(self) -> float:
+        """When there may be an excess: the queue, in which something waits, is longer than what is worth prefetching at such
+        a stall."""
+        since = self._since()
+        if len(since) < self._crew.slots:
+            return math.inf
+        return max(since) + max(2 * LOOKAHEAD_S, self._crew.slots * LOOKAHEAD_S / self.queue.count + 0.001)
+
+    def _since(self) -> list[float]:
+        """Since when each of those that take a slot has had its present task."""
+        return [worker.since for worker in self._crew.workers.values() if worker.active]
 
     def take_back(self, worker: Worker) -> None:
         """Whatever lies in its pipe behind the task it runs."""
@@ -89,30 +97,36 @@ class Giving:
 
     def share_the_last(self) -> None:
         """A worker has nothing to do while another has runs in its pipe: take those back and share them."""
-        workers = self._crew.workers.values()
-        if any(worker.state == "idle" and not worker.spare for worker in workers):
-            longest = max(workers, key=lambda worker: len(worker.runs))
-            if (len(longest.runs) - 1) * (self.task_s or 0.0) > BATCH_S:
-                self.take_back(longest)
+        longest = max(self._crew.workers.values(), key=_length, default=None)
+        if longest is None or (len(longest.runs) - 1) * (self.task_s or 0.0) <= BATCH_S:
+            return
+        if any(worker.state == "idle" and not worker.spare for worker in self._crew.workers.values()):
+            self.take_back(longest)
 
-    def give(self, now: float, until: float) -> None:
-        """Fill idle workers first, then all of them up to a batch. Nothing is to be begun after ``until``."""
+    def give(self, now: float, until: float) -> list[Worker]:
+        """Fill idle workers first, then all of them up to a batch. Nothing is to be begun after ``until``. Returns those
+        that may have been given something."""
         depth = self._depth()
         stuck_after = self.stuck_after()
-        fit = [worker for worker in self._crew.workers.values() if worker.fit]
-        free = max(0, self._crew.slots - sum(worker.active for worker in self._crew.workers.values()))
-        ready = [worker for worker in fit if not worker.runs][:free]
-        ready += sorted(
-            [w for w in fit if w.active and len(w.runs) < min(depth, w.left) and now - w.since < stuck_after],
-            key=lambda worker: len(worker.runs),
-        )
+        free = self._crew.slots
+        idle, others = [], []
+        for worker in self._crew.workers.values():
+            free -= worker.active
+            if not worker.fit:
+                continue
+            if not worker.runs:
+                idle.append(worker)
+            elif worker.active and len(worker.runs) < min(depth, worker.left) and now - worker.since < stuck_after:
+                others.append(worker)
+        ready = [*idle[: max(0, free)], *sorted(others, key=_length)]
         for index, worker in enumerate(ready):
-            share = -(-len(self.queue) // (len(ready) - index))
-            while self.queue and share and len(worker.runs) < min(depth, worker.left):
+            share = -(-self.queue.count // (len(ready) - index))
+            while self.queue.count and share and len(worker.runs) < min(depth, worker.left):
                 if not self._may_run(self.queue.head(), worker):
                     break
                 self._start(self.queue.pop(), worker, now, until)
                 share -= 1
+        return ready
 
     def _depth(self) -> int:
         """How many runs a worker's pipe may hold: a batch of short ones; of longer ones the next, so that the worker
@@ -150,6 +164,10 @@ class Giving:
         name = held.options.name
         run = Run(held.task, held.attempt, digest, function, held.call, fresh, env, until, name, inputs, held.options.depth)
         self._out.append(Give(worker.id, run))
+
+
+def _length(worker: Worker) -> int:
+    return len(worker.runs)
 
 
 def _is_plain(demand: Demand) -> bool:

@@ -10,17 +10,18 @@ Item = TypeVar("Item")
 
 
 class PriorityQueue(Generic[Item]):
-    """Items by key. An OrderedDict for each priority: a plain dict would scan what was deleted at its front."""
+    """Items by key; ``count`` is how many, which ``len`` says at the price of a call. An OrderedDict for each priority: a
+    plain dict would scan what was deleted at its front."""
 
-    __slots__ = ("_count", "_priorities", "_queues")
+    __slots__ = ("_priorities", "_queues", "count")
 
     def __init__(self) -> None:
         self._queues: dict[int, OrderedDict[bytes, Item]] = {}
         self._priorities: list[int] = []  # highest last
-        self._count = 0
+        self.count = 0
 
     def __len__(self) -> int:
-        return self._count
+        return self.count
 
     def __iter__(self) -> Iterator[Item]:
         for priority in reversed(self._priorities):
@@ -35,7 +36,7 @@ class PriorityQueue(Generic[Item]):
         queue[key] = item
         if first:
             queue.move_to_end(key, last=False)
-        self._count += 1
+        self.count += 1
 
     def head(self) -> Item:
         queue = self._queues[self._priorities[-1]]
@@ -57,7 +58,7 @@ class PriorityQueue(Generic[Item]):
         return item
 
     def _dropped(self, priority: int) -> None:
-        self._count -= 1
+        self.count -= 1
         if not self._queues[priority]:
             del self._queues[priority]
             self._priorities.remove(priority)

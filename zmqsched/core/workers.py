@@ -9,16 +9,18 @@ from typing import Literal
 from ..protocol import LENT, Options, Order, Payload, Shape
 from .stops import Ending
 
+REPORT_AFTER_S = 0.05  # a task that runs this long is reported as running
+
 
 class Held:
     """A task at this node. ``number``: in the order they came; ``worker`` is 0 while it waits here; ``orphan``: the session
     that ordered it is over; ``revoked``: it is not wanted any more; ``unwanted``: not here, unless it runs; ``limit_s``: how
-    long it may run. ``inputs``: whose results are its arguments, and their names among the functions; of these and its
-    own function it ``lacks`` so many."""
+    long it may run. ``inputs``: whose results are its arguments, and their names among the functions; with its own
+    function they are what it ``needs``, and of these it ``lacks`` so many."""
 
     __slots__ = (
-        "attempt", "call", "counted", "inputs", "lacks", "limit_s", "number", "options", "orphan", "reported", "revoked",
-        "shape", "task", "too_many", "unwanted", "worker",
+        "attempt", "call", "counted", "inputs", "lacks", "limit_s", "needs", "number", "options", "orphan", "reported",
+        "revoked", "shape", "task", "too_many", "unwanted", "worker",
     )  # fmt: skip
 
     def __init__(self, order: Order, shape: Shape, number: int) -> None:
@@ -30,6 +32,8 @@ class Held:
         self.call: Payload = order.call
         self.counted = False  # on a WaitGroup
         self.inputs = order.inputs
+        function = shape.function
+        self.needs = list(dict.fromkeys([function, *[name for _, name in order.inputs]])) if order.inputs else [function]
         self.lacks = 0
         self.worker = 0
         self.reported = False
@@ -38,11 +42,6 @@ class Held:
         self.unwanted = False
         self.too_many = False  # that wait for others
         self.limit_s = self.options.timeout or math.inf
-
-    @property
-    def needs(self) -> list[bytes]:
-        function = self.shape.function
-        return list(dict.fromkeys([function, *[name for _, name in self.inputs]])) if self.inputs else [function]
 
 
 class Worker:
@@ -107,6 +106,24 @@ class Worker:
     def has_nothing_else(self) -> bool:
         """Nothing lies in its pipe behind the task it runs, if it runs one: what its ending waits for."""
         return len(self.runs) <= 1 and not self.taking_back
+
+    @property
+    def first(self) -> Held:
+        """What it runs; there is something."""
+        return next(iter(self.runs.values()))
+
+    def due(self, stuck_after: float) -> float:
+        """When something is to be done about what it has, unless it answers before: its task is at its end, or its limit; it
+        is to be reported as running; or what has lain behind it for ``stuck_after`` is to be taken back."""
+        at = self.ending.at if self.ending is not None and self.has_nothing_else else math.inf
+        if not self.runs:
+            return at
+        first = self.first
+        if len(self.runs) > 1 and not self.taking_back:
+            at = min(at, self.since + stuck_after)
+        if not first.reported:
+            at = min(at, self.since + REPORT_AFTER_S)
+        return at if self.ending is not None else min(at, self.since + first.limit_s)
 
     @property
     def booked(self) -> list[tuple[str, float]]:
