@@ -62,6 +62,12 @@ class TestRuntimeDir:
         assert config.runtime_dir() == runtime
         assert mode(runtime) == 0o700
 
+    def test_and_so_is_what_it_lies_in_if_that_is_not_there(self, tmp_path):
+        """What jobs and ranks need lies in the directory of journals, and may be the first there."""
+        config.make_private(tmp_path / "state" / "jobs")
+        config.make_private(tmp_path / "state")
+        assert mode(tmp_path / "state") == mode(tmp_path / "state" / "jobs") == 0o700
+
     def test_falls_back_to_the_session_and_then_to_tmp(self, tmp_path, monkeypatch):
         monkeypatch.delenv("ZMQSCHED_DIR")
         monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))

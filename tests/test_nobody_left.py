@@ -1,5 +1,6 @@
 """Any of our processes are killed outright, in any order; whoever started the cluster is the last of them at the latest.
-Within ten seconds none of our processes runs, and none that a task has started, whatever it did to be on its own.
+Within ten seconds, or half a minute on a machine that does other things too, none of our processes runs, and none that a
+task has started, whatever it did to be on its own.
 
 Node and nursery watch each other. Where both are to die, the second dies only when the first was seen to be dead: killed
 within the same few milliseconds, nobody is left who knows what their tasks have started.
@@ -26,8 +27,7 @@ from conftest import Home, alive, eventually
 
 from zmqsched.config import CONNECTION_FILE
 
-WITHIN_S = 10.0
-START_WITHIN_S = 40.0
+WITHIN_S = 30.0
 GUARDS = {"node", "nursery"}
 VICTIMS = ("client", "broker", "node", "launcher", "nursery", "worker")
 ORDERS = [order for number in (2, 3) for order in itertools.permutations(VICTIMS, number)]
@@ -81,7 +81,7 @@ class Doomed:
         assert first.stdout is not None
         first.stdout.readline()
         client = self._start(["-c", CLIENT, str(path)])
-        eventually(path.exists, START_WITHIN_S)
+        eventually(path.exists)
         worker, *self.family = json.loads(path.read_text())
         nursery = psutil.Process(worker).ppid()
         self.pids = {
@@ -134,7 +134,7 @@ def cluster() -> Iterator[Doomed]:
 @pytest.mark.parametrize(("launcher", "order"), CASES if os.environ.get("LONG") else Random(0).sample(CASES, SOME))
 def test_nobody_is_left(cluster: Doomed, tmp_path: Path, launcher: str, order: tuple[str, ...]):
     cluster.begin(launcher, tmp_path / "family")
-    assert len(cluster.living()) == 8
+    eventually(lambda: len(cluster.living()) == 8)
     cluster.kill(*order, *(["launcher"] if "launcher" not in order else []))
     with contextlib.suppress(AssertionError):
         eventually(lambda: not cluster.living(), WITHIN_S)

@@ -177,7 +177,7 @@ def test_an_end_is_seen_though_somebody_else_holds_the_pipes_open(children: Chil
         eventually(lambda: state(children) == "ended")
         assert children.poll()[0].why.startswith("exit code 4")
     finally:
-        os.kill(int(tail_of(tmp_path / "a.log")), 9)
+        os.kill(int(eventually(lambda: tail_of(tmp_path / "a.log"))), 9)
 
 
 def test_news_of_children_wake_who_waits(tmp_path):

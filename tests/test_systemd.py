@@ -96,7 +96,7 @@ def test_the_node_joins_with_its_file_and_drains_when_it_is_told_to_end(home: Ho
         with started(NODE, **{"%h": tmp_path}) as node, Client() as client:
             eventually(lambda: len([one for one in client.nodes() if one.state == "alive"]) == 2)
             end(node, NODE)
-            assert [one.state for one in client.nodes() if one.pid == node.pid] == ["gone"]
+            eventually(lambda: [one.state for one in client.nodes() if one.pid == node.pid] == ["gone"])
         assert find_cluster().name == "default"
         end(process, CLUSTER)
 

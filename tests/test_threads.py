@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from conftest import eventually
 
 from zmqsched import Client, LocalCluster
 from zmqsched.config import CONNECTION_FILE, cluster_dir
@@ -38,6 +39,7 @@ def test_a_node_started_by_hand_divides_what_its_host_has():
         command = [sys.executable, "-m", "zmqsched", "node", "--connect", file, "-n", "2", "--tag", "by-hand"]
         with subprocess.Popen(command) as node:
             try:
+                eventually(lambda: len(client.nodes()) == 2)  # what no node can run fails after a while
                 set_there = client.options(tags=["by-hand"]).submit(os.getenv, "OMP_NUM_THREADS").result(timeout=60)
             finally:
                 node.terminate()

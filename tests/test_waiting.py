@@ -76,9 +76,7 @@ class Interrupter:
         signal.signal(signal.SIGINT, self._before)
 
     def _run(self) -> None:
-        until = time.monotonic() + 10
-        while not any(f._waiters or f._condition._waiters for f in self._futures) and time.monotonic() < until:
-            time.sleep(0.001)
+        eventually(lambda: any(f._waiters or f._condition._waiters for f in self._futures))
         signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
 
 
@@ -147,12 +145,12 @@ def test_as_completed_in_time(owner):
 
 
 def test_as_completeds_timeout_counts_from_the_call(owner):
-    completed = zmqsched.as_completed(owner.futures("a"), timeout=0.05)
-    time.sleep(0.06)
+    completed = zmqsched.as_completed(owner.futures("a"), timeout=1)
+    time.sleep(1)
     began = time.monotonic()
     with pytest.raises(TimeoutError):
         next(completed)
-    assert time.monotonic() - began < 0.04
+    assert time.monotonic() - began < 0.9
 
 
 @pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf")])
@@ -353,7 +351,7 @@ def test_of_two_that_ask_one_unpickles_and_the_other_waits_as_long_as_it_may(own
         with pytest.raises(TimeoutError):
             future.result(timeout=0.01)
         assert future.done()
-        second = threads.submit(future.result, 10)
+        second = threads.submit(future.result, 60)
         go_on.set()
         assert (first.result(), second.result(), len(times)) == (7, 7, 1)
 
@@ -425,10 +423,7 @@ def test_callbacks_that_block_take_a_thread_each_and_it_ends(owner):
         future.add_done_callback(seen.append)
     for future in futures:
         owner.answer(future, 1)
-    until = time.monotonic() + 10
-    while len(seen) < 4 and time.monotonic() < until:
-        time.sleep(0.005)
-    assert seen == futures[4:]
+    eventually(lambda: seen == futures[4:])
     threads = set(owner._callbacks._threads)
     assert 4 <= len(threads) <= 9
     release.set()

@@ -149,8 +149,10 @@ def _not_made(directory: Path, error: OSError) -> str:
 
 
 def _make_private(directory: Path) -> None:
-    with contextlib.suppress(FileExistsError):
-        directory.mkdir(mode=0o700, parents=True)
+    for each in (*reversed(directory.parents), directory):  # those that `parents=True` makes are open to others
+        if not os.path.lexists(each):
+            with contextlib.suppress(FileExistsError):
+                each.mkdir(mode=0o700)
     found = directory.lstat()
     # /tmp is everyone's: another user may have put a directory or a link of this name there first.
     if stat.S_ISLNK(found.st_mode):

@@ -192,7 +192,7 @@ def test_an_error_keeps_its_type_and_ends_the_rest(on_cluster, tmp_path, idle):
         joblib.Parallel(pre_dispatch="all", batch_size=1)(joblib.delayed(fail)(number) for number in (3, 0))
     assert "in fail" in told(caught.value)
     idle()
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 50
 
 
 def test_a_call_over_its_time_ends_and_frees_the_workers(on_cluster, idle):

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 
 import psutil
 import pytest
-from conftest import Home, eventually
+from conftest import Home, alive, eventually
 
 from zmqsched import Client
 from zmqsched.config import find_cluster
@@ -47,7 +47,7 @@ def work(client: Client) -> None:
 
 
 def nobody(pids: list[int]) -> bool:
-    return not any(psutil.pid_exists(pid) for pid in pids)
+    return not any(map(alive, pids))
 
 
 def test_up_work_down_again_and_again(home: Home):

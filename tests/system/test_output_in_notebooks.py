@@ -44,7 +44,7 @@ def run(kernel, code: str) -> str:
 def printed(kernel, until: str) -> dict[tuple[str, str], str]:
     """What was printed, by cell and stream, up to this text."""
     found: dict[tuple[str, str], str] = {}
-    end = time.monotonic() + 20
+    end = time.monotonic() + 60
     while not any(until in text for text in found.values()):
         try:
             message = kernel.get_iopub_msg(timeout=max(0.0, end - time.monotonic()))

@@ -358,9 +358,21 @@ def test_srun_makes_a_cluster_of_all_its_ranks_for_one_script(slurm, tmp_path, h
     assert not shared_dir("ranks").exists()
 
 
+UP = """
+    import time
+    from zmqsched import Client
+
+    with Client() as client:
+        while len(client.nodes()) < 2:  # a rank that has not joined yet would wait for the first for a minute
+            time.sleep(0.01)
+        print("up", flush=True)
+        time.sleep(1000)
+"""
+
+
 def test_when_the_first_rank_of_srun_is_killed_nothing_is_left(slurm, tmp_path):
     script = tmp_path / "script.py"
-    script.write_text("import time; print('up', flush=True); time.sleep(100)")
+    script.write_text(textwrap.dedent(UP))
     words = ["srun", "--mpi=none", "--nodes=2", "--kill-on-bad-exit=0", sys.executable, "-m", "zmqsched", "run", script]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as srun:
         assert srun.stdout.readline() == "up\n"
@@ -377,7 +389,7 @@ def test_a_slurm_cluster_says_why_its_nodes_are_not_there_and_scales_when_they_a
     slurm("scontrol", "update", "PartitionName=short", "State=DOWN")
     with SlurmCluster(nodes=1, slots=1, time="10m", array=True, listen="127.0.0.1") as cluster:
         with pytest.raises(TimeoutError, match=r"0 of 1 nodes .*\n  slurm-1 \(Slurm job \d+\) pending: PD: PartitionDown"):
-            cluster.wait_for_nodes(1, timeout=5)
+            cluster.wait_for_nodes(1, timeout=10)
         slurm("scontrol", "update", "PartitionName=short", "State=UP")
         cluster.wait_for_nodes(1, timeout=JOIN_S)
         with Client(cluster) as client:

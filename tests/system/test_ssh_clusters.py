@@ -46,6 +46,11 @@ def spin(seconds: float) -> str:
     return os.uname().nodename
 
 
+def work(client: Client) -> set[str]:
+    """Where it is done."""
+    return set(client.map(spin, [0.2] * 12))
+
+
 def nested() -> int:
     from zmqsched import get_client
 
@@ -59,22 +64,20 @@ def assert_nothing_left(hosts: Hosts) -> None:
 
 def test_a_cluster_of_three_hosts(hosts, clusters):
     """Its nodes have the key of a node, which their tasks' clients can use, too."""
-    began = time.monotonic()
     options = ("-F", str(hosts.config))
     cluster = SSHCluster(NAMES, slots=1, python=sys.executable, ssh_options=options, listen=HERE)
     with cluster, Client(cluster) as client:
-        assert time.monotonic() - began < 30  # as many as 5 when nothing else goes on
         assert [(one.label, one.state, one.where) for one in cluster.nodes()] == [
             (f"ssh-{number}", "running", name) for number, name in enumerate(NAMES, 1)
         ]
         assert cluster._fleet._site.file.role == "node"
         assert client.submit(nested).result(timeout=60) == 6
-        assert set(client.map(spin, [0.2] * 12)) == set(NAMES)
+        eventually(lambda: work(client) == set(NAMES))
         cluster.scale("ssh", 1)
         eventually(lambda: sum(bool(host.processes()) for host in hosts.hosts) == 1)
         cluster.scale("ssh", 4)
-        cluster.wait_for_nodes(4, 40)
-        assert set(client.map(spin, [0.2] * 12)) == set(NAMES)
+        cluster.wait_for_nodes(4, 60)
+        eventually(lambda: work(client) == set(NAMES))
     assert_nothing_left(hosts)
 
 
@@ -84,7 +87,7 @@ def test_hosts_that_fail_are_told_of_and_the_others_go_on(hosts, clusters):
         (failure,) = cluster.failures
         assert failure.label == "g-2"
         assert "REMOTE HOST IDENTIFICATION HAS CHANGED" in failure.why
-        assert set(client.map(spin, [0.2] * 8)) == {"alpha", "gamma"}
+        eventually(lambda: work(client) == {"alpha", "gamma"})
 
 
 def test_a_cluster_of_which_no_host_can_be_used(hosts, clusters):
@@ -106,7 +109,7 @@ def test_a_host_that_is_cut_off_and_comes_back_while_tasks_run(way, hosts, clust
         eventually(lambda: futures[10].done())
         with hosts.hosts[0].cut_off():
             eventually(lambda: "lost" in {node.state for node in client.nodes()})
-            eventually(lambda: sum(future.done() for future in futures) > 100, 60)
+            eventually(lambda: sum(future.done() for future in futures) > 100)
         eventually(lambda: sum(node.state == "alive" for node in client.nodes()) == 2)
         futures += [client.submit(spin, 0.1) for _ in range(20)]
         assert {future.result(timeout=90) for future in futures} == {"alpha", "beta"}
@@ -179,7 +182,7 @@ def test_up_with_hosts_and_down(hosts, clusters: Home, tmp_path, monkeypatch):
     try:
         with Client("lab") as client:
             assert {(node.label, node.slots) for node in client.nodes()} == {("ssh-1", 2), ("ssh-2", 2)}
-            assert set(client.map(spin, [0.2] * 12)) == {"alpha", "beta"}
+            eventually(lambda: work(client) == {"alpha", "beta"})
     finally:
         subprocess.run([*zmqsched, "down", "lab"], check=True, timeout=60, capture_output=True)
     assert_nothing_left(hosts)
@@ -189,7 +192,7 @@ def test_up_with_hosts_and_down(hosts, clusters: Home, tmp_path, monkeypatch):
 def test_a_host_that_is_away_when_the_cluster_ends_is_named(hosts, clusters, caplog):
     """What runs there ends by itself: at the latest when it has not heard of the broker for a minute."""
     with Cluster(wanted(hosts, "alpha", "beta")) as cluster, Client(cluster) as client:
-        assert set(client.map(spin, [0.2] * 8)) == {"alpha", "beta"}
+        eventually(lambda: work(client) == {"alpha", "beta"})
         hosts.hosts[0].cable("down")
     try:
         assert "nodes may be left on alpha (ssh: connect to host" in caplog.text
