@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pathlib
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -304,6 +305,52 @@ def test_a_child_forked_by_a_task_does_not_answer_for_it(wired):
 
     assert wired.value(forks) == "parent"
     assert wired.value(lambda: "next") == "next"
+
+
+def terminates(result=None):
+    os.kill(os.getpid(), signal.SIGTERM)
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def test_sigterm_waits_for_the_task_then_ends_the_worker(wired):
+    assert wired.value(terminates, 7) == 7
+    assert wired.death() == "killed by SIGTERM"
+
+
+def test_what_fails_after_sigterm_is_not_answered(wired):
+    wired.send(terminates, ValueError("the command that I ran was killed"))
+    assert wired.death() == "killed by SIGTERM"
+    with pytest.raises(BlockingIOError):
+        wired.pipe.receive(wait=False)
+
+
+def test_an_idle_worker_ends_at_sigterm(wired):
+    os.kill(wired.value(os.getpid), signal.SIGTERM)
+    assert wired.death() == "killed by SIGTERM"
+
+
+def test_a_task_may_have_a_handler_of_sigterm_of_its_own(wired):
+    def handles():
+        came = []
+        signal.signal(signal.SIGTERM, lambda number, _: came.append(number))
+        terminates()
+        return came
+
+    assert wired.value(handles) == [signal.SIGTERM]
+    assert wired.value(abs, -1) == 1
+
+
+def test_a_child_forked_by_a_task_ends_at_sigterm_whatever_it_does(wired):
+    def forks():
+        if (pid := os.fork()) == 0:
+            terminates()
+            os._exit(1)
+        return os.WTERMSIG(os.waitpid(pid, 0)[1])
+
+    assert wired.value(forks) == signal.SIGTERM
+    assert wired.value(lambda: signal.getsignal(signal.SIGTERM) != signal.SIG_DFL)
 
 
 def test_a_task_that_closes_the_pipe_ends_the_worker_with_70(wired):

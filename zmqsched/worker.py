@@ -9,6 +9,8 @@ Rules
 * Whatever a task raises is its answer: SystemExit and KeyboardInterrupt too. Only losing the pipe ends a worker.
 * SIGINT raises KeyboardInterrupt in code of the task's, and nowhere else: a worker that is between two tasks ignores it, and
   so does one that imports a module. The node is told that it came, in any case.
+* SIGTERM waits for the task, then ends the worker: a batch system sends it to every process of a job, and what can still end
+  there the node decides. A task that fails after it, perhaps since its own children had it too, is not answered.
 * A function is kept by its digest, pickled if it could not be loaded, so that a later Run may try again.
 * A crash in a task's native code leaves a stack (``blackbox.py``); a task cannot switch that off for the next.
 * A task's working directory and standard streams are its own: what it leaves is put back (``surroundings.py``).
@@ -106,8 +108,9 @@ def run_worker(pipe: Pipe, stack: int, voice: Voice) -> None:
     functions = _Functions()
     surroundings = Surroundings()
     interrupts = _Interrupts(pipe, now)
+    terminations = _Terminations()
     know_place(_Place(functions, now))
-    before = signal.signal(signal.SIGINT, interrupts)
+    before = signal.signal(signal.SIGINT, interrupts), signal.signal(signal.SIGTERM, terminations)
     try:
         while (frames := pipe.receive()) is not None:
             message = decode_pipe(frames)
@@ -119,8 +122,15 @@ def run_worker(pipe: Pipe, stack: int, voice: Voice) -> None:
                 continue
             if not faulthandler.is_enabled():
                 faulthandler.enable(stack)
-            pipe.send(encode_pipe(_attempt(message, functions, interrupts, now)))
+            terminations.wait = True
+            done = _attempt(message, functions, interrupts, now)
+            if terminations.came and not done.ok:
+                terminations.die()
+            pipe.send(encode_pipe(done))
             surroundings.restore()
+            terminations.wait = False
+            if terminations.came:
+                terminations.die()
     except BrokenPipeError:
         return
     except OSError as error:
@@ -128,7 +138,8 @@ def run_worker(pipe: Pipe, stack: int, voice: Voice) -> None:
             os.write(2, f"zmqsched worker {os.getpid()}: a task closed what this worker needs ({error})\n".encode())
         raise SystemExit(EXIT_PIPE_LOST) from error
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, before[0])
+        signal.signal(signal.SIGTERM, before[1])
         _pipe = _now = None
 
 
@@ -204,6 +215,29 @@ class _Interrupts:
             self._now.cancelled = True
             if not _imports(frame):
                 raise KeyboardInterrupt
+
+
+class _Terminations:
+    """The handler of SIGTERM. ``wait``: a task runs; ``came``: meanwhile."""
+
+    def __init__(self) -> None:
+        self.wait = False
+        self.came = False
+        os.register_at_fork(after_in_child=self._leave_child)
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self.came = True
+        if not self.wait:
+            self.die()
+
+    def die(self) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def _leave_child(self) -> None:
+        """A child that the task has forked ends at once, whatever it is doing."""
+        if signal.getsignal(signal.SIGTERM) is self:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _imports(frame: FrameType | None) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from zmqsched.core.agent import LEASE_S, REPORT_AFTER_S
+from zmqsched.core.agent import HEARD_S, LEASE_S, REPORT_AFTER_S
 from zmqsched.core.crew import RESTART_BACKOFF_S
 from zmqsched.core.events import Born, Exited
 from zmqsched.core.giving import BATCH_S, MAX_BATCH, STUCK_AFTER_S
@@ -669,16 +669,32 @@ def test_a_node_that_is_told_to_stop_does_not_wait():
 
 
 @pytest.mark.parametrize(("leaves", "how", "blamed"), [
-    (True, "killed by SIGTERM", False), (True, "killed by SIGSEGV", True), (False, "killed by SIGTERM", True),
+    ("before", "killed by SIGTERM", False), ("after", "killed by SIGTERM", False), ("never", "killed by SIGTERM", True),
+    ("before", "killed by SIGSEGV", True), ("after", "killed by SIGSEGV", True),
 ])  # fmt: skip
 def test_who_is_ended_with_its_node_is_not_blamed(leaves, how, blamed):
+    """Whoever of them is told first."""
     place = Workplace()
     place.broker_orders("a")
-    if leaves:
+    if leaves == "before":
         place.leaves(drain=True)
     place.dies(1, how)
+    if leaves == "after":
+        place.passes(HEARD_S / 2)
+        place.leaves(drain=True)
+    place.passes(2 * HEARD_S)
     (death,) = place.deaths
     assert (death.task, death.blamed) == (task_id("a"), blamed)
+
+
+def test_who_is_ended_before_a_session_is_over_is_not_reported_in_the_next():
+    place = Workplace()
+    place.broker_orders("a")
+    place.dies(1, "killed by SIGTERM")
+    place.broker_forgets()
+    place.broker_welcomes()
+    place.passes(2 * HEARD_S)
+    assert place.deaths == []
 
 
 def test_a_draining_node_that_was_given_up_says_so_again():

@@ -52,10 +52,13 @@ AccountingStorageType=accounting_storage/none
 SlurmdParameters=config_overrides
 MpiDefault=none
 MailProg=/bin/true
-KillWait=5
+KillWait=10
 NodeName={hosts[0]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs={cpus} RealMemory=1000
 NodeName={hosts[1]} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs={cpus} RealMemory=1000
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 PartitionName=short Nodes=ALL Default=YES MaxTime=60 State=UP
+PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=10 State=UP
 """
 
 

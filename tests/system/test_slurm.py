@@ -238,12 +238,10 @@ def test_a_job_that_somebody_else_cancels_is_told_and_its_tasks_run_elsewhere(sl
     assert [future.result(timeout=60) for future in held] == ["0", "1"]
 
 
-def test_a_requeued_job_comes_back_as_a_new_node_of_its_label(slurm, site, client, launcher, gate):
-    many = launcher("many", tags=("of-slurm",))
+def test_a_requeued_job_comes_back_as_a_new_node_of_its_label(slurm, site, client, launcher):
+    many = launcher("many")
     many.start(["many-1"])
     before = joined(client, "many-1")
-    held = client.options(tags=["of-slurm"]).submit(gate.task, "held")
-    gate.wait_until_begun()
     (job,) = slurm.jobs()
     slurm("scontrol", "requeue", job)
     eventually(lambda: slurm.jobs().get(job) == "PENDING")
@@ -252,9 +250,64 @@ def test_a_requeued_job_comes_back_as_a_new_node_of_its_label(slurm, site, clien
     eventually(lambda: (now := nodes(client)) and now != before, JOIN_S)
     assert nodes(client).keys() == {"many-1"}
     assert launched(many, "many-1").state == "running"
-    gate.wait_until_begun(2)
+
+
+def dies_of_sigterm(directory: str) -> None:
+    """Says in which job it runs, and waits for a file."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    number = len(os.listdir(directory))
+    Path(directory, "new").write_text(os.environ["SLURM_ARRAY_JOB_ID"] + "_" + os.environ["SLURM_ARRAY_TASK_ID"])
+    os.rename(f"{directory}/new", f"{directory}/{number}")
+    while not Path(directory, "open").exists():
+        time.sleep(0.01)
+
+
+def test_however_often_slurm_ends_its_job_a_task_is_neither_lost_nor_charged(slurm, site, client, launcher, gate, tmp_path):
+    there = tmp_path / "there"
+    there.mkdir()
+    here = client.submit(gate.task)  # so that nothing else runs on the node that is here
+    gate.wait_until_begun()
+    labels = [f"many-{number}" for number in range(4)]
+    many = launcher("many", array=True)
+    many.start(labels)
+    before = joined(client, *labels)
+    held = client.submit(dies_of_sigterm, str(there))
+    hit = []
+    for number, ended_by in enumerate(("cancelled", "requeued", "cancelled", "preempted")):
+        eventually((there / str(number)).exists, JOIN_S)
+        hit.append((there / str(number)).read_text())
+        match ended_by:
+            case "cancelled":
+                slurm("scancel", hit[-1])
+            case "requeued":
+                slurm("scontrol", "requeue", hit[-1])
+            case "preempted":
+                slurm("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
+    assert len(set(hit)) == 4
+    eventually(lambda: slurm.jobs() == {hit[1]: "PENDING", hit[3]: "PENDING"}, JOIN_S)
+    for job in slurm.jobs():
+        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+    eventually((there / "4").exists, JOIN_S)
+    assert not nodes(client).items() & before.items(), "those that come back are new nodes"
+    (there / "open").touch()
     gate.open()
-    assert held.result(timeout=60) == "held"
+    assert (held.result(timeout=60), here.result(timeout=30)) == (None, None)
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_what_can_end_between_slurms_sigterm_and_its_sigkill_ends_there(slurm, site, client, launcher, gate, array):
+    many = launcher("many", array=array, tags=("of-slurm",))
+    labels = [f"{array}-1", f"{array}-2"]  # no others were called so
+    many.start(labels)
+    joined(client, *labels)
+    held = [client.options(tags=["of-slurm"]).submit(gate.task, number) for number in range(2)]
+    gate.wait_until_begun(2)
+    slurm("scancel", *slurm.jobs())
+    eventually(lambda: {node.state for node in started(client) if node.label in labels} == {"draining"})
+    gate.open()
+    assert [future.result(timeout=30) for future in held] == [0, 1]
+    assert gate.begun() == 2
+    eventually(lambda: slurm.jobs() == {}, 30)
 
 
 def test_commands_that_are_not_there_are_named(site, launcher, monkeypatch):

@@ -119,6 +119,7 @@ SILENT_AFTER_S = 5.0
 DRAIN_BEFORE_S = 5.0  # a node that will be ended
 TERM_GRACE_S = 20.0  # what a batch system leaves between SIGTERM and SIGKILL, or more
 TERMINATED = "killed by SIGTERM"  # as the nursery says it
+HEARD_S = 1.0  # how much sooner than a node its workers may have a signal that was sent to all
 PARTING_S = 2.0  # how long a drained node waits for its last results to be acknowledged
 
 _USUAL = (Tick, Said, Reached, Printed)
@@ -152,6 +153,7 @@ class Agent:
         self._lacking: dict[bytes, list[Held]] = {}  # tasks whose function or input is on its way, by its name
         self._orphans = 0
         self._reports = Reports(self._uplink, hello.credit)
+        self._terminated: list[tuple[float, Death, Held]] = []  # not reported yet; until when, in their order
         self._beat_interval_s = BEAT_INTERVAL_S
         self._beats = 0
         self._beat_at = 0.0
@@ -321,6 +323,9 @@ class Agent:
                 self._orphans += not held.orphan
                 held.orphan = True
             self._giving.take_back(worker)
+        for _, _, held in self._terminated:
+            self._reports.no_longer_counts(held)
+        self._terminated.clear()
         self._reports.session_over()
         running = [next(iter(worker.runs.values())) for worker in self._workers.values() if worker.runs]
         self._uplink.hold([Attempt(held.task, held.attempt) for held in running])
@@ -516,11 +521,12 @@ class Agent:
             while worker.runs:  # one, unless a task read from its worker's pipe
                 running = worker.runs.popitem(last=False)[1]
                 ran_s = max(0.0, now - worker.since)
-                # A batch system that ends a job tells so each process of it: the node leaves, and its workers die.
-                blamed = not (self._leaving and how == TERMINATED)
-                death = Death(worker.id, pid, how, running.task, running.attempt, ran_s, remains, blamed)
-                self._reports.deaths.append(death)
-                self._reports.no_longer_counts(running)
+                death = Death(worker.id, pid, how, running.task, running.attempt, ran_s, remains)
+                if how == TERMINATED:
+                    self._terminated.append((now + HEARD_S, death, running))
+                else:
+                    self._reports.deaths.append(death)
+                    self._reports.no_longer_counts(running)
                 self._forget(running)
             self._idle(worker, now)
         elif not (worker.spare or worker.over):
@@ -603,7 +609,9 @@ class Agent:
         self._notice_silence(now)
         if now >= self._drain_at:
             self._leave(drain=True, reason="its time here is over", by=self._leaves_at)
-        self._look_at = min(self._beat_at, self._drain_at, *self._crew.deadlines())
+        self._report_terminated(now)
+        waits = [until for until, _, _ in self._terminated[:1]]
+        self._look_at = min(self._beat_at, self._drain_at, *self._crew.deadlines(), *waits)
         for worker in self._workers.values():
             self._expect(worker)
 
@@ -651,6 +659,14 @@ class Agent:
         self._reports.returned.extend(Attempt(held.task, held.attempt) for held in reversed(last))
         for held in last:
             self._forget(held)
+
+    def _report_terminated(self, now: float) -> None:
+        """A batch system that ends a job sends SIGTERM to each process of it: then the node leaves too, and no task is to
+        blame."""
+        while self._terminated and (self._leaving or now >= self._terminated[0][0]):
+            _, death, held = self._terminated.pop(0)
+            self._reports.deaths.append(replace(death, blamed=not self._leaving))
+            self._reports.no_longer_counts(held)
 
     def _wanted_credit(self, now: float) -> int:
         room = max(0, self._crew.slots - self._orphans + self._crew.useful_lent)
