@@ -254,8 +254,8 @@ class Broker:
         why = ""
         for action in actions:
             match action:
-                case Send(peer, envelope):
-                    if (refusal := self._send(peer, envelope)) is not None:
+                case Send():
+                    if (refusal := self._send(action.peer, action.envelope)) is not None:
                         self._core.handle(refusal, now)
                 case Publish(fact):
                     for offence in self._facts.publish(fact):

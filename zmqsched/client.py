@@ -605,8 +605,8 @@ class Client(Shown, Tasks):
     def _perform(self, actions: list[ClientAction]) -> None:
         for action in actions:
             match action:
-                case events.ToBroker(envelope):
-                    self._send(envelope)
+                case events.ToBroker():
+                    self._send(action.envelope)
                 case events.Finished(finals):
                     self._settle_screen()
                     for final in finals:

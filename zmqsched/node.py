@@ -188,10 +188,10 @@ class Node:
 
     def _act(self, action: AgentAction) -> None:
         match action:
-            case events.Give(worker, run):
-                self._give(worker, run)
-            case events.ToBroker(envelope):
-                self._send(envelope)
+            case events.Give():
+                self._give(action.worker, action.run)
+            case events.ToBroker():
+                self._send(action.envelope)
             case events.TakeBack(worker):
                 self._step(events.TakenBack(worker, self._untaken(worker)))
             case events.AskStack(worker):

@@ -53,7 +53,7 @@ def test_closures_that_differ_are_submitted_in_readable_pieces(code: Payload):
     desk = Desk()
     number = MANY // 10 if isinstance(code, list) else MANY
     tasks = [Asked(numbered(n), Shape(numbered(n)), b"call") for n in range(number)]
-    desk.step(Ask(tasks, {shape.function: code for _, shape, *_ in tasks}))
+    desk.step(Ask(tasks, {each.shape.function: code for each in tasks}))
     desk.turn()
     submits = desk.all(Submit)
     assert sum(len(message.tasks) for message in submits) == number

@@ -175,10 +175,10 @@ class Agent:
         if not isinstance(event, _USUAL):
             self._look_at = 0.0
         match event:
-            case Said(worker, message):
-                self._said(worker, message, now)
-            case Reached(envelope):
-                if (received := self._uplink.receive(envelope, now)) is not None:
+            case Said():
+                self._said(event.worker, event.message, now)
+            case Reached():
+                if (received := self._uplink.receive(event.envelope, now)) is not None:
                     self._message(received, now)
             case Reconnected():
                 self._uplink.reconnected()
@@ -504,7 +504,7 @@ class Agent:
             self._idle(worker, now)
 
     def _exited(self, worker: Worker, exited: Exited, now: float) -> None:
-        _, pid, how, untaken, remains = exited
+        pid, how, untaken, remains = exited.pid, exited.how, exited.untaken, exited.remains
         how = worker.over or how
         early = False
         self._reclaim(worker, now)

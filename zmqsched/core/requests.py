@@ -157,9 +157,9 @@ class Requests:
         match event:
             case Ask(tasks, functions, values):
                 self._ask(tasks, functions, values)
-            case Reached(envelope):
+            case Reached():
                 if not self._ended:
-                    self._reached(envelope, now)
+                    self._reached(event.envelope, now)
             case Reconnected():
                 self._uplink.reconnected()
             case Tick():
@@ -544,10 +544,10 @@ class Requests:
         shapes: dict[Shape, int] = {}  # of many tasks there are few
 
         def size(entry: Asked) -> int:
-            _, shape, call, needs = entry
+            shape = entry.shape
             if (taken := shapes.get(shape)) is None:
                 taken = shapes[shape] = shape_bytes(shape)
-            taken += wire_bytes(call) + 20 * len(needs)
+            taken += wire_bytes(entry.call) + 20 * len(entry.inputs)
             if shape.function not in self._sent and shape.function not in named:
                 named.add(shape.function)
                 taken += wire_bytes(self._functions[shape.function])
@@ -557,7 +557,7 @@ class Requests:
 
     def _submission(self, tasks: list[Asked]) -> Submit:
         index: dict[Shape, int] = {}
-        specs = [TaskSpec(task, index.setdefault(shape, len(index)), call, needs) for task, shape, call, needs in tasks]
+        specs = [TaskSpec(each.task, index.setdefault(each.shape, len(index)), each.call, each.inputs) for each in tasks]
         new = {shape.function for shape in index} - self._sent
         self._sent |= new
         return Submit(list(index), specs, [Function(digest, self._functions[digest]) for digest in sorted(new)])

@@ -145,8 +145,8 @@ class Scheduler:
     def handle(self, event: SchedulerEvent, now: float) -> list[SchedulerAction]:
         self.book.now = now
         match event:
-            case Arrived(peer, user, envelope):
-                self._arrived(peer, user, envelope, now)
+            case Arrived():
+                self._arrived(event.peer, event.user, event.envelope, now)
             case Tick():
                 self._tick(now)
             case BeatArrived(beat):
