@@ -93,6 +93,7 @@ def test_scale_and_wait(lab):
 
 def test_adapt(lab):
     assert lab.call("adapt", "b=1:2").startswith("group b of cluster lab: 1 to 2 nodes from now on (now: ")
+    assert lab.call("scale", "b=1").startswith("group b of cluster lab: 1 node from now on (now: ")
     assert lab.call("wait", "3") == "3 nodes there\n"
     assert set(states(lab)) == {"a-1", "a-2", "b-1"}
     assert lab.ask("adapt", "b=0:1")["max"] == 1
@@ -100,7 +101,7 @@ def test_adapt(lab):
 
 def test_what_the_cluster_has_not(lab):
     says = {
-        "wait 3 --timeout 0.3": "zmqsched: 2 of 3 nodes are there after 0.3 s\n",
+        "wait 3 --timeout 0.3": "zmqsched: 2 of 3 nodes there after 0.3 s\n",
         "scale c=3": "there is no group of nodes 'c'; there are a, b",
         "scale a=10001": "n is a number of nodes from 0 to 10000, not 10001",
         "adapt a=3:2": "max is a number of nodes from 3 to 10000, not 2",
@@ -129,7 +130,7 @@ def test_a_cluster_whose_nodes_nobody_holds(home):
     with home.start("broker", "--name", "alone", "--ready-fd=1", until="pid") as broker:
         for command in ("scale a=1 alone", "adapt a=1:2 alone", "logs --name alone"):
             assert "no process on this host holds its nodes" in home.fails(*command.split())
-        assert home.fails("wait", "1", "alone", "--timeout", "0.2") == "zmqsched: 0 of 1 nodes are there after 0.2 s\n"
+        assert home.fails("wait", "1", "alone", "--timeout", "0.2") == "zmqsched: 0 of 1 node there after 0.2 s\n"
         broker.end(signal.SIGTERM)
 
 

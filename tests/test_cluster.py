@@ -19,7 +19,7 @@ from typing import ClassVar
 
 import psutil
 import pytest
-from conftest import Gate, Home, alive, eventually
+from conftest import Gate, Home, alive, children, eventually
 
 from zmqsched import Client, Cluster, SlurmCluster, SSHCluster, control
 from zmqsched.clusterfile import BatchPart, BrokerPart, ClusterFile, HeartbeatPart, NodeGroup, Scale, TasksPart
@@ -218,16 +218,16 @@ def test_a_name_is_one_clusters(clusters: Home):
 
 def test_a_cluster_that_nobody_has_any_more_ends_by_itself(clusters: Home):
     cluster = Cluster(wanted(local()))
-    pids = [cluster.broker_pid, *(node.pid for node in clusters_nodes(cluster))]
+    pids = [cluster.broker_pid, *(node.pid for node in clusters_nodes())]
     del cluster
     gc.collect()
     eventually(lambda: not any(alive(pid) for pid in pids))
     clusters.assert_nothing_left()
 
 
-def clusters_nodes(cluster: Cluster) -> list[psutil.Process]:
-    broker = psutil.Process(cluster.broker_pid)
-    return [child for child in psutil.Process().children() if child.pid != broker.pid and "node" in child.cmdline()]
+def clusters_nodes() -> list[psutil.Process]:
+    mine = [pid for pid, command in children().items() if "-m zmqsched node" in command]
+    return [psutil.Process(pid) for pid in mine]
 
 
 def test_nodes_that_do_not_listen_are_killed_at_the_end(deaf: str, clusters: Home, monkeypatch: pytest.MonkeyPatch):
@@ -344,14 +344,14 @@ def test_a_cluster_is_there_when_jobs_are_submitted_and_waiting_says_why_they_pe
         with pytest.raises(TimeoutError) as waited:
             cluster.wait_for_nodes(3, 0.3)
         assert str(waited.value) == (
-            "1 of 3 nodes are there after 0.3 s:\n  queue-1 (job 7) pending: PD: Resources\n"
+            "1 of 3 nodes there after 0.3 s:\n  queue-1 (job 7) pending: PD: Resources\n"
             "  queue-2 (job 7) pending: PD: Resources"
         )
 
 
 def test_a_wait_ends_at_once_when_so_many_cannot_come(broken: str):
     with Cluster(wanted(local(), local(name="bad", python=broken, count=2))) as cluster:
-        with pytest.raises(StartError, match="1 of 2 nodes are there, and no more can come") as failed:
+        with pytest.raises(StartError, match="1 of 2 nodes there, and no more can come") as failed:
             cluster.wait_for_nodes(2, 600)
         assert "no licence for this host" in str(failed.value)
         cluster.wait_for_nodes(1, 0)
@@ -380,7 +380,7 @@ def test_a_client_alone_says_what_is_there(clusters: Home):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as broker:
         assert broker.stdout is not None
         broker.stdout.readline()
-        with Client("lab") as client, pytest.raises(TimeoutError, match=r"^0 of 2 nodes are there after 0\.2 s$"):
+        with Client("lab") as client, pytest.raises(TimeoutError, match=r"^0 of 2 nodes there after 0\.2 s$"):
             client.wait_for_nodes(2, 0.2)
         assert broker.stdin is not None
         broker.stdin.close()

@@ -57,7 +57,7 @@ MAY = {
     "display": set(),
     "records": CORE_MAY | {"display"},
     "control": CORE_MAY,
-    "readiness": CORE_MAY | {"records", "control"},
+    "readiness": CORE_MAY | {"records", "control", "display"},
     "callbacks": set(),
     "printing": {"protocol"},
     "futures": CORE_MAY | {"payload", "callbacks", "display", "printing", "nesting"},
@@ -80,7 +80,7 @@ MAY = {
     "waitgroup": EDGE_MAY | {"futures", "tasks", "worker", "waiting", "nesting"},
 }
 ASSEMBLY = {
-    "__init__", "__main__", "cluster", "brokers", "fleet", "elsewhere", "cleaning", "doctor", "hops", "launch",
+    "__init__", "__main__", "cluster", "brokers", "fleet", "nodegroup", "elsewhere", "cleaning", "doctor", "hops", "launch",
     "stopping", "ranks", "easy", "sim", "cli", "joblib",
 }  # fmt: skip
 

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from conftest import Home, alive, eventually, processes_knowing
+from conftest import Home, alive, children, eventually, processes_knowing
 
 from zmqsched import Client, Cluster, LocalCluster, SSHCluster
 from zmqsched.clusterfile import BrokerPart, ClusterFile, NodeGroup
 from zmqsched.config import CONNECTION_FILE, cluster_dir
+from zmqsched.control import ask
 from zmqsched.errors import StartError
 from zmqsched.launch import remote
 from zmqsched.launch.base import Site
@@ -29,13 +32,17 @@ NASTY = "it's \"so\" $HOME `id` !! !x \\n \\\\ %s %% \t{a,b} *\n  second line; ~
 
 @pytest.fixture
 def fake_ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, clusters: Home) -> Path:
-    """A directory. While its file ``words`` exists, that is said and nobody is reached; ``hosts`` has who was asked."""
+    """A directory. While its file ``words`` exists, that is said and nobody is reached; with ``words-HOST`` that one is not.
+    With ``hangs-HOST`` nothing comes of it. ``hosts`` has who was asked."""
     (tmp_path / "bin").mkdir()
     script = tmp_path / "bin" / "ssh"
     script.write_text(f"""#!/bin/sh
 for word; do host=$command; command=$word; done
 echo "$host" >> {tmp_path}/hosts
-if [ -e {tmp_path}/words ]; then cat {tmp_path}/words >&2; exit 255; fi
+for words in {tmp_path}/words {tmp_path}/words-$host; do
+    if [ -e $words ]; then cat $words >&2; exit 255; fi
+done
+if [ -e {tmp_path}/hangs-$host ]; then exec sleep 600; fi
 exec sh -c "$command"
 """)
     script.chmod(0o755)
@@ -95,6 +102,36 @@ def test_what_ssh_says_is_said_with_what_to_do(words, fix, fake_ssh):
         SSHCluster("alpha", python=sys.executable, listen="")
     assert words in str(caught.value)
     assert "ssh-1 (alpha): alpha: exit code 255" in str(caught.value)
+
+
+def test_a_host_that_fails_is_told_of_at_once_while_another_hangs(fake_ssh, caplog):
+    """In the log, and to whoever asks; and once there is one node, the cluster can go on without the other."""
+    (fake_ssh / "words-alpha").write_text("Permission denied (publickey).")
+    (fake_ssh / "hangs-beta").touch()
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(SSHCluster, ["alpha", "beta"], slots=1, name="lab", python=sys.executable, listen="")
+        eventually(lambda: "node ssh-1 (alpha) of cluster lab ended: alpha: exit code 255" in caplog.text)
+        nodes = ask("lab", {"do": "nodes"})["nodes"]
+        assert [(one["label"], one["state"]) for one in nodes] == [("ssh-1", "ended"), ("ssh-2", "starting")]
+        assert "Permission denied (publickey)" in nodes[0]["why"]
+        assert not started.done()
+        hanging = eventually(lambda: [pid for pid, command in children().items() if command == "sleep 600"])
+        os.kill(hanging[0], signal.SIGKILL)
+        with pytest.raises(StartError, match="killed by SIGKILL") as caught:
+            started.result(timeout=40)
+        assert "Permission denied (publickey)" in str(caught.value)
+    assert caplog.text.count("killed by SIGKILL") == 0  # the exception says it
+
+
+def test_what_cannot_do_without_a_host_fails_with_it_while_another_hangs(fake_ssh, caplog, monkeypatch):
+    monkeypatch.setattr("zmqsched.cluster.ELSEWHERE_TIMEOUT_S", 6000.0)  # nobody waits for it
+    (fake_ssh / "words-alpha").write_text("Permission denied (publickey).")
+    (fake_ssh / "hangs-beta").touch()
+    with pytest.raises(StartError, match="Permission denied"):
+        SSHCluster(["alpha", "beta"], slots=1, python=sys.executable, listen="", min_nodes=2)
+    assert not caplog.records
+    with pytest.raises(ValueError, match="min_nodes must be between 0 and 1, not 2"):
+        SSHCluster(["alpha"], min_nodes=2)
 
 
 def test_who_is_busy_is_asked_again_and_in_the_end_not_any_more(fake_ssh, monkeypatch):

@@ -61,6 +61,9 @@ class Cluster(Shown):
     ----------
     wanted
         What ``cluster.toml`` holds.
+    min_nodes
+        With fewer nodes it makes no sense to go on: as soon as so many cannot come any more, for others have failed,
+        it is given up.
     echo
         What tasks write to standard error is on this program's, too: for a program that runs a cluster whose tasks come from
         others.
@@ -77,17 +80,20 @@ class Cluster(Shown):
     ClusterExists
         A running cluster has that name.
     StartError
-        The broker or all of the nodes did not start; their own words say why.
+        The broker did not start, or fewer than ``min_nodes`` nodes can; their own words say why.
     """
 
-    # Whether it is enough that some nodes have joined.
+    # Whether each node must be there, and in time.
     _all_or_nothing = False
 
     def __init__(
-        self, wanted: ClusterFile, *, echo: bool = False, told: Callable[[Sequence[Launched]], None] | None = None
-    ) -> None:
+        self, wanted: ClusterFile, *, min_nodes: int = 1, echo: bool = False,
+        told: Callable[[Sequence[Launched]], None] | None = None,
+    ) -> None:  # fmt: skip
         self.name = check_name(wanted.name)
         self.wanted = wanted = wanted.checked()
+        asked = sum(group.size for group in wanted.nodes)
+        least = asked if self._all_or_nothing else integer("min_nodes", min_nodes, 0, max(1, asked))
         self._pid = os.getpid()
         self._closed = False
         self._changed: Callable[[], None] = _nothing
@@ -102,7 +108,7 @@ class Cluster(Shown):
         self._end: weakref.finalize[..., Cluster] | None = None
         try:
             site = Site(path, directory, boolean("echo", echo))
-            self._fleet = Fleet(_sharing_cpus(wanted.nodes), site, self._broker, changed, told or _nothing)
+            self._fleet = Fleet(_sharing_cpus(wanted.nodes), site, self._broker, changed, told or _nothing, least)
             # Local nodes start beside the broker and wait for its file: a start costs one interpreter's time, not two.
             # Unless there is one that a broker left which was killed: they would find nobody behind it.
             if left:
@@ -111,12 +117,13 @@ class Cluster(Shown):
             if not left:
                 self._broker.wait_until_ready()
             self._fleet.start(local=False)
+            self._fleet.serve()
             self._fleet.wait_for_first(ELSEWHERE_TIMEOUT_S if _elsewhere(wanted) else START_TIMEOUT_S)
-            self._check_started()
+            if self._all_or_nothing and self._fleet.failures:
+                raise self._fleet.cannot_start()
         except BaseException:
             self.close()
             raise
-        self._fleet.serve()
         self._end = weakref.finalize(self, _let_go, self._pid, self.name, self._broker, self._fleet)
         self._end.atexit = False
         _running.add(self)
@@ -133,13 +140,6 @@ class Cluster(Shown):
         if self._end is not None:
             self._end.detach()
         _close(self.name, self._broker, self._fleet)
-
-    def _check_started(self) -> None:
-        assert self._fleet is not None
-        failures = list(self._fleet.failures)
-        if failures and (self._all_or_nothing or not any(one.state != "ended" for one in self._fleet.now())):
-            words = "\n".join(f"  {one.label}{f' ({one.where})' if one.where else ''}: {one.why}" for one in failures)
-            raise StartError(f"nodes of cluster {self.name!r} did not start:\n{words}")
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], *, echo: bool = False) -> Cluster:

@@ -36,6 +36,8 @@ class SSHCluster(Cluster):
         Variables, the working directory, and shell lines that run before the node does.
     ssh_options
         For ``ssh``, verbatim.
+    min_nodes
+        As for :class:`Cluster`.
     journal, echo
         As for :class:`LocalCluster`.
 
@@ -46,7 +48,8 @@ class SSHCluster(Cluster):
     ClusterExists
         A running cluster has that name.
     StartError
-        None of the nodes did start; their own words say why. Those that did not, while others did, are in ``failures``.
+        Fewer than ``min_nodes`` nodes can start; their own words say why. Those that did not, while others did, are in
+        ``failures``.
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class SSHCluster(Cluster):
         cwd: str = "",
         prologue: Iterable[str] = (),
         ssh_options: Iterable[str] = (),
+        min_nodes: int = 1,
         journal: bool | str | None = None,
         echo: bool = False,
     ) -> None:
@@ -71,7 +75,7 @@ class SSHCluster(Cluster):
             resources=dict(resources or {}), tags=tuple(tags), python=python, env=dict(env or {}), cwd=cwd,
             prologue=tuple(prologue), ssh_options=tuple(ssh_options),
         )  # fmt: skip
-        super().__init__(_of_one_group(group, name, listen, journal), echo=echo)
+        super().__init__(_of_one_group(group, name, listen, journal), min_nodes=min_nodes, echo=echo)
 
 
 class SlurmCluster(Cluster):

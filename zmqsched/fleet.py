@@ -4,8 +4,10 @@ Rules
 -----
 * A launcher is called by one thread at a time. It says how its nodes are; whether one has joined, the broker says, unless
   the launcher has heard it from the node.
-* A node that ends unasked is told of once. In a group of fixed size no other takes its place, for what has ended it might
-  end the next: ``scale`` makes up for it. A group that adapts is kept at its least number, with pauses that grow.
+* The thread runs while the first nodes start, too: what is known of one is told and can be asked for, whatever others do.
+* A node that ends unasked is told of once: in the log, or by the exception if the cluster cannot start without it. In a
+  group of fixed size no other takes its place, for what has ended it might end the next: ``scale`` makes up for it. A group
+  that adapts is kept at its least number, with pauses that grow.
 * Nobody is ended with work: a node that is to go is drained by the broker, and stopped by its launcher when it has left.
 * The broker is asked only while something depends on it: who has joined, who is idle, who has left.
 """
@@ -13,7 +15,6 @@ Rules
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import os
 import select
@@ -22,7 +23,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from .brokers import KeptBroker
@@ -30,10 +31,8 @@ from .clusterfile import NodeGroup
 from .control import Request, Server
 from .core.adapting import Adapting, Demand
 from .errors import CommandFailed, StartError, ZmqschedError
-from .launch import find_launcher
-from .launch.base import Launched, Launcher, Site
-from .options import MAX_AMOUNT
-from .protocol import Prospect
+from .launch.base import Launched, Site
+from .nodegroup import Group, Member
 from .readiness import Asked
 from .records import NodeInfo, Status, status_of
 from .shell import log
@@ -52,68 +51,24 @@ UNKNOWN_S = 60.0
 HERE = ("alive", "suspect", "paused", "draining")
 
 
-@dataclass
-class _Member:
-    """A node that was asked for. ``leaving``: it was told to. ``unknown_since``: a broker that has followed another does not
-    know it yet."""
-
-    launched: Launched
-    joined: bool = False
-    leaving: bool = False
-    unknown_since: float | None = None
-
-    @property
-    def ended(self) -> bool:
-        return self.launched.state == "ended"
-
-
-class Group:
-    """The nodes of one launcher, by label."""
-
-    def __init__(self, wanted: NodeGroup, site: Site) -> None:
-        self.name = wanted.name
-        self.wanted = wanted
-        self.launcher: Launcher = find_launcher(wanted.launcher)(wanted, site)
-        self.members: dict[str, _Member] = {}
-        self.trouble = ""  # with its launcher
-        self.adapting = Adapting(wanted.scale.min, wanted.scale.max) if wanted.scale else None
-        self.offers: dict[str, float] = {}  # of its nodes, once there was one
-        self._numbers = itertools.count(1)
-
-    def start(self, number: int) -> None:
-        labels = [f"{self.name}-{next(self._numbers)}" for _ in range(number)]
-        if not labels:
-            return
-        self.launcher.start(labels)
-        for label in labels:
-            self.members[label] = _Member(Launched(label, "pending"))
-
-    def stop(self, labels: Collection[str]) -> None:
-        if labels:
-            self.launcher.stop(labels)
-        for label in labels:
-            self.members.pop(label, None)
-
-    def staying(self) -> dict[str, _Member]:
-        members = list(self.members.items())  # for who looks from another thread
-        return {label: one for label, one in members if not one.leaving and not one.ended}
-
-
 class Fleet:
     """All nodes that this process has asked for."""
 
     def __init__(
         self, groups: Sequence[NodeGroup], site: Site, broker: KeptBroker, changed: Callable[[], None],
-        told: Callable[[Sequence[Launched]], None],
+        told: Callable[[Sequence[Launched]], None], least: int,
     ) -> None:  # fmt: skip
-        """``changed`` is called when a node has ended unasked, ``told`` with all of them whenever they were looked at; by
-        the fleet's thread, or the one that starts it."""
+        """``least``: with fewer nodes the cluster does not start. ``changed`` is called when a node has ended unasked,
+        ``told`` with all of them whenever they were looked at; by the fleet's thread, or the one that starts it."""
         self.failures: deque[Launched] = deque(maxlen=MAX_FAILURES)
         self._site = replace(site, wake=self._news)
         self._broker = broker
         self._changed = changed
         self._told = told
+        self._least = least
+        self._started = False
         self._lock = threading.RLock()
+        self._looked = threading.Condition(self._lock)
         self._client: Any = None
         self._status: Status  # as the broker was last asked
         self._nodes: dict[str, NodeInfo] = {}  # its nodes that are there, by label
@@ -141,29 +96,48 @@ class Fleet:
                     self._failed(Launched(group.name, "ended", str(error)))
         self._show()
 
-    def wait_for_first(self, timeout_s: float) -> None:
-        """Until each node has joined or failed, of those that do not wait in a queue."""
-        until = time.monotonic() + timeout_s
-        while coming := self._coming():
-            if time.monotonic() >= until:
-                for launched in coming:
-                    self._failed(replace(launched, why=f"was not ready within {timeout_s:g} s"))
-                return
-            heard = any(one.state == "running" for one in coming)  # but not that it is ready: the broker knows
-            waiter = select.poll()
-            waiter.register(self._wake, select.POLLIN)
-            waiter.poll(1000 * (ASK_EVERY_S if heard else LOOK_EVERY_S))
-            self._look(ask=heard)
-
     def serve(self) -> None:
         """From now on the thread does the rest, and the control socket is there."""
         server = Server(self._site.directory, self.answer)
         self._thread = threading.Thread(target=self._run, args=(server,), name="zmqsched cluster", daemon=True)
         self._thread.start()
 
+    def wait_for_first(self, timeout_s: float) -> None:
+        """Until each node has joined or failed, of those that do not wait in a queue; or for so long.
+
+        Raises
+        ------
+        StartError
+            So many have failed that the least number cannot come, which is said at once; their own words say why.
+        """
+        until = time.monotonic() + timeout_s
+        with self._looked:
+            while not self._is_hopeless() and (coming := self._coming()):
+                if not self._looked.wait(until - time.monotonic()) and time.monotonic() >= until:
+                    for launched in coming:
+                        self._failed(replace(launched, why=f"was not ready within {timeout_s:g} s"))
+                    break
+            if self._is_hopeless():
+                raise self.cannot_start()
+            self._started = True
+
+    def cannot_start(self) -> StartError:
+        """With the words of all nodes that failed."""
+        words = "\n".join(f"  {one.label}{f' ({one.where})' if one.where else ''}: {one.why}" for one in self.failures)
+        return StartError(f"nodes of cluster {self._broker.name!r} did not start:\n{words}")
+
+    def _is_hopeless(self) -> bool:
+        """Too many have failed for the cluster to start."""
+        possible = sum(group.number() for group in self.groups.values())
+        return not self._started and bool(self.failures) and possible < self._least
+
     def _coming(self) -> list[Launched]:
         groups = [group for group in self.groups.values() if not group.launcher.queues]
         return [one.launched for group in groups for one in group.members.values() if not one.joined and not one.ended]
+
+    def _heard(self) -> bool:
+        """A launcher has heard that a first node runs, but not that it is ready: the broker knows."""
+        return not self._started and any(one.state == "running" for one in self._coming())
 
     # --- what is asked of it --------------------------------------------------------------------------------------
 
@@ -228,7 +202,7 @@ class Fleet:
                 self._client = Client(self._broker.file, timeout=ANSWER_S, output=False)
             client = self._client
         groups = [group for group in self.groups.values() if group.adapting]
-        report = client._report(ANSWER_S, [self._prospect(group) for group in groups])
+        report = client._report(ANSWER_S, [group.prospect(self._nodes) for group in groups])
         self._suited = dict(zip([group.name for group in groups], report.suited, strict=False))
         return status_of(report)
 
@@ -281,58 +255,38 @@ class Fleet:
             ready = {descriptor for descriptor, _ in waiter.poll(max(0.0, 1000 * (look_at - time.monotonic())))}
             server.serve(ready)
             if self._wake in ready or time.monotonic() >= look_at:
-                look_at = time.monotonic() + LOOK_EVERY_S
                 if not self._broker.fate:  # then the directory may be another's
                     server.look()
                 self._turn()
+                look_at = time.monotonic() + (ASK_EVERY_S if self._heard() else LOOK_EVERY_S)
         server.close()
 
     def _turn(self) -> None:
         groups = self.groups.values()
-        with self._lock:
+        with self._looked:
             if self._closed:
                 return
             try:
                 asked = any(group.adapting or any(one.leaving for one in group.members.values()) for group in groups)
-                self._look(ask=asked)
-                if asked:
+                self._look(ask=asked or self._heard())
+                if asked and self._started:
                     self._see_off()
                     self._adapt()
             except ZmqschedError as error:  # the broker is being replaced, or a command of the site failed
                 log.debug("zmqsched: cluster %s: %s", self._broker.name, error)
             self._show()
-
-    def _prospect(self, group: Group) -> Prospect:
-        """What a node of the group would offer. What nobody can know before there is one is taken for enough."""
-        for label in list(group.members):
-            if node := self._nodes.get(label):
-                group.offers = node.resources
-        found = group.offers or {"memory": MAX_AMOUNT, **group.wanted.resources, "cpu": group.wanted.slots or MAX_AMOUNT}
-        return Prospect(tuple(sorted(found.items())), group.wanted.tags)
+            self._looked.notify_all()
 
     def _look(self, *, ask: bool) -> None:
         """How are they?"""
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(self._wake)
         for group in self.groups.values():
-            for launched in self._polled(group):
+            for launched in group.poll():
                 self._saw(group, launched)
         self._show()
         if ask:
             self._ask()
-
-    def _polled(self, group: Group) -> list[Launched]:
-        """A launcher may be anybody's: what is wrong with it is told, once, and the others go on."""
-        try:
-            found = group.launcher.poll()
-        except Exception as error:  # noqa: BLE001 - of another package
-            trouble = f"{type(error).__name__}: {error}"
-            if trouble != group.trouble:
-                log.exception("zmqsched: cluster %s: the launcher of group %s fails", self._broker.name, group.name)
-            group.trouble = trouble
-            return []
-        group.trouble = ""
-        return found
 
     def _saw(self, group: Group, launched: Launched) -> None:
         one = group.members.get(launched.label)
@@ -346,21 +300,22 @@ class Fleet:
                 group.adapting.failed(time.monotonic())
             self._failed(launched)
 
-    def _joined(self, group: Group, one: _Member) -> None:
+    def _joined(self, group: Group, one: Member) -> None:
         if not one.joined and group.adapting:
             group.adapting.joined()
         one.joined = True
 
     def _failed(self, launched: Launched) -> None:
         self.failures.append(launched)
-        where = f" ({launched.where})" if launched.where else ""
-        name = self._broker.name
-        if launched.state == "ended":
-            why = f"{launched.why} ({sum(len(group.staying()) for group in self.groups.values())} left)"
-            log.warning("zmqsched: node %s%s of cluster %s ended: %s", launched.label, where, name, why)
-        else:
-            log.warning("zmqsched: node %s%s of cluster %s %s", launched.label, where, name, launched.why)
+        if self._is_hopeless():  # the exception says it
+            return
+        how = f"ended: {launched.why} ({sum(map(Group.number, self.groups.values()))} left)"
+        self._say(launched, how if launched.state == "ended" else launched.why)
         self._changed()
+
+    def _say(self, launched: Launched, what: str) -> None:
+        where = f" ({launched.where})" if launched.where else ""
+        log.warning("zmqsched: node %s%s of cluster %s %s", launched.label, where, self._broker.name, what)
 
     def _ask(self) -> None:
         """Who has joined, and what do they do? Who has not joined, or has left, the broker is not waited for to know."""
@@ -399,7 +354,7 @@ class Fleet:
             busy.update(dict.fromkeys((label for label in staying if self._is_unknown(staying[label])), 1))
             queued = self._suited.get(group.name, 0)
             demand = Demand(queued + assigned, queued, sum(node.slots for node in here), self._slots_coming(group.name))
-            step = group.adapting.decide(time.monotonic(), demand, self._slots_of(group), busy, coming)
+            step = group.adapting.decide(time.monotonic(), demand, group.slots(self._nodes), busy, coming)
             self._dismiss(group, step.leave)
             group.stop([label for label, one in group.members.items() if one.ended])
             try:
@@ -413,18 +368,13 @@ class Fleet:
         mine = self._suited.get(name, 0)
         like = [other for other in self.groups.values() if self._suited.get(other.name, math.inf) >= mine]
         return sum(
-            self._slots_of(group)
+            group.slots(self._nodes)
             for group in like
             for one in group.staying().values()
             if not one.joined or self._is_unknown(one)
         )
 
-    def _slots_of(self, group: Group) -> int:
-        """Of each of its nodes, as far as one can know before there is one."""
-        known = [self._nodes[label].slots for label in group.members if label in self._nodes]
-        return group.wanted.slots or max(known, default=1)
-
-    def _is_unknown(self, one: _Member) -> bool:
+    def _is_unknown(self, one: Member) -> bool:
         """It may be there, and have work: it has joined, and the broker does not say that it has left."""
         return one.unknown_since is not None and time.monotonic() - one.unknown_since < UNKNOWN_S
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from .control import ask
+from .display import counted
 from .errors import StartError, ZmqschedError
 from .records import NodeInfo
 
@@ -72,7 +73,7 @@ def _out_of_reach(number: int, alive: list[NodeInfo], launched: Asked) -> bool:
 
 
 def _so_many(number: int, alive: list[NodeInfo]) -> str:
-    return f"{len(alive)} of {number} nodes are there"
+    return f"{len(alive)} of {counted(number, 'node')} there"
 
 
 def _told(alive: list[NodeInfo], launched: Iterable[Mapping[str, Any]]) -> str:

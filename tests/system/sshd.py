@@ -121,6 +121,15 @@ class Host:
         run("ip", "-n", self._hosts.here, "link", "set", self._cable, state)
 
     @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Its sshd takes connections, and says nothing."""
+        os.kill(self._sshd.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self._sshd.pid, signal.SIGCONT)
+
+    @contextlib.contextmanager
     def firewall(self) -> Iterator[None]:
         """Port 22 is all that passes, and only from outside."""
         rules = ["tcp dport 22 accept", "tcp sport 22 accept"]
@@ -161,12 +170,14 @@ class Host:
 
 
 class Hosts:
-    """``config``: for ``ssh -F``. ``here``: the network namespace from which hosts that are apart can be reached."""
+    """``config``: for ``ssh -F``; ``options``: with it, and with patience for a busy machine. ``here``: the network
+    namespace from which hosts that are apart can be reached."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.hosts: list[Host] = []
         self.config = directory / "ssh_config"
+        self.options = ("-F", str(self.config), "-o", "ConnectTimeout=8")
         self.key = self.keygen("key")
         self.own: dict[str, str] = {}  # what else the user has in ssh_config
         self.ports = iter([_PORTS[(os.getpid() * 7 + number) % len(_PORTS)] for number in range(100)])

@@ -56,7 +56,7 @@ class Here:
         self._launchers: list[SSHLauncher] = []
 
     def launcher(self, *names: str, **group: object) -> SSHLauncher:
-        options = {"slots": 1, "python": sys.executable, "ssh_options": ("-F", str(self._hosts.config))} | group
+        options = {"slots": 1, "python": sys.executable, "ssh_options": self._hosts.options} | group
         made = SSHLauncher(NodeGroup(name="g", launcher="ssh", hosts=names, **options), self.site)
         self._launchers.append(made)
         return made
@@ -231,7 +231,7 @@ def test_a_key_that_is_not_taken(hosts, clusters):
 def test_a_name_that_does_not_exist(hosts, clusters):
     hosts.add("beta")
     with broker(hosts, clusters) as here:
-        launcher = here.launcher("alpha", ssh_options=("-F", str(hosts.config), "-o", "HostName=alpha.invalid"))
+        launcher = here.launcher("alpha", ssh_options=(*hosts.options, "-o", "HostName=alpha.invalid"))
         why = failure(here, launcher)
         assert "Could not resolve hostname alpha.invalid" in why
         assert "no such host" in why
@@ -248,11 +248,18 @@ def test_a_host_without_sshd(hosts, clusters):
 def test_a_host_that_is_down(hosts, clusters):
     alpha = hosts.add("alpha", apart=True)
     with broker(hosts, clusters) as here, alpha.cut_off():
-        launcher = here.launcher("alpha")
+        launcher = here.launcher("alpha", ssh_options=hosts.options[:2])
         why = failure(here, launcher)
         assert "timed out" in why or "No route to host" in why
         assert "is it up" in why
         launcher.close()  # nothing was started there, so nothing is looked for
+
+
+def test_a_host_that_takes_connections_and_says_nothing(hosts, clusters):
+    with hosts.add("alpha").frozen(), broker(hosts, clusters) as here:
+        why = failure(here, here.launcher("alpha", ssh_options=hosts.options[:2]))
+        assert "timed out during banner exchange" in why
+        assert why.endswith("its sshd is slow: give it longer (ssh_options: -o ConnectTimeout=20)")
 
 
 @pytest.mark.parametrize(
@@ -397,7 +404,7 @@ def test_a_host_that_stays_away_is_given_up_and_what_was_left_there_is_ended_fir
     alpha, _ = (hosts.add(name, apart=True) for name in ("alpha", "beta"))
     quick = ("-o", "ServerAliveInterval=1", "-o", "ServerAliveCountMax=2")
     with broker(hosts, clusters, HERE) as here:
-        launcher = here.launcher("alpha", "beta", ssh_options=("-F", str(hosts.config), *quick))
+        launcher = here.launcher("alpha", "beta", ssh_options=(*hosts.options, *quick))
         launcher.start(["g-1", "g-2"])
         eventually(lambda: all_run(launcher))
         node = launcher._children["g-1"].facts["pid"]
@@ -542,7 +549,7 @@ def test_through_a_jump_host(hosts, clusters):
     hosts.add("alpha", apart=True)
     beta = hosts.add("beta", apart=True)
     with broker(hosts, clusters) as here:
-        launcher = here.launcher("alpha", ssh_options=("-F", str(hosts.config), "-J", "beta"))
+        launcher = here.launcher("alpha", ssh_options=(*hosts.options, "-J", "beta"))
         launcher.start(["g-1"])
         eventually(lambda: all_run(launcher))
         assert here.client.submit(where).result(timeout=60) == "alpha"

@@ -36,7 +36,7 @@ def hosts() -> Iterator[Hosts]:
 
 
 def wanted(hosts: Hosts, *names: str, listen: str = HERE, **group: object) -> ClusterFile:
-    options = {"slots": 1, "python": sys.executable, "ssh_options": ("-F", str(hosts.config))} | group
+    options = {"slots": 1, "python": sys.executable, "ssh_options": hosts.options} | group
     nodes = NodeGroup(name="g", launcher="ssh", hosts=names or NAMES, **options)
     return ClusterFile(name="lab", broker=BrokerPart(listen=(listen,), journal=False), nodes=(nodes,))
 
@@ -64,8 +64,7 @@ def assert_nothing_left(hosts: Hosts) -> None:
 
 def test_a_cluster_of_three_hosts(hosts, clusters):
     """Its nodes have the key of a node, which their tasks' clients can use, too."""
-    options = ("-F", str(hosts.config))
-    cluster = SSHCluster(NAMES, slots=1, python=sys.executable, ssh_options=options, listen=HERE)
+    cluster = SSHCluster(NAMES, slots=1, python=sys.executable, ssh_options=hosts.options, listen=HERE)
     with cluster, Client(cluster) as client:
         assert [(one.label, one.state, one.where) for one in cluster.nodes()] == [
             (f"ssh-{number}", "running", name) for number, name in enumerate(NAMES, 1)
@@ -88,6 +87,17 @@ def test_hosts_that_fail_are_told_of_and_the_others_go_on(hosts, clusters):
         assert failure.label == "g-2"
         assert "REMOTE HOST IDENTIFICATION HAS CHANGED" in failure.why
         eventually(lambda: work(client) == {"alpha", "gamma"})
+
+
+def test_a_cluster_that_cannot_do_without_a_host_waits_for_no_other(hosts, clusters):
+    """A third would not say anything for ten minutes."""
+    hosts.knows(hosts.hosts[1], hosts.keygen("another"))
+    patient = (*hosts.options[:2], "-o", "ConnectTimeout=600")
+    with hosts.hosts[2].frozen(), pytest.raises(StartError) as caught:
+        Cluster(wanted(hosts, ssh_options=patient), min_nodes=3)
+    assert "g-2 (beta): beta: exit code 255" in str(caught.value)
+    assert "gamma" not in str(caught.value)
+    assert_nothing_left(hosts)
 
 
 def test_a_cluster_of_which_no_host_can_be_used(hosts, clusters):
@@ -140,7 +150,7 @@ launcher = "ssh"
 hosts = "{",".join(NAMES)}"
 slots = 1
 python = "{sys.executable}"
-ssh_options = ["-F", "{hosts.config}"]
+ssh_options = {list(hosts.options)}
 """)
     return str(path)
 
@@ -172,7 +182,7 @@ def test_nothing_is_left_when_the_program_ends(how, hosts, clusters: Home):
 def test_up_with_hosts_and_down(hosts, clusters: Home, tmp_path, monkeypatch):
     """The same from a shell. Since the user's own ``~/.ssh/config`` is not to be touched, ``ssh`` is told of another."""
     script = tmp_path / "ssh"
-    script.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {hosts.config} "$@"\n')
+    script.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} {" ".join(hosts.options)} "$@"\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     zmqsched = [sys.executable, "-m", "zmqsched"]

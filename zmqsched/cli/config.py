@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from ..clusterfile import ClusterFile, NodeGroup
-from ..display import Table
+from ..display import Table, counted
 from ..errors import ClusterFileError, ZmqschedError
 from .tables import as_json, print_json, print_table
 
@@ -110,7 +110,7 @@ def check(path: str, output: str) -> int:
     if output == "json":
         print_json(_as_record(file))
         return 0
-    print(f"cluster {file.name}: {len(file.nodes)} {'group' if len(file.nodes) == 1 else 'groups'} of nodes")
+    print(f"cluster {file.name}: {counted(len(file.nodes), 'group')} of nodes")
     if file.nodes:
         print()
         print_table(Table(("group", "launcher", "nodes", "workers of each", "where"), [_row(group) for group in file.nodes]))

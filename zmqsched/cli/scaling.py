@@ -7,6 +7,7 @@ from typing import Any
 
 import click
 
+from ..display import counted
 from .reading import name_of
 from .tables import as_json, print_json
 
@@ -20,7 +21,7 @@ _NUMBER = r"\d{1,9}"
 def scale(wish: str, name: str | None, output: str) -> None:
     """Have N nodes in a group of a cluster from now on. Idle ones go before others, and all finish their tasks."""
     group, (number,) = _wish(wish, "GROUP=N", rf"({_NUMBER})")
-    _ask(name, {"do": "scale", "group": group, "n": number}, f"{number}", output)
+    _ask(name, {"do": "scale", "group": group, "n": number}, counted(number, "node"), output)
 
 
 @click.command()
@@ -30,7 +31,7 @@ def scale(wish: str, name: str | None, output: str) -> None:
 def adapt(wish: str, name: str | None, output: str) -> None:
     """Keep a group between MIN and MAX nodes from now on, by what is queued and who is idle."""
     group, (least, most) = _wish(wish, "GROUP=MIN:MAX", rf"({_NUMBER}):({_NUMBER})")
-    _ask(name, {"do": "adapt", "group": group, "min": least, "max": most}, f"{least} to {most}", output)
+    _ask(name, {"do": "adapt", "group": group, "min": least, "max": most}, f"{least} to {counted(most, 'node')}", output)
 
 
 def _wish(text: str, form: str, numbers: str) -> tuple[str, list[int]]:
@@ -53,4 +54,4 @@ def _ask(name: str | None, request: dict[str, Any], range_: str, output: str) ->
         print_json({"cluster": cluster, **wanted, "nodes": nodes})
     else:
         now = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "none"
-        print(f"group {group} of cluster {cluster}: {range_} nodes from now on (now: {now})")
+        print(f"group {group} of cluster {cluster}: {range_} from now on (now: {now})")

@@ -192,7 +192,9 @@ def _stay_up(wanted: ClusterFile, starter: Starter, *, wait: bool, detached: boo
 
 def _run(wanted: ClusterFile, starter: Starter, *, wait: bool, detached: bool) -> int:
     signal.signal(signal.SIGTERM, _interrupt)
-    with Progress() as progress, Cluster(wanted, echo=True, told=progress.tell) as cluster:
+    sure = sum(group.size for group in wanted.nodes if not group.scale)  # who adapts tries again
+    least = sure if wait else 1
+    with Progress() as progress, Cluster(wanted, min_nodes=least, echo=True, told=progress.tell) as cluster:
         if wait:
             cluster.wait_for_nodes(sum(group.size for group in wanted.nodes))
         stop = StopSignals(until_eof=False)  # from here on nothing is interrupted, the clean-up least of all

@@ -42,8 +42,8 @@ from . import remote
 from .base import Launched, Launcher, Site
 from .children import STOP_TIMEOUT_S, Children, running
 
-# With a host that is down, or does not say who it is, an error is there within 5 s.
-CONNECT_TIMEOUT_S = 4
+# That a host is down, or does not say who it is, is to be known within 5 s, also where this one is busy.
+CONNECT_TIMEOUT_S = 3
 # A network that is gone for half a minute should be found as it was left.
 ALIVE_INTERVAL_S, ALIVE_COUNT = 10, 3
 SWEEP_TIMEOUT_S = 12.0
@@ -74,6 +74,7 @@ _FIXES = (
     ("Permission denied", "it takes none of your keys: ssh-copy-id {host}, or ssh-add, or IdentityFile in ~/.ssh/config"),
     ("Could not resolve hostname", "no such host: correct the name, or say in ~/.ssh/config which address it means"),
     ("Connection refused", "no sshd answers there: is it another port? (Port in ~/.ssh/config)"),
+    ("during banner exchange", "its sshd is slow: give it longer (ssh_options: -o ConnectTimeout=20)"),
     ("timed out|No route to host|is unreachable", "is it up, and does a firewall let port 22 through?"),
     ("not responding|Broken pipe|reset by peer|closed by remote", "the connection broke; what ran there runs elsewhere"),
 )
@@ -194,13 +195,13 @@ class SSHLauncher(Launcher):
     # --- ending -------------------------------------------------------------------------------------------------------
 
     def _end(self, labels: Collection[str], *, at_once: bool = False) -> None:
-        """As far as their own connections can."""
+        """As far as their own connections can. What is no node yet has nothing to finish."""
         labels = [label for label in labels if label in self._remotes]
         children = [self._children[label] for label in labels]
         for child in children:
             child.close_input()
         if not at_once:
-            running(children, STOP_TIMEOUT_S)
+            running([child for child in children if "node" in child.facts], STOP_TIMEOUT_S)
         self._note_left(labels, ended=False)
         self._children.stop(labels, at_once=True)
         for label in labels:
