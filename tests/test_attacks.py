@@ -23,6 +23,7 @@ from random import Random
 
 import psutil
 import pytest
+import zmq
 from bad_input.zmtp import Speaker, command, frame, greeting, ready
 from conftest import PATIENCE_S, eventually, from_afar
 
@@ -213,14 +214,28 @@ def test_keys_that_nobody_was_given(site: Site):
     site.assert_unharmed("dropped: handshake with an unknown key")
 
 
-@pytest.fixture
-def insider(site) -> Iterator[sockets.Socket]:
+def connections_to(site: Site) -> set[int]:
+    """Of this process, to the broker's work socket over TCP, by their port on this side."""
+    _, port = split_tcp(site.address)
+    own = psutil.Process().net_connections("tcp")
+    return {each.laddr.port for each in own if each.raddr and each.raddr.port == port and each.status == "ESTABLISHED"}
+
+
+@contextlib.contextmanager
+def an_insider(site: Site) -> Iterator[sockets.Socket]:
     """Who has a client's key, and means no good with it."""
     file = from_afar(ConnectionFile.load(role_file(cluster_dir(site.cluster.name), "client")))
     ctx = sockets.context()
     with sockets.connect_dealer(ctx, file.reachable("work"), sockets.Keys.of(file)) as dealer:
         yield dealer
+        dealer.setsockopt(zmq.LINGER, 0)
     ctx.destroy(linger=0)
+
+
+@pytest.fixture
+def insider(site) -> Iterator[sockets.Socket]:
+    with an_insider(site) as insider:
+        yield insider
 
 
 def test_an_insider_who_sends_garbage_is_told_off_and_then_ignored(site: Site, insider: sockets.Socket):
@@ -246,6 +261,42 @@ def test_an_insider_with_a_message_of_too_many_frames(site: Site, insider: socke
     insider.send_multipart([b"x"] * 1_100)
     eventually(lambda: site.news().get("dropped: malformed message") == 1)
     site.assert_unharmed("dropped: malformed message")
+
+
+LESS = """
+    import sys
+    if "broker" in sys.orig_argv:
+        from zmqsched import intake
+        intake.LARGEST = 32 << 20
+"""
+
+
+def test_an_insider_with_messages_that_never_end(clusters, tmp_path, monkeypatch):
+    """libzmq gathers their frames before anybody sees them, and counts them in no limit. A connection that brings more than
+    any message takes is ended; here that is 32 MiB, and not 2 GiB."""
+    (tmp_path / "sitecustomize.py").write_text(textwrap.dedent(LESS))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    part = bytes(1 << 20)
+    peak = 0
+    with LocalCluster(2, listen="") as cluster, contextlib.closing(Site(cluster)) as site, contextlib.ExitStack() as stack:
+        before = site.broker.memory_info().rss
+        honest = connections_to(site)
+        insider = stack.enter_context(an_insider(site))
+
+        def cut_off() -> int:
+            nonlocal peak
+            peak = max(peak, site.broker.memory_info().rss - before)
+            return site.news().get("dropped: message without an end", 0)
+
+        for number in range(1, 4):
+            for _ in range(16_384):
+                insider.send(part, zmq.SNDMORE, copy=False)
+            insider.send(part)  # libzmq begins to send when the last is there; it will not get that far
+            assert site.honest.submit(len, bytes(20 << 20)).result(timeout=PATIENCE_S) == 20 << 20
+            eventually(lambda number=number: cut_off() >= number)
+        assert peak < 1 << 30, "of 16 GiB: what comes in within a second is overlooked"
+        assert honest <= connections_to(site), "who has sent as much in messages keeps its connection"
+        site.assert_unharmed("dropped: message without an end")
 
 
 def test_an_insider_on_the_beats_socket(site: Site):

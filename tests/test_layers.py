@@ -11,8 +11,9 @@ PACKAGE = Path(__file__).parent.parent / "zmqsched"
 
 CORE_MAY = {"errors", "config", "protocol"}
 SHELL_MAY = CORE_MAY | {
-    "core", "codec", "sockets", "pipes", "broker", "authenticator", "keyring", "facts", "lookout", "journal", "seal",
-    "monitor", "node", "nursery", "orphans", "blackbox", "streams", "listening", "origin", "shell", "host", "version",
+    "core", "codec", "sockets", "pipes", "broker", "authenticator", "keyring", "facts", "lookout", "intake",
+    "journal", "seal", "monitor", "node", "nursery", "orphans", "blackbox", "streams", "listening", "origin", "shell",
+    "host", "version",
 }  # fmt: skip
 EDGE_MAY = CORE_MAY | {"core", "codec", "payload", "sockets", "pipes"}
 MAPS = {"maps", "mapping"}
@@ -38,7 +39,8 @@ MAY = {
     "authenticator": {"errors", "sockets"},
     "keyring": CORE_MAY | {"sockets"},
     "facts": CORE_MAY | {"core", "codec", "sockets", "keyring"},
-    "lookout": {"core", "authenticator"},
+    "lookout": {"core", "authenticator", "intake"},
+    "intake": CORE_MAY | {"core", "host"},
     "node": SHELL_MAY,
     "nursery": SHELL_MAY,
     "blackbox": set(),
@@ -104,6 +106,7 @@ NEVER = {
     "keyring": PICKLERS,
     "facts": PICKLERS,
     "lookout": PICKLERS,
+    "intake": PICKLERS,
     "node": PICKLERS,
     "nursery": PICKLERS,
 }

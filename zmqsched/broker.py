@@ -56,6 +56,7 @@ from .core.scheduler import Scheduler
 from .core.settings import DEAD_AFTER_S, Settings, patience
 from .errors import ConnectionFileError, JournalError, ProtocolError, VersionMismatch
 from .facts import Facts
+from .intake import Intake
 from .journal import Journal
 from .keyring import Keyring, Stored
 from .lookout import Lookout
@@ -67,6 +68,9 @@ from .version import __version__
 MAX_MESSAGES_PER_TURN = 200
 LINGER_MS = 1_000
 SETTLE_S = 2.0  # nodes ping each second, hear that their session is over, and join anew
+# What this process may have, before unfinished messages are held against their senders: so many times the bytes of tasks
+# that it may hold, or one part in so many of the usable memory if that is more.
+MEMORY_PER_QUEUED, MEMORY_SHARE = 2, 2
 CHANNELS = ("work", "beats", "status")
 
 
@@ -145,6 +149,7 @@ class Broker:
         self._cluster_id = before.cluster_id if before else secrets.token_hex(16)
         self._keyring = Keyring(before.keys if before else None, monotonic()) if listen else None
         self._ctx = sockets.context()
+        self._intake = Intake(max(MEMORY_PER_QUEUED * settings.max_queued_bytes, host.usable_memory() // MEMORY_SHARE))
         self._authenticator: Authenticator | None = None
         keys = None
         if self._keyring:
@@ -153,7 +158,7 @@ class Broker:
             self._authenticator.start()
         try:
             self._router, work = sockets.bind_router(self._ctx, self._addresses("work", before), keys)
-            self._monitor = Monitor(self._ctx, self._addresses("beats", before), self._keyring)
+            self._monitor = Monitor(self._ctx, self._addresses("beats", before), self._keyring, self._intake)
             self._facts = Facts(self._ctx, self._addresses("status", before), self._keyring)
             self._bound = Addresses(work, self._monitor.addresses, self._facts.addresses)
             self._keep_identity()
@@ -163,7 +168,7 @@ class Broker:
             self._ctx.destroy(linger=0)
             self._let_go(journal_is_done=self._core.book.keeps_nothing)
             raise
-        self._lookout = Lookout(self._authenticator)
+        self._lookout = Lookout(self._authenticator, self._intake)
         self.file = self._write_files(name)
         if self._journal:
             self._journal.start()
@@ -240,8 +245,10 @@ class Broker:
     def _event(self, frames: Sequence[zmq.Frame]) -> SchedulerEvent:
         peer = frames[0].bytes
         user = ""
-        if self._keyring is not None and (user := sockets.user_id(frames[0])) not in self._keyring.live:
-            return Malformed(peer, self._keyring.refusal(user), sender=sockets.address_of(frames[0]))
+        if self._keyring is not None:
+            self._intake.heard(frames[0])
+            if (user := sockets.user_id(frames[0])) not in self._keyring.live:
+                return Malformed(peer, self._keyring.refusal(user), sender=sockets.address_of(frames[0]))
         try:
             return Arrived(peer, user, decode([frame.buffer for frame in frames[1:]]))
         except ProtocolError as error:

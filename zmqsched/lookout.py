@@ -1,4 +1,5 @@
-"""What the broker's shell looks at once a second: whether anybody new can still come in, and who was not let in.
+"""What the broker's shell looks at once a second: whether anybody new can still come in, who was not let in, and who brings
+too much.
 
 Descriptors are looked at themselves, not libzmq's word of connections that it could not accept: without any left it tries
 again and again, and would say so a hundred thousand times a second to a monitor, which it waits for.
@@ -11,14 +12,16 @@ import resource
 
 from .authenticator import Authenticator
 from .core.events import Alarmed, Malformed
+from .intake import Intake
 
 EVERY_S = 1.0
 FEW = 0.9  # of the descriptors there are, used
 
 
 class Lookout:
-    def __init__(self, authenticator: Authenticator | None) -> None:
+    def __init__(self, authenticator: Authenticator | None, intake: Intake) -> None:
         self._authenticator = authenticator
+        self._intake = intake
         self._refused = 0
         self._next = 0.0
 
@@ -27,10 +30,11 @@ class Lookout:
         if now < self._next:
             return []
         self._next = now + EVERY_S
-        return [*descriptors(), *self._refusals()]
+        if self._authenticator is None:  # no TCP
+            return [*descriptors()]
+        return [*descriptors(), *self._refusals(*self._authenticator.refused), *self._intake.look()]
 
-    def _refusals(self) -> list[Malformed]:
-        refused, where = self._authenticator.refused if self._authenticator else (0, "")
+    def _refusals(self, refused: int, where: str) -> list[Malformed]:
         new, self._refused = refused - self._refused, refused
         return [Malformed(b"", "handshake with an unknown key", sender=where)] * min(new, 1_000)
 

@@ -16,6 +16,7 @@ from .codec import decode
 from .core.events import BeatArrived, Malformed
 from .core.roles import BEATERS, role_of
 from .errors import ProtocolError
+from .intake import Intake
 from .keyring import Keyring
 from .protocol import Beat
 
@@ -23,10 +24,11 @@ MAX_BEATS_PER_TURN = 1_000
 
 
 class Monitor:
-    def __init__(self, ctx: sockets.Context, addresses: Sequence[str], keyring: Keyring | None) -> None:
+    def __init__(self, ctx: sockets.Context, addresses: Sequence[str], keyring: Keyring | None, intake: Intake) -> None:
         self.socket, self.addresses = sockets.bind_sub(ctx, addresses, keyring.keys if keyring else None)
         self.descriptor = sockets.descriptor(self.socket)
         self._keyring = keyring
+        self._intake = intake
 
     def read(self) -> list[BeatArrived | Malformed]:
         """The beats that have come in; never waits."""
@@ -34,6 +36,7 @@ class Monitor:
 
     def _event(self, frames: list[zmq.Frame]) -> BeatArrived | Malformed:
         if self._keyring is not None:
+            self._intake.heard(frames[0])
             user = sockets.user_id(frames[0])
             if refusal := self._keyring.refusal(user):
                 return Malformed(b"", f"beat: {refusal}", sender=sockets.address_of(frames[0]))

@@ -27,6 +27,7 @@ from zmqsched.codec import encode
 from zmqsched.config import ipc_address
 from zmqsched.core.events import Arrived, Malformed
 from zmqsched.facts import MAX_SUBSCRIPTIONS, Facts
+from zmqsched.intake import Intake
 from zmqsched.keyring import Keyring
 from zmqsched.protocol import Ack, Envelope, Fact
 from zmqsched.sockets import Keys
@@ -172,6 +173,7 @@ def test_09_without_an_authenticator_what_comes_in_is_dropped_and_not_answered(m
         assert router.poll(SOON_MS)
         broker = Broker.__new__(Broker)
         broker._keyring = Keyring()
+        broker._intake = Intake(1 << 40)
         event = broker._event(router.recv_multipart(copy=False))
         assert isinstance(event, Malformed)
         assert (event.reason, event.answer) == ("no authenticated sender", None)
