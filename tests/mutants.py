@@ -110,12 +110,10 @@ MUTANTS = {
         'self.counts["retried"] += 1; task.kind.options.group and self.counting.groups.begin(task.kind.options.group)',
     ),
     "what an attempt has counted counts though it died": _one(
-        "counting", "counted, debts.live = debts.counted,", "counted, debts.live = _NOTHING,"
+        "counting", "for counted in (debts.counted, *(", "for counted in (_NOTHING, *("
     ),
     "what was counted at a node that was given up is forgotten": _one(
-        "counting",
-        "            for group, delta in debts.counted.items():\n                self._apply(task, group, delta)\n",
-        "",
+        "counting", "        changes.update(debts.counted)\n", ""
     ),
     "a task that ended without counting down owes for ever": _one(
         "counting", "for group, text, debts in self.groups.overdue():", "for group, text, debts in ():"

@@ -238,6 +238,21 @@ def test_inside_a_task_it_starts_and_waits_with_the_client_of_the_task(client, g
     assert client.submit(starts).result(timeout=60) == [1, 2]
 
 
+def test_a_task_that_dies_when_its_child_has_counted_down_does_it_all_again(client, group, tmp_path):
+    def parent(group, path):
+        group.add()
+        zmqsched.get_client().submit(WaitGroup.done, group).result(timeout=20)
+        die_once(path)
+        group.done()
+
+    group.add()
+    future = client.submit(parent, group, str(tmp_path / "died"))
+    group.wait(timeout=30)
+    assert (tmp_path / "died").exists()
+    future.result(timeout=20)
+    group.wait(timeout=10)  # it raises if anything was counted twice
+
+
 # --- the order of a task's program -------------------------------------------------------------------------------------
 
 

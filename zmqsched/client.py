@@ -24,7 +24,6 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
 
-import msgspec
 import zmq
 from msgspec.structs import replace
 
@@ -353,7 +352,7 @@ class Client(Shown, Tasks):
             fail(future, argument)
             return future
         if held:
-            options = msgspec.structs.replace(options, holds=held)
+            options = replace(options, holds=held, parent=nesting.attempt())
         with self._lock:
             self._check_usable(accepted=accepted)
             if self._waiting >= MAX_WAITING_BYTES and threading.current_thread() is not self._thread:

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from . import origin, worker
-from .protocol import MAX_DEPTH, GoesOn, GroupAdd, Waits, nested_incarnation
+from .protocol import MAX_DEPTH, Attempt, GoesOn, GroupAdd, Waits, nested_incarnation
 
 if TYPE_CHECKING:
     from .client import Client
@@ -69,6 +69,13 @@ def depth() -> int:
     now = worker.now()
     run = None if now is None else now.run
     return 0 if run is None else min(MAX_DEPTH, run.depth + 1)
+
+
+def attempt() -> Attempt | None:
+    """Whose code this is part of, if a task's."""
+    now = worker.now()
+    run = None if now is None else now.run
+    return None if run is None else Attempt(run.task, run.attempt)
 
 
 def count(addition: GroupAdd) -> None:

@@ -76,6 +76,13 @@ class _Wire(Struct, array_like=True, frozen=True, gc=False):
 # --- what messages are made of -----------------------------------------------------------------------------------
 
 
+class Attempt(_Wire):
+    """Names one attempt of one task."""
+
+    task: TaskId
+    attempt: Count
+
+
 class Options(_Wire):
     """What a task asks for, apart from its call. Frozen and hashable: tasks that ask alike share one.
 
@@ -84,7 +91,8 @@ class Options(_Wire):
     retry. ``job``: the task is answered to the job of that name, which any client may follow, and not to the client that
     submitted it. ``timeout``: seconds that a run may take, 0 for any. ``holds``: the WaitGroups that the call or the
     function refers to. ``depth``: how deep the task is nested in others, which may wait for it: of equal priority the
-    deeper goes first, so that few have to wait.
+    deeper goes first, so that few have to wait. ``parent``: the attempt whose code has submitted the task, if it ``holds``
+    any WaitGroup.
     """
 
     priority: Annotated[int, Meta(ge=-(2**31), le=2**31)] = 0
@@ -99,6 +107,7 @@ class Options(_Wire):
     timeout: Amount = 0.0
     holds: Annotated[tuple[Token, ...], Meta(max_length=MAX_HELD)] = ()
     depth: Annotated[int, Meta(ge=0, le=MAX_DEPTH)] = 0
+    parent: Attempt | None = None
 
     @property
     def rank(self) -> int:
@@ -213,13 +222,6 @@ class Final(_Wire):
     text: Text = ""
     cause: Verdict = "ok"
     why: Text = ""
-
-
-class Attempt(_Wire):
-    """Names one attempt of one task."""
-
-    task: TaskId
-    attempt: Count
 
 
 class Stopped(_Wire):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from zmqsched.core.groups import NEGATIVE, Groups, Waiter
 from zmqsched.protocol import (
     MAX_DELTA,
+    Attempt,
     GroupAdd,
     GroupDone,
     GroupWait,
@@ -19,6 +22,7 @@ from zmqsched.protocol import (
 )  # fmt: skip
 
 from .builders import Broker, Client, Node, label_of, task_id, token
+from .test_nesting import nested
 
 
 def waits(client: Client, request: int = 1) -> None:
@@ -648,3 +652,105 @@ def test_the_hello_names_what_runs():
     node.comes_back()
     assert isinstance(node.hello, NodeHello)
     assert [label_of(attempt.task) for attempt in node.hello.holding] == ["a"] == node.adopted
+
+
+# --- tasks that a task has submitted -------------------------------------------------------------------------------
+
+
+def child(of: Client, label: str, parent: str, attempt: int = 1) -> None:
+    of.submits(label, holds=["g"], depth=1, parent=Attempt(task_id(parent), attempt))
+
+
+def family(**options: object) -> tuple[Broker, Node, Node, Client, Client]:
+    """A parent that runs at the first node, has added one, and has submitted a child, which runs at the other."""
+    broker = Broker()
+    node = broker.node()
+    client = owing(broker, "parent", **options)
+    node.counts("parent", 1)
+    other, inside = broker.node("other"), nested(broker, node, 1)
+    child(inside, "child", "parent")
+    assert other.holds == ["child"]
+    return broker, node, other, client, inside
+
+
+def goes_well(node: Node, label: str, *counts: int) -> None:
+    node.counts(label, *counts)
+    node.finishes(label)
+
+
+def test_a_parent_that_dies_when_its_child_has_counted_down_does_it_all_again():
+    broker, node, other, client, inside = family()
+    goes_well(other, "child", -1)
+    assert counter(broker) == 1
+    node.loses_a_worker(running="parent")
+    assert (counter(broker), told(client)) == (1, [])
+    running = node if node.holds else other
+    running.counts("parent", 1)
+    child(inside, "again", "parent", 2)
+    goes_well(other if "again" in other.holds else node, "again", -1)
+    assert (counter(broker), told(client)) == (1, [])
+    goes_well(running, "parent", -1)
+    assert told(client) == [""]
+    assert not broker.scheduler.book.open_counts()
+
+
+@pytest.mark.parametrize("end", ["worker dies", "raises", "node is lost"])
+def test_what_an_unfinished_child_has_counted_is_taken_back_with_its_parents_attempt(end):
+    broker, node, other, client, _ = family(retries=1)
+    other.counts("child", -1)
+    match end:
+        case "worker dies":
+            node.loses_a_worker(running="parent")
+        case "raises":
+            node.fails("parent")
+        case "node is lost":
+            node.freezes()
+            broker.passes(6)
+    assert (counter(broker), told(client)) == (1, []), "the counter was never zero"
+    other.counts("child", -1)
+    assert counter(broker) == 1, "it belongs to what is run again"
+    if "child" in other.holds:
+        other.finishes("child")
+    goes_well(node if "parent" in node.holds and not node.frozen else other, "parent", -1)
+    assert told(client) == [""]
+
+
+def test_a_child_of_a_child_goes_with_them():
+    broker, node, other, client, _ = family()
+    other.counts("child", 1)
+    third, within = broker.node("third"), nested(broker, other, 1)
+    child(within, "grandchild", "child")
+    goes_well(other, "child", -1)
+    third.counts("grandchild", -1)
+    assert counter(broker) == 1
+    node.loses_a_worker(running="parent")
+    assert (counter(broker), told(client)) == (1, [])
+    third.finishes("grandchild")
+    assert counter(broker) == 1
+
+
+def test_a_child_that_outlives_its_parent_counts():
+    broker, node, other, client, _ = family()
+    goes_well(node, "parent", -1)
+    assert (counter(broker), told(client)) == (1, [])
+    goes_well(other, "child", -1)
+    assert told(client) == [""]
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_a_parent_that_fails_for_good_owes_what_its_child_has_not_paid():
+    broker, node, other, client, _ = family(name="parent")
+    node.fails("parent")
+    goes_well(other, "child", -1)
+    assert re.fullmatch(r"a task that .* has ended without done\(\): parent-\d+: it raised an exception", told(client)[0])
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_a_child_that_an_earlier_attempt_has_submitted_and_that_arrives_late_counts_for_nothing():
+    broker, node, other, client, inside = family(retries=1)
+    goes_well(other, "child", -1)
+    node.fails("parent")
+    child(inside, "late", "parent", 1)
+    at = other if "late" in other.holds else node
+    goes_well(at, "late", -1)
+    assert (counter(broker), told(client)) == (1, [])

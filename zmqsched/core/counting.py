@@ -14,6 +14,9 @@ Rules
   a task will not, and others may wait: then it is as if the task had ended there. What is said for a task that is answered
   counts for nothing either; but as it may be one that its client asks for again, it is kept for a while: the attempt's
   result may come after all.
+* What a task has submitted belongs to its attempt, as far as both hold the WaitGroup: what such a *child* has counted when
+  it is answered counts as the attempt does, and if the task is run again its unfinished children count for nothing any more.
+  They are not ended for that, unless their worker is. A broker that starts from a journal does not know who is whose child.
 * A task stands for one debt of each WaitGroup that it was sent, and for what it has added to any, as far as it has not
   counted that down. If it ends otherwise than with a result, these debts have failed (``groups.py``). Of a task that was
   not submitted, or not accepted, its client says so.
@@ -25,12 +28,12 @@ Rules
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ..protocol import MAX_DELTA, MAX_HELD, MAX_ITEMS, Final, GroupAdd, GroupDone, GroupWait, tag_of
+from ..protocol import MAX_DELTA, MAX_HELD, MAX_ITEMS, Final, GroupAdd, GroupDone, GroupWait, nested_in, tag_of
 from .groups import Answer, Groups, Waiter
 from .ledger import Counted
 
@@ -43,6 +46,7 @@ MAX_COUNTED = 10_000  # processes whose last addition to a WaitGroup is remember
 MAX_HOLDS = 1_000  # WaitGroups that a task counts on
 MAX_REASON = 200  # characters of why a task has failed
 HEARD = "heard"
+GONE = "whoever had submitted it is gone"
 
 _NOTHING: dict[bytes, int] = {}
 
@@ -50,15 +54,19 @@ _NOTHING: dict[bytes, int] = {}
 class Debts:
     """What an unfinished task has to do with WaitGroups. ``sent``: those it was sent; ``holds``: those, and what else it has
     counted on. ``added``: what it has added to which, by the incarnation of the node that ran it; ``live``: the one whose
-    additions count now, or b""."""
+    additions count now, or b"". ``parent``: the unfinished task that has submitted it, or b""; ``children``: those it has
+    submitted, each with the incarnation of the node that ran the attempt. ``void``: it counts for nothing any more."""
 
-    __slots__ = ("added", "holds", "live", "sent")
+    __slots__ = ("added", "children", "holds", "live", "parent", "sent", "void")
 
     def __init__(self, sent: tuple[bytes, ...]) -> None:
         self.sent = sent
         self.holds = dict.fromkeys(sent)
         self.added: dict[bytes, dict[bytes, int]] = {}
         self.live = b""
+        self.parent = b""
+        self.children: dict[bytes, bytes] = {}
+        self.void = False
 
     @property
     def counted(self) -> dict[bytes, int]:
@@ -95,7 +103,9 @@ class Counting:
         elif not message.deltas:
             self._book.record(incarnation, GroupAdd([], message.number))
             self.over(message.task, incarnation)
-        elif (task := self._book.tasks.get(message.task)) is not None:
+        elif (task := self._book.tasks.get(message.task)) is not None and task.debts is not None and task.debts.void:
+            self._book.record(incarnation, GroupAdd([], message.number))
+        elif task is not None:
             self._book.record(incarnation, message)
             self._add_for_now(task, incarnation, message)
         else:
@@ -149,7 +159,7 @@ class Counting:
                 self.groups.hold(group, task.id, 0)
             added[group] = added.get(group, 0) + delta
             if debts.live == incarnation:
-                self._apply(task, group, delta)
+                self._apply(task, debts, {group: delta})
 
     def _keep(self, incarnation: bytes, message: GroupAdd) -> None:
         added = self._unclaimed.setdefault(message.task, {}).setdefault(incarnation, {})
@@ -163,7 +173,7 @@ class Counting:
     # --- the course of a task, if it has debts -----------------------------------------------------------------------
 
     def hold(self, task: Task) -> None:
-        task.debts = Debts(task.kind.options.holds)
+        task.debts = self._adopted(task, Debts(task.kind.options.holds))
         for group in task.debts.sent:
             self.groups.hold(group, task.id, 1)
         for incarnation, added in self._unclaimed.pop(task.id, {}).items():
@@ -173,18 +183,35 @@ class Counting:
         """This node's attempt is the one that counts."""
         debts = task.debts
         if debts is not None and incarnation and debts.live != incarnation:
-            self.given_up(task)
-            debts.live = incarnation
-            for group, delta in debts.counted.items():
-                self._apply(task, group, delta)
+            self._now_counts(task, debts, incarnation)
 
     def given_up(self, task: Task) -> None:
         """No attempt counts now; the one that did may be heard of again."""
-        debts = task.debts
-        if debts is not None:
-            counted, debts.live = debts.counted, b""
-            for group, delta in counted.items():
-                self._apply(task, group, -delta)
+        if task.debts is not None:
+            self._now_counts(task, task.debts, b"")
+
+    def _now_counts(self, task: Task, debts: Debts, incarnation: bytes) -> None:
+        """What was counted in the attempt at this node, and by its open children. In one step: on the way the counter may be
+        zero."""
+        orphans = [child for child, where in debts.children.items() if where != incarnation]
+        for child in orphans:  # it grows
+            orphans += self._debts(child).children
+        changes: Counter[bytes] = Counter()
+        for counted in (debts.counted, *(self._debts(child).counted for child in orphans)):
+            changes.subtract(counted)
+        debts.live = incarnation
+        changes.update(debts.counted)
+        self._apply(task, debts, changes)
+        for child in orphans:
+            self._orphaned(self._book.tasks[child], self._debts(child))
+
+    def _orphaned(self, task: Task, debts: Debts) -> None:
+        """The attempt that has submitted it counts no more. If that ends well after all, this one's debts have failed."""
+        for incarnation, added in debts.added.items():
+            self._taken_back(task.id, incarnation, added)
+        self._failed(task, debts, GONE)
+        self._leave(task, debts)
+        task.debts = _void()
 
     def over(self, task_id: bytes, incarnation: bytes) -> None:
         """The attempt of the task at this node has ended, and the task has not."""
@@ -193,9 +220,11 @@ class Counting:
             self._unclaimed.get(task_id, {}).pop(incarnation, None)
         if task is None or task.debts is None:
             return
-        if task.debts.live == incarnation:
+        if task.debts.live == incarnation or incarnation in task.debts.children.values():
             self.given_up(task)
-        added = task.debts.added.pop(incarnation, _NOTHING)
+        self._taken_back(task_id, incarnation, task.debts.added.pop(incarnation, _NOTHING))
+
+    def _taken_back(self, task_id: bytes, incarnation: bytes, added: dict[bytes, int]) -> None:
         for back in _steps((group, -delta) for group, delta in added.items()):
             self._book.record(incarnation, GroupAdd(back, task=task_id))
 
@@ -204,26 +233,75 @@ class Counting:
         if not wanted:
             self.release(task, debts)
             return
-        for kept in _steps(debts.counted.items()):
+        for_good = self._handed_on(task, debts)
+        for kept in _steps(for_good.items()):
             self._book.record(b"", GroupAdd(kept))
         if final.verdict not in ("ok", "NotAccepted"):
-            failed = ((group, debts.stands_for(group)) for group in debts.holds)
-            self._fail(task, failed, "it raised an exception" if final.verdict == "error" else final.text)
-        for group in debts.holds:
-            self.answer(self.groups.release(group, task.id))
+            self._failed(task, debts, "it raised an exception" if final.verdict == "error" else final.text)
+        self._leave(task, debts)
 
     def release(self, task: Task, debts: Debts) -> None:
         """It counts for nothing."""
-        for group, delta in debts.counted.items():
-            self.answer(self.groups.add(group, -delta))
+        self._now_counts(task, debts, b"")
+        self._leave(task, debts)
+
+    def _leave(self, task: Task, debts: Debts) -> None:
+        if debts.parent in self._book.tasks:
+            self._debts(debts.parent).children.pop(task.id, None)
         for group in debts.holds:
             self.answer(self.groups.release(group, task.id))
 
     def abandon(self, task: Task, debts: Debts) -> None:
         """Its owner was in a task that has ended, or died, and will not ask for it again."""
-        final = Final(task.id, "cancelled", text="whoever had submitted it is gone")
-        self.finish(task, debts, final, wanted=True)
-        task.debts = Debts(())
+        self.finish(task, debts, Final(task.id, "cancelled", text=GONE), wanted=True)
+        task.debts = _void()
+
+    # --- parents and children ----------------------------------------------------------------------------------------
+
+    def _adopted(self, task: Task, debts: Debts) -> Debts:
+        """A child of the attempt that has submitted it, if that goes on; one that is over has no others."""
+        parent = task.kind.options.parent
+        above = None if parent is None or task.owner.job else self._book.tasks.get(parent.task)
+        if parent is None or above is None or above.debts is None:
+            return debts
+        if above.debts.void or parent.attempt < above.attempt:
+            return _void()
+        where = self._incarnation(above)
+        if where and nested_in(where, task.owner.incarnation) is not None:
+            debts.parent = above.id
+            above.debts.children[task.id] = where
+        return debts
+
+    def _handed_on(self, task: Task, debts: Debts) -> dict[bytes, int]:
+        """What it has counted goes on as what its parent's attempt has, its children too. Returns what counts for good: what
+        the parent has nothing to do with, or all."""
+        above = self._book.tasks.get(debts.parent)
+        for child in debts.children:
+            self._debts(child).parent = debts.parent
+        if above is None:
+            return debts.counted
+        parents = self._debts(above.id)
+        where = parents.children[task.id]
+        parents.children.update(dict.fromkeys(debts.children, where))
+        self.runs_at(above, where)
+        mine = {group: delta for group, delta in debts.counted.items() if group in parents.holds}
+        for step in _steps(mine.items()):
+            self._book.record(where, GroupAdd(step, task=above.id))
+        added = parents.added.setdefault(where, {})
+        for group, delta in mine.items():
+            added[group] = added.get(group, 0) + delta
+            self.groups.hold(group, above.id, parents.stands_for(group))
+        return {group: delta for group, delta in debts.counted.items() if group not in mine}
+
+    def _debts(self, task_id: bytes) -> Debts:
+        debts = self._book.tasks[task_id].debts
+        assert debts is not None, "a parent or a child without debts"
+        return debts
+
+    # --- debts that have failed --------------------------------------------------------------------------------------
+
+    def _failed(self, task: Task, debts: Debts, why: str) -> None:
+        self._fail(task, ((group, debts.stands_for(group)) for group in debts.holds), why)
 
     def _fail(self, task: Task, debts: Iterable[tuple[bytes, int]], why: str) -> None:
         options, label = task.kind.options, task.kind.shape.label
@@ -241,11 +319,11 @@ class Counting:
                 self._book.record(b"", GroupAdd(step, failed=text))
             self.answer(self.groups.lose(group, text, debts))
 
-    def _apply(self, task: Task, group: bytes, delta: int) -> None:
-        debts = task.debts
-        assert debts is not None
-        self.groups.hold(group, task.id, debts.stands_for(group))
-        self.answer(self.groups.add(group, delta))
+    def _apply(self, task: Task, debts: Debts, changes: Mapping[bytes, int]) -> None:
+        for group in changes.keys() & debts.holds.keys():
+            self.groups.hold(group, task.id, debts.stands_for(group))
+        for group, delta in changes.items():
+            self.answer(self.groups.add(group, delta))
 
     def _incarnation(self, task: Task) -> bytes:
         return self._book.nodes[task.node].incarnation if task.node else b""
@@ -281,9 +359,18 @@ class Counting:
                 continue
             incarnation = self._incarnation(task)
             assert task.debts.live in (b"", incarnation), f"{task}: what another node's attempt has counted counts"
+            for child, where in task.debts.children.items():
+                assert self._debts(child).parent == task.id, "a child of another"
+                assert where == incarnation, f"{task}: what another node's attempt has submitted counts"
             for group in task.debts.holds:
                 holders.setdefault(group, {})[task.id] = task.debts.stands_for(group)
         assert holders == self.groups.holders(), "who holds a WaitGroup, or for how many debts it stands, is off"
+
+
+def _void() -> Debts:
+    debts = Debts(())
+    debts.void = True
+    return debts
 
 
 def _steps(deltas: Iterable[tuple[bytes, int]]) -> Iterator[list[tuple[bytes, int]]]:
