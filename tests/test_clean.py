@@ -25,6 +25,7 @@ from zmqsched.config import CONNECTION_FILE, ClusterLock
 from zmqsched.control import SOCKET
 from zmqsched.errors import StartError
 from zmqsched.launch import remote
+from zmqsched.orphans import is_marked
 from zmqsched.stopping import is_zmqsched
 
 pytestmark = pytest.mark.system
@@ -33,9 +34,12 @@ ZMQSCHED = [sys.executable, "-m", "zmqsched"]
 
 
 @pytest.fixture(autouse=True)
-def tunnels(home: Home, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of this test, and not what others have left."""
+def ours(home: Home, monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """Pids of what this test's tasks have started: other tests, which may be running right now, are to be left alone."""
+    pids: set[int] = set()
+    monkeypatch.setattr(cleaning, "is_marked", lambda pid: pid in pids and is_marked(pid))
     monkeypatch.setattr(remote, "TUNNEL", str(home.path / "{token}.{role}"))
+    return pids
 
 
 def run(*words: str) -> str:
@@ -74,14 +78,6 @@ def test_ends_of_connections_through_ssh_that_are_no_more(home: Home):
                 end.unlink(missing_ok=True)
 
 
-@pytest.fixture
-def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Other tests may be killing clusters right now: of what is left of them this one is to see nothing."""
-    monkeypatch.setattr(cleaning, "is_marked", lambda pid: False)
-    monkeypatch.setattr(cleaning, "dead_tunnels", list)
-
-
-@pytest.mark.usefixtures("alone")
 def test_without_leftovers_there_is_nothing_to_do(home: Home):
     assert run("clean") == "nothing is left to clean\n"
 
@@ -134,11 +130,12 @@ def test_a_node_whose_cluster_has_died_is_ended_with_all_that_its_tasks_have_sta
     eventually(lambda: not any(map(alive, family)))
 
 
-def test_what_tasks_started_is_ended_when_nobody_else_is_left_who_knows_it(home: Home, tmp_path: Path):
+def test_what_tasks_started_is_ended_when_nobody_else_is_left_who_knows_it(home: Home, tmp_path: Path, ours: set[int]):
     up("-n1")
     script = HAS_A_CHILD + "\n"
     with subprocess.Popen([sys.executable, "-c", script, tmp_path / "family"], stderr=subprocess.DEVNULL) as user:
         eventually((tmp_path / "family").exists)
+        ours.update(map(int, (tmp_path / "family").read_text().split()))
         child = int((tmp_path / "family").read_text().split()[1])
         assert str(child) not in run("clean", "--dry-run"), "while its node lives"
         kill_all(home.processes())
@@ -183,7 +180,6 @@ def test_what_lives_is_left_alone(home: Home):
         assert client.submit(pow, 2, 5).result() == 32
 
 
-@pytest.mark.usefixtures("alone")
 def test_a_cluster_without_a_broker_is_dead_only_if_it_stays_so(home: Home):
     """Between two brokers nobody holds the lock."""
     ClusterLock.acquire("one").release()
@@ -206,7 +202,6 @@ def test_one_that_lost_its_broker_for_good_is_its_holders_as_long_as_that_is_the
         assert "headless" not in run("clean")
 
 
-@pytest.mark.usefixtures("alone")
 def test_one_whose_holder_answers_is_not_dead(home: Home):
     ClusterLock.acquire("held").release()
     assert len(cleaning.find(watch_s=0)) == 1
@@ -235,7 +230,6 @@ def test_our_processes_are_known_however_they_were_started(words: list[str], our
         process.kill()
 
 
-@pytest.mark.usefixtures("alone")
 def test_what_comes_alive_meanwhile_is_left_alone_and_said(home: Home):
     ClusterLock.acquire("quick").release()
     (left,) = cleaning.find(watch_s=0)
@@ -245,7 +239,6 @@ def test_what_comes_alive_meanwhile_is_left_alone_and_said(home: Home):
         lock.remove()
 
 
-@pytest.mark.usefixtures("alone")
 def test_what_cannot_be_killed_is_an_error(home: Home, monkeypatch: pytest.MonkeyPatch):
     path = str(home.path / "gone" / CONNECTION_FILE)
     program = "import sys, time; print(flush=True); time.sleep(600)"
