@@ -16,6 +16,7 @@ from homes import PATIENCE_S, Home, eventually, new_home
 
 from zmqsched.__main__ import main
 from zmqsched.cli import look
+from zmqsched.cli.logs import _Tail
 from zmqsched.launch.output import MAX_LOG, Log
 from zmqsched.records import NodeInfo, NodeList, Status, WorkerList
 
@@ -200,12 +201,29 @@ def test_logs_are_followed_across_their_turns_until_the_cluster_ends(lab):
         for number in range(3 * MAX_LOG // 200_000):  # turns more than once; the reader is waited for
             log.write(f"{number} {line}\n".encode())
             assert follower.process.stdout.readline() == f"{number} {line}\n"
-        assert Path(lab.path / "lab" / "logs" / "a-1.log.1").exists()
+        assert Path(lab.path / "lab" / "logs" / "a-1.log.2").exists()
         log.write(b"the end\n")
         lab.run("down")
         code, out, err = follower.end()
         assert (code, out, err) == (0, "the end\n", "")
     log.close()
+
+
+@pytest.mark.parametrize(("full", "missed"), [(1, 0), (2, 0), (3, 1), (5, 3)])
+def test_what_a_follower_has_missed_is_said(tmp_path, capsys, full, missed):
+    log, line = Log(tmp_path / "a.log"), b"x" * (MAX_LOG - 6)
+    tail = _Tail(tmp_path / "a.log", "")
+    log.write(b"begin\n")
+    tail.copy()
+    for number in range(full):  # each into a file of its own
+        log.write(b"%d %s\n" % (number, line))
+    log.close()
+    tail.copy()
+    tail.copy()
+    os.close(tail._file)
+    told = ["", f"zmqsched: up to {missed * MAX_LOG} bytes came too fast to be shown"] if missed else []
+    shown = [f"{number} {line.decode()}" for number in range(missed, full)]
+    assert capsys.readouterr().out.splitlines() == ["begin", *told, *shown]
 
 
 def test_an_interrupt_ends_logs(lab):

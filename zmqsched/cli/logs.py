@@ -1,6 +1,7 @@
 """``logs``: what a cluster's nodes have said, and what they say.
 
-A log is a file of limited size: when it is full it gets the name ``LABEL.log.1``, and another takes its place.
+A log is a file of limited size: when it is full it gets a number (``LABEL.log.N``), and another takes its place; of the full
+ones the last is kept.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import click
 from ..config import CONNECTION_FILE, cluster_dir
 from ..errors import ZmqschedError
 from ..launch.base import Site
+from ..launch.output import MAX_LOG, full_log, full_logs
 from .reading import by_name, name_of
 
 LOOK_EVERY_S = 0.2
@@ -71,6 +73,7 @@ class _Tail:
         self._path = path
         self._mark = mark
         self._file: int | None = None
+        self._number = 0
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._at_start = True  # of a line
 
@@ -84,20 +87,30 @@ class _Tail:
             sys.stdout.write(text)
 
     def _news(self) -> Iterator[bytes]:
-        if self._file is None:
-            older = _opened(self._path.with_name(f"{self._path.name}.1"))
-            self._file = _opened(self._path) if older is None else older
-        while (file := self._file) is not None:
-            yield from _rest(file)
-            following = _opened(self._path)
-            if following is None:
-                return
-            if os.path.sameopenfile(following, file):
-                os.close(following)
-                return
-            yield from _rest(file)  # it may have been written to before its place was taken
+        while (following := self._following()) is not None:
+            if self._file is not None:
+                yield from _rest(self._file)  # it may have been written to before its place was taken
+                os.close(self._file)
+                if (missed := following[1] - self._number - 1) > 0:
+                    yield b"\nzmqsched: up to %d bytes came too fast to be shown\n" % (missed * MAX_LOG)
+            self._file, self._number = following
+        if self._file is not None:
+            yield from _rest(self._file)
+
+    def _following(self) -> tuple[int, int] | None:
+        """The file after the one that is read, or the oldest that is there; and the number that it has, or will have."""
+        while True:
+            full = full_logs(self._path)
+            number = full if full > self._number else full + 1
+            file = _opened(full_log(self._path, number) if number == full else self._path)
+            if full == full_logs(self._path):
+                break
+            if file is not None:  # it may have got a number since
+                os.close(file)
+        if file is not None and self._file is not None and os.path.sameopenfile(file, self._file):
             os.close(file)
-            self._file = following
+            return None
+        return None if file is None else (file, number)
 
 
 def _rest(file: int) -> Iterator[bytes]:

@@ -4,7 +4,8 @@ Rules
 -----
 * One thread reads the pipes of all children of a launcher, each to its end. It never waits for a child, a disk's reader or
   this program's standard error.
-* A log has at most ``MAX_LOG`` bytes and one older file beside it (``LABEL.log.1``) that has no more.
+* A log has at most ``MAX_LOG`` bytes, and one older file beside it has no more. That is ``LABEL.log.N``, the Nth that was
+  full: who follows the log knows if one was missed.
 * The directory of logs is the cluster's: it is never made anew here, so nothing is left once the broker has removed it.
 * The end of what was said is kept in memory, for the exception that tells of a failure.
 """
@@ -12,6 +13,7 @@ Rules
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import select
 import threading
@@ -42,6 +44,16 @@ def tail_of(path: Path) -> str:
             return text_of(file.read())
     except OSError:
         return ""
+
+
+def full_logs(path: Path) -> int:
+    """How many files of this log are full by now: the number of the last of them."""
+    numbers = (other.suffix[1:] for other in path.parent.glob(f"{glob.escape(path.name)}.*"))
+    return max((int(number) for number in numbers if number.isdecimal()), default=0)
+
+
+def full_log(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")
 
 
 class Log:
@@ -103,7 +115,9 @@ class Log:
 
     def _turn(self) -> None:
         self._close()
-        self._path.replace(self._path.with_name(f"{self._path.name}.1"))
+        number = full_logs(self._path)
+        self._path.replace(full_log(self._path, number + 1))
+        full_log(self._path, number).unlink(missing_ok=True)
         self._open()
 
 
