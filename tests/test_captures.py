@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+from chaos.proxy import Proxy
 
-from zmqsched import sockets
+from zmqsched import Client, LocalCluster, sockets
+from zmqsched.config import cluster_dir, role_file
 from zmqsched.payload import FunctionPickler
 
 
@@ -136,3 +141,39 @@ def test_every_kind_of_change_is_seen():
         change()
         digests.append(pickler.pack(fn)[0])
     assert len(set(digests)) == len(digests)
+
+
+@contextlib.contextmanager
+def far_nodes(cluster, number):
+    """Nodes of two workers each behind one wire, which counts."""
+    words = ["--tag", "far", "-n", "2", "--until-eof", "--ready-fd", "1"]
+    with Proxy(role_file(cluster_dir(cluster.name), "node")) as wire, contextlib.ExitStack() as stack:
+        command = [sys.executable, "-m", "zmqsched", "node", "--connect", str(wire.file), *words]
+        for _ in range(number):
+            node = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            stack.enter_context(node)
+            stack.callback(node.stdin.close)
+            assert node.stdout.readline()
+        yield wire
+
+
+@pytest.mark.system
+def test_between_hosts_it_is_sent_once_to_each_node(clusters):
+    table = np.random.default_rng(0).integers(256, size=5_000_000, dtype=np.uint8)
+
+    def at(index):
+        return int(table[index])
+
+    expected = [int(number) for number in table[:100]]
+    with LocalCluster(1, listen="127.0.0.1") as cluster, Client(cluster) as client, far_nodes(cluster, 2) as wire:
+        far = client.options(tags=["far"])
+        with pytest.warns(UserWarning, match="captures `table`"):
+            futures = [far.submit(at, index) for index in range(100)]
+        assert [future.result(timeout=60) for future in futures] == expected
+        assert {node.done > 0 for node in client.nodes() if "far" in node.tags} == {True}
+        once = wire.carried
+        assert once < 2 * table.nbytes + 1_000_000
+        assert [far.submit(at, index).result(timeout=60) for index in range(100)] == expected
+        assert wire.carried < once + 1_000_000
+        assert list(far.map(at, range(100))) == expected
+        assert wire.carried < once + 2 * table.nbytes + 2_000_000, "a map makes batches of it, once"
