@@ -194,8 +194,7 @@ MUTANTS = {
         "nodes", "if gone or not node.lasts(lane.length_s, now):", "if gone:"
     ),
     "a worker is given more tasks than it may run": _one(
-        "giving", "while self.queue.count and share and len(worker.runs) < min(depth, worker.left):",
-        "while self.queue.count and share and len(worker.runs) < depth:",
+        "giving", "most = min(depth, worker.left)", "most = depth"
     ),
     "a worker that has run all it may is not replaced": _one(
         "crew", "in self._worn.values() if", "in self._worn.values() if False and"

@@ -198,16 +198,17 @@ class _Place:
 
 
 class _Interrupts:
-    """The handler of SIGINT. ``wanted``: code of a task's runs."""
+    """The handler of SIGINT. ``wanted``: code of a task's runs. ``pid``: the worker's, which a child that a task forks has
+    not."""
 
     def __init__(self, pipe: Pipe, now: Now) -> None:
         self.wanted = False
         self._pipe = pipe
         self._now = now
-        self._pid = os.getpid()
+        self.pid = os.getpid()
 
     def __call__(self, number: int, frame: FrameType | None) -> None:
-        if os.getpid() != self._pid:  # a child that the task has forked
+        if os.getpid() != self.pid:  # a child that the task has forked
             signal.default_int_handler(number, frame)
         with suppress(OSError):
             self._pipe.send(encode_pipe(Interrupted()))
@@ -252,7 +253,6 @@ def _imports(frame: FrameType | None) -> bool:
 
 def _attempt(run: Run, functions: _Functions, interrupts: _Interrupts, now: Now) -> Done:
     """Run one attempt; whatever happens is its answer."""
-    pid = os.getpid()
     seconds = 0.0
     started = 0.0
     fn = None
@@ -273,7 +273,7 @@ def _attempt(run: Run, functions: _Functions, interrupts: _Interrupts, now: Now)
                 seconds = perf_counter() - started
             if before is not None:
                 _restore_environment(before)
-            if os.getpid() != pid:  # a child the task forked came back from it; there must be one answer
+            if os.getpid() != interrupts.pid:  # a child the task forked came back from it; there must be one answer
                 os._exit(0)
         ok, value = True, pack_value(result)
     except BaseException as error:  # noqa: BLE001 - whatever a task raises is its answer

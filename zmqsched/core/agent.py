@@ -432,7 +432,8 @@ class Agent:
             self._offences.note("answer to what is not running", f"worker {worker.id}")
             return
         worker.since = now
-        self._reclaim(worker, now)
+        if worker.waits:
+            self._reclaim(worker, now)
         if isinstance(message, Declined):
             worker.functions.discard(worker.runs[message.task].shape.function)
             self._take_from(worker, message.task, now)
@@ -481,12 +482,12 @@ class Agent:
 
     def _reclaim(self, worker: Worker, now: float) -> None:
         """The slot is not lent any more."""
-        if worker.waiting_since is not None:
-            worker.waited_s += now - worker.waiting_since
-            worker.waiting_since = None
-            worker.late = True
-            self._crew.lent -= 1
-            self._room.reclaim(worker)
+        assert worker.waiting_since is not None, "it is not lent"
+        worker.waited_s += now - worker.waiting_since
+        worker.waiting_since = None
+        worker.late = True
+        self._crew.lent -= 1
+        self._room.reclaim(worker)
 
     def _done(self, worker: Worker, message: Done, now: float) -> None:
         held = worker.runs.pop(message.task)
@@ -507,7 +508,8 @@ class Agent:
         pid, how, untaken, remains = exited.pid, exited.how, exited.untaken, exited.remains
         how = worker.over or how
         early = False
-        self._reclaim(worker, now)
+        if worker.waits:
+            self._reclaim(worker, now)
         self._taken_back(worker, untaken, now)
         if worker.ending is not None and worker.ending.interrupted:
             for held in worker.runs.values():

@@ -121,7 +121,8 @@ class Giving:
         ready = [*idle[: max(0, free)], *sorted(others, key=_length)]
         for index, worker in enumerate(ready):
             share = -(-self.queue.count // (len(ready) - index))
-            while self.queue.count and share and len(worker.runs) < min(depth, worker.left):
+            most = min(depth, worker.left)
+            while self.queue.count and share and len(worker.runs) < most:
                 if not self._may_run(self.queue.head(), worker):
                     break
                 self._start(self.queue.pop(), worker, now, until)
@@ -160,7 +161,7 @@ class Giving:
         function: Payload = b"" if digest in worker.functions else self._functions[digest]
         worker.functions.add(digest)
         env = (("CUDA_VISIBLE_DEVICES", ",".join(worker.gpus)),) if worker.gpus else ()
-        inputs = [Input(task, self._functions[each]) for task, each in held.inputs]
+        inputs = [Input(task, self._functions[each]) for task, each in held.inputs] if held.inputs else []
         name = held.options.name
         run = Run(held.task, held.attempt, digest, function, held.call, fresh, env, until, name, inputs, held.options.depth)
         self._out.append(Give(worker.id, run))

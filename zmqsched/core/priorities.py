@@ -43,19 +43,20 @@ class PriorityQueue(Generic[Item]):
         return queue[next(iter(queue))]
 
     def pop(self) -> Item:
-        return self._pop(self._priorities[-1], last=False)
+        priority = self._priorities[-1]
+        item = self._queues[priority].popitem(last=False)[1]
+        self._dropped(priority)
+        return item
 
     def pop_last(self) -> Item:
-        return self._pop(self._priorities[0], last=True)
+        priority = self._priorities[0]
+        item = self._queues[priority].popitem()[1]
+        self._dropped(priority)
+        return item
 
     def remove(self, key: bytes, priority: int) -> None:
         del self._queues[priority][key]
         self._dropped(priority)
-
-    def _pop(self, priority: int, *, last: bool) -> Item:
-        item = self._queues[priority].popitem(last=last)[1]
-        self._dropped(priority)
-        return item
 
     def _dropped(self, priority: int) -> None:
         self.count -= 1
