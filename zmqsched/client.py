@@ -22,9 +22,10 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import zmq
+from msgspec import Struct
 from msgspec.structs import replace
 
 from . import errors, lifetime, nesting, sockets, worker
@@ -93,7 +94,10 @@ MAX_MESSAGES_PER_TURN = 100
 MAX_WAITING_BYTES = 64 * 1024 * 1024
 
 
-class Submission(NamedTuple):
+_TICK = events.Tick()
+
+
+class Submission(Struct, frozen=True):
     """A packed call on its way to the I/O thread."""
 
     task: bytes
@@ -170,6 +174,7 @@ class Client(Shown, Tasks):
         self._callbacks = Callbacks()
         self._prefix = secrets.token_bytes(8)
         self._numbers = itertools.count(1)
+        self._shape = Shape(b"", self._options)
         self._futures: dict[bytes, Future[Any]] = {}
         self._runs: set[Run] = set()  # maps that are not over
         self._last_run: Run | None = None
@@ -328,13 +333,14 @@ class Client(Shown, Tasks):
         *, accepted: bool = False,
     ) -> Future[T]:  # fmt: skip
         """``accepted``: part of what was asked for before a shutdown."""
-        self._check_usable(accepted=accepted)
+        if not self.usable:
+            self._check_usable(accepted=accepted)
         if self._nested:
             self._keep_order()
             if options.depth != (depth := nesting.depth()):
                 options = replace(options, depth=depth)
         task = self._prefix + next(self._numbers).to_bytes(8, "big")
-        future: Future[T] = self._future(task)
+        future: Future[T] = Future(task, self)
         if self._cell is not None:
             future._cell = self._cell()
         try:
@@ -353,8 +359,12 @@ class Client(Shown, Tasks):
             return future
         if held:
             options = replace(options, holds=held, parent=nesting.attempt())
+        shape = self._shape
+        if shape.function != digest or shape.options is not options:  # than the last task's
+            shape = self._shape = Shape(digest, options, short_form(fn))
         with self._lock:
-            self._check_usable(accepted=accepted)
+            if not self.usable:
+                self._check_usable(accepted=accepted)
             if self._waiting >= MAX_WAITING_BYTES and threading.current_thread() is not self._thread:
                 self._wait_for_room(accepted=accepted)
             self._asked += call_bytes(call, inputs)
@@ -362,8 +372,9 @@ class Client(Shown, Tasks):
             lifetime.needed.add(self)
             if options.job:
                 self._kept.add(task)
-            self._inbox.append(Submission(task, Shape(digest, options, short_form(fn)), call, blob, inputs))
-        self._nudge()
+            self._inbox.append(Submission(task, shape, call, blob, inputs))
+        if not self._awake:
+            self._nudge()
         return future
 
     def _keep_order(self) -> None:
@@ -384,9 +395,6 @@ class Client(Shown, Tasks):
             first_line = why.partition("\n")[0]
             failed = clipped(f"{tag_of(task, shape)}: {first_line}", 500)
             self._post(events.Tell(GroupAdd([(group, 0) for group in held[:MAX_HELD]], failed=failed)))
-
-    def _future(self, task: bytes) -> Future[Any]:
-        return Future(task, self)
 
     @property
     def _held_back(self) -> bool:
@@ -537,22 +545,25 @@ class Client(Shown, Tasks):
 
     # --- the I/O thread ------------------------------------------------------------------------------------------------
 
-    def _turn(self, connections: sockets.Connections | None, *, nudged: bool) -> bool:
+    def _turn(self, connections: sockets.Connections | None, *, nudged: bool, readable: bool) -> bool:
         """Take in, act, send; False when it is time to go. ``connections``: if there is news of them."""
         now = time.monotonic()
         if connections is not None:
             self._look_at(connections, now)
         if nudged:
             os.eventfd_read(self._wake)
-        self._take_inbox(now)
-        for frames in sockets.receive_all(self._dealer, MAX_MESSAGES_PER_TURN):
+        self._awake = False  # before the inbox is read: who finds it raised has put its item in before that
+        if self._inbox:
+            self._take_inbox(now)
+        for frames in sockets.receive_all(self._dealer, MAX_MESSAGES_PER_TURN) if readable else ():
             try:
                 envelope = decode([frame.buffer for frame in frames])
             except ProtocolError as error:
                 self._perform(self._core.handle(events.Unreadable(str(error)), now))
                 continue
             self._perform(self._core.handle(events.Reached(envelope), now))
-        self._perform(self._core.handle(events.Tick(), now))
+        if self._core.next_deadline() <= now:
+            self._perform(self._core.handle(_TICK, now))
         if self._blocked and self._waiting < MAX_WAITING_BYTES:
             with self._lock:
                 self._room.notify_all()
@@ -566,7 +577,6 @@ class Client(Shown, Tasks):
             self._break(error)
 
     def _take_inbox(self, now: float) -> None:
-        self._awake = False  # before the inbox is read: who finds it raised has put its item in before that
         tasks: list[events.Asked] = []
         functions: dict[bytes, Payload] = {}
         values: dict[bytes, Payload] = {}
@@ -656,7 +666,7 @@ class Client(Shown, Tasks):
         with self._lock:
             self._kept.update(listed.tasks)
             known = self._futures
-            return [known.get(task) or known.setdefault(task, self._future(task)) for task in listed.tasks]
+            return [known.get(task) or known.setdefault(task, Future(task, self)) for task in listed.tasks]
 
     def _settle_screen(self) -> None:
         if self._printer is not None:
@@ -683,10 +693,10 @@ class Client(Shown, Tasks):
     @property
     def _is_idle(self) -> bool:
         """Nothing is to be done any more, unless somebody reads the results of a map."""
-        return not self._futures and all(run.waits for run in list(self._runs))
+        return not self._futures and (not self._runs or all(run.waits for run in list(self._runs)))
 
     def _wake_if_idle(self) -> None:
-        if self._is_idle:
+        if not self._futures and self._is_idle:
             with self._idle:
                 self._idle.notify_all()
                 if self._is_idle and not self._owned:
@@ -726,9 +736,9 @@ def _serve(
         # A hello before the connection is there would be a hello lost.
         while not dealer.poll(100, zmq.POLLOUT) and not _is_closed(reference):
             continue
-        ready: set[int] = set()
+        ready = {waiter.socket}
         while (client := reference()) is not None and client._turn(
-            connections if connections.descriptor in ready else None, nudged=wake in ready
+            connections if connections.descriptor in ready else None, nudged=wake in ready, readable=waiter.socket in ready
         ):
             del client
             ready = waiter.wait(core.next_deadline())

@@ -115,7 +115,7 @@ class Options(_Wire):
         return self.priority * (MAX_DEPTH + 1) + self.depth
 
 
-class Shape(_Wire):
+class Shape(_Wire, cache_hash=True):
     """What many tasks have in common: the function, by digest, and the options. ``label``: the function's name, for messages
     about these tasks."""
 

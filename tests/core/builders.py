@@ -986,11 +986,12 @@ class Desk:
 
     def turn(self) -> None:
         for _ in range(100):
-            self.step(Tick())
+            if self.brain.next_deadline() <= self.now:
+                self.step(Tick())
             replies = [] if self.link is None or self.cut else self.link.flush(self.now)
             for envelope in replies:
                 self._arrive(envelope)
-            if not replies:
+            if not replies and self.now < self.brain.next_deadline():
                 return
         raise AssertionError("they never stop talking")
 

@@ -27,7 +27,8 @@ FUNCTIONS_SHARE = 4  # what is kept of functions that nobody needs: one part in 
 
 def call_bytes(call: Payload, inputs: Sized = ()) -> int:
     """What a task counts for, besides the results that it has as arguments."""
-    return payload_bytes(call) + RECORD_BYTES + INPUT_BYTES * len(inputs)
+    size = len(call) if type(call) is bytes else payload_bytes(call)  # of nearly all a call less
+    return size + RECORD_BYTES + INPUT_BYTES * len(inputs)
 
 
 def answer_bytes(final: Final) -> int:

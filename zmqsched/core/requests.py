@@ -187,7 +187,9 @@ class Requests:
                 self._leave_why = reason
 
     def next_deadline(self) -> float:
-        if self._fresh and self._may_submit:
+        if self._ended:
+            return math.inf
+        if (self._fresh and self._may_submit) or (self._leave_by < math.inf and self._delivered):
             return 0.0
         return min(self._uplink.deadline(), self._warn_at(), self._leave_by)
 
@@ -215,16 +217,20 @@ class Requests:
         return self._held
 
     def _ask(self, tasks: list[Asked], functions: Mapping[bytes, Payload], values: Mapping[bytes, Payload]) -> None:
+        named: dict[bytes, int] = {}
+        size = 0
         for entry in tasks:
             self._open[entry.task] = self._fresh[entry.task] = entry
             if entry.inputs:
                 self._inputs.need(entry.task, entry, entry.inputs)
-            size = _bytes(entry)
-            self.waiting += size
-            self.taken += size
+            size += call_bytes(entry.call, entry.inputs)
+            function = entry.shape.function
+            named[function] = named.get(function, 0) + 1
+        self.waiting += size
+        self.taken += size
         for task, value in values.items():
             self._inputs.arrive(task, value)
-        for digest, times in Counter([entry.shape.function for entry in tasks]).items():
+        for digest, times in named.items():
             self._functions.hold(digest, times)
         for digest, blob in functions.items():
             self._functions.add(digest, blob)
@@ -274,6 +280,7 @@ class Requests:
                 self._doubts -= 1
                 self._lapse(tasks)
                 self._wait_again([self._open[task] for task in tasks if task in self._open])
+                self._send_what_waits()
             case JobTasks():
                 self._job_listed(message)
             case NeedInputs(tasks):
@@ -427,7 +434,7 @@ class Requests:
 
     def _finals(self, finals: list[Final]) -> None:
         news = []
-        released: Counter[bytes] = Counter()
+        released: dict[bytes, int] = {}
         answers = deque(finals)
         passed_on: set[bytes] = set()
         while answers:
@@ -446,7 +453,8 @@ class Requests:
                     self._fail_groups_of(entry, final, fresh=fresh)
                 if entry.inputs:
                     self._inputs.release(entry.task, entry.inputs)
-                released[entry.shape.function] += 1
+                function = entry.shape.function
+                released[function] = released.get(function, 0) + 1
                 news.append(final)
             elif self._awaits(final.task):
                 news.append(final)

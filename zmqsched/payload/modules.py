@@ -129,9 +129,11 @@ class _Set:
         if now < self.due:
             return False
         self.due = now + LOOK_S * len(self.entries)
-        for entry, _ in self.entries:
+        changed = False
+        for entry, then in self.entries:
             entry.look(now)
-        return any(entry.digest is not then for entry, then in self.entries)  # others look at the same entries
+            changed |= entry.digest is not then  # others look at the same entries
+        return changed
 
 
 class Modules:

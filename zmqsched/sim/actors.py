@@ -44,6 +44,7 @@ from ..core.events import (
     TakenBack,
     Tell,
     TellStack,
+    Tick,
     ToBroker,
     Undelivered,
     Withdraw,
@@ -619,6 +620,8 @@ class SimClient(Peer):
     def step(self, event: object, now: float) -> None:
         if isinstance(event, Ask):
             event = self._handed_over(event)
+        elif isinstance(event, Tick) and now < self.core.next_deadline():
+            return  # as the client's shell does it
         for action in self.core.handle(event, now):  # type: ignore[arg-type]
             match action:
                 case ToBroker(envelope):
