@@ -27,6 +27,10 @@ journal = "/data/journal"
 idle_timeout = "2h"
 max_queued = "2G"
 policy = "pack"
+env = {LANG = "C"}
+prologue = ["module load python"]
+python = "~/python3"
+ssh_options = ["-p", "2222"]
 
 [heartbeat]
 interval = 0.5
@@ -194,6 +198,9 @@ def test_with_how_many_nodes_a_group_starts(group, size):
         ("[[nodes]]\ncount = 9000\n[[nodes]]\nname = 'b'\ncount = 9000", "nodes: are more than 10000 in all"),
         ("broker = {port = 65534}", "broker.port: expected int <= 65533, not 65534"),
         ("broker = {host = 'a,b'}", "broker.host: 'a,b' is not one host"),
+        ("broker = {host = '-oProxyCommand=x'}", "broker.host: '-oProxyCommand=x' cannot name a host"),
+        ("broker = {python = '/a'}", "broker.python: is for a broker on another host; say which (broker.host)"),
+        ("broker = {host = 'a', env = {'A B' = '1'}}", "broker.env: 'A B' cannot name a variable"),
         (
             "broker = {policy = 'least-loded'}",
             "broker.policy: there is no policy 'least-loded'; did you mean 'least-loaded'?",

@@ -82,8 +82,8 @@ MAY = {
     "waitgroup": EDGE_MAY | {"futures", "tasks", "worker", "waiting", "nesting"},
 }
 ASSEMBLY = {
-    "__init__", "__main__", "cluster", "brokers", "fleet", "nodegroup", "elsewhere", "cleaning", "doctor", "hops", "launch",
-    "stopping", "ranks", "easy", "sim", "cli", "joblib",
+    "__init__", "__main__", "cluster", "brokers", "tether", "fleet", "nodegroup", "elsewhere", "cleaning", "doctor", "hops",
+    "launch", "stopping", "ranks", "easy", "sim", "cli", "joblib",
 }  # fmt: skip
 
 # What the layers must not take from outside, as prefixes of dotted names.

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from conftest import Home, alive, children, eventually, processes_knowing
 
-from zmqsched import Client, Cluster, LocalCluster, SSHCluster
-from zmqsched.clusterfile import BrokerPart, ClusterFile, NodeGroup
+from zmqsched import Client, LocalCluster, SSHCluster
+from zmqsched.clusterfile import NodeGroup
 from zmqsched.config import CONNECTION_FILE, cluster_dir
 from zmqsched.control import ask
 from zmqsched.errors import StartError
@@ -185,14 +185,6 @@ def test_a_node_is_killed_before_its_nursery_which_knows_what_its_tasks_have_sta
         for process in (node, nursery):
             process.kill()
             process.wait()
-
-
-def test_a_cluster_is_started_on_its_own_host_only(clusters):
-    group = NodeGroup(slots=1)
-    with pytest.raises(StartError, match="to be started on elsewhere, and this is"):
-        Cluster(ClusterFile(broker=BrokerPart(host="elsewhere"), nodes=(group,)))
-    with Cluster(ClusterFile(name="here", broker=BrokerPart(host=os.uname().nodename, journal=False), nodes=(group,))):
-        pass
 
 
 def test_a_host_that_answers_but_does_nothing_is_not_taken_for_clean(fake_ssh, tmp_path, monkeypatch):

@@ -1,7 +1,7 @@
 """``python -m zmqsched``, and the ``zmqsched`` command.
 
-``broker`` and ``node`` are started by the dozen and must be up in a moment, so they parse their arguments here and import
-no more than they need; the commands for people are in ``cli``.
+``broker``, ``node`` and ``tether`` are started by programs and must be up in a moment, so they parse their arguments here
+and import no more than they need; the commands for people are in ``cli``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .core.policy import DEFAULT_POLICY, POLICIES
 from .core.settings import DEAD_AFTER_S, Care
 from .errors import ZmqschedError
 from .options import resource_argument, size_argument
-from .shell import BROKER_ENVIRONMENT, LEVELS, Starter, allow_many_connections, file_from_input, set_up_logging
+from .shell import BROKER_ENVIRONMENT, LEVELS, Relay, Starter, allow_many_connections, file_from_input, set_up_logging
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _broker(arguments[1:])
     if arguments[:1] == ["node"]:
         return _node(arguments[1:])
+    if arguments[:1] == ["tether"]:
+        return _tether(arguments[1:])
     from .cli import run
 
     return run(arguments)
@@ -71,7 +73,8 @@ def _broker(arguments: list[str]) -> int:
         return starter.failed(error if isinstance(error, ZmqschedError) else ZmqschedError(str(error)))
     except ZmqschedError as error:
         return starter.failed(error)
-    broker.run(starter, until_eof=options.until_eof)
+    copies = Relay(1) if options.hand_over else None
+    broker.run(starter, until_eof=options.until_eof, give_up_after_s=options.give_up_after, copies=copies)
     return 0
 
 
@@ -129,6 +132,18 @@ def _broker_parser() -> argparse.ArgumentParser:
         type=_task_defaults,
         default=TaskDefaults(),
         help='what tasks have unless they say otherwise: {"retries": 2, "timeout": 60, "priority": 0, "requeue": true}',
+    )
+    parser.add_argument(
+        "--give-up-after",
+        metavar="SECONDS",
+        type=_seconds,
+        default=math.inf,
+        help="with --until-eof: end also when nothing has come from standard input for so long",
+    )
+    parser.add_argument(
+        "--hand-over",
+        action="store_true",
+        help="with --ready-fd=1: write the connection files there, with their keys, and again when keys change",
     )
     return parser
 
@@ -203,6 +218,22 @@ def _node(arguments: list[str]) -> int:
     except ZmqschedError as error:
         return starter.failed(error)
     return 0
+
+
+def _tether(arguments: list[str]) -> int:
+    parser = _parser("tether", "Hold a broker on another host, for a cluster here. What the shell there runs is read first.")
+    parser.add_argument("--name", required=True, help="the cluster's name")
+    parser.add_argument("--host", required=True, help="as ssh takes it")
+    parser.add_argument("--ssh-option", action="append", default=[], metavar="WORD", help="for ssh; may be repeated")
+    options = parser.parse_args(arguments)
+    set_up_logging(options.log_level)
+    starter = Starter(options.ready_fd)
+    from .tether import Tether
+
+    try:
+        return Tether(options.name, options.host, options.ssh_option).run(starter)
+    except ZmqschedError as error:
+        return starter.failed(error)
 
 
 def _load(where: str, wait_s: float, *, until_eof: bool) -> ConnectionFile:

@@ -9,6 +9,8 @@ and the keys, which lie in the journal for that.
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import platform
 import resource
@@ -62,7 +64,7 @@ from .keyring import Keyring, Stored
 from .lookout import Lookout
 from .monitor import Monitor
 from .protocol import ChangeKeys, Envelope, KeyReport, No
-from .shell import Starter, StopSignals, log, return_memory, tune_garbage_collection
+from .shell import Relay, Starter, StopSignals, log, return_memory, tune_garbage_collection
 from .version import __version__
 
 MAX_MESSAGES_PER_TURN = 200
@@ -169,6 +171,7 @@ class Broker:
             self._let_go(journal_is_done=self._core.book.keeps_nothing)
             raise
         self._lookout = Lookout(self._authenticator, self._intake)
+        self._copies: Relay | None = None
         self.file = self._write_files(name)
         if self._journal:
             self._journal.start()
@@ -196,27 +199,40 @@ class Broker:
     def path(self) -> Path:
         return self.lock.directory / CONNECTION_FILE
 
-    def run(self, starter: Starter, *, until_eof: bool) -> None:
+    def run(
+        self, starter: Starter, *, until_eof: bool, give_up_after_s: float = math.inf, copies: Relay | None = None
+    ) -> None:
+        """``give_up_after_s``: with ``until_eof``, it ends as well when nothing has come from standard input for so long.
+        ``copies``: who is told the connection files again when keys have changed; what the starter is told has them, too."""
         stop = StopSignals(until_eof=until_eof)
+        self._copies = copies
         waiter = sockets.Waiter(self._router, self._monitor.socket)
         news = [self._journal.fileno()] if self._journal else []
         for descriptor in (*stop.descriptors, *news):
             waiter.add(descriptor)
-        starter.ready({"pid": os.getpid(), "file": str(self.path)})
+        starter.ready({"pid": os.getpid(), "file": str(self.path), **(self._contents() if copies else {})})
+        silent_at = monotonic() + give_up_after_s
         tune_garbage_collection()
         log.info("broker of cluster %s ready: %s", self.file.name, self.path)
         try:
             why = ""
             while not why:
-                ready = waiter.wait(self._core.next_deadline())
+                ready = waiter.wait(min(self._core.next_deadline(), silent_at))
                 why = self._turn(beats=self._monitor.descriptor in ready)
                 for descriptor in ready.intersection(stop.descriptors):
                     reason = stop.read(descriptor)
-                    if descriptor == 0 and reason:  # whoever owns the cluster is gone or wants it to end
+                    if descriptor != 0:
+                        why = why or reason
+                    elif reason:  # whoever owns the cluster is gone or wants it to end
                         waiter.remove(descriptor)
+                        silent_at = math.inf
                         self._core.handle(Leave(False, reason), monotonic())
                     else:
-                        why = why or reason
+                        silent_at = monotonic() + give_up_after_s
+                if monotonic() >= silent_at:
+                    silent_at = math.inf
+                    why_left = f"nothing was heard of its starter for {give_up_after_s:g} s"
+                    self._core.handle(Leave(False, why_left), monotonic())
                 if self._authenticator and not self._authenticator.alive:
                     why = "the authenticator died: nobody new could be let in"
             log.info("broker ends: %s", why)
@@ -318,10 +334,17 @@ class Broker:
         try:
             self._keyring.write_files(self.file, self.lock.directory)
             self._keep_identity()
+            if self._copies:
+                self._copies.forward(json.dumps(self._contents()).encode() + b"\n")
         except (ConnectionFileError, JournalError) as error:
             log.error("keys were changed, but %s", error)
             return f"in force until the broker ends, but {error}"
         return ""
+
+    def _contents(self) -> dict[str, object]:
+        """The connection files, for whoever holds this broker from another host."""
+        files = self._keyring.files(self.file) if self._keyring else [self.file]
+        return {"files": msgspec.to_builtins(files)}
 
     def _write_files(self, name: str) -> ConnectionFile:
         file = ConnectionFile(

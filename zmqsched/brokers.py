@@ -2,6 +2,8 @@
 
 With a journal the next one knows the tasks, without one the clients submit again what is unanswered. One that keeps dying
 is given up. It reads its standard input, which ends when this process does, however that ends, and removes what it made.
+
+For a broker on another host the child is its tether (``tether.py``). When that is lost, so is the broker, and none follows.
 """
 
 from __future__ import annotations
@@ -12,13 +14,12 @@ import os
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from . import errors
 from .config import CONNECTION_FILE, STOPPING_FILE, ConnectionFile, cluster_dir, is_held
@@ -27,18 +28,27 @@ from .shell import BROKER_ENVIRONMENT, log
 
 START_TIMEOUT_S = 20.0
 STOP_TIMEOUT_S = 3.0
+# A tether's exit codes: the broker at its other end died, or the connection did.
+DIED, LOST = 3, 4
+
+
+class Start(NamedTuple):
+    """``command``: the broker's, or its tether's; ``first``: what a tether reads first."""
+
+    command: list[str]
+    first: bytes = b""
 
 
 class KeptBroker:
     """``deaths`` within ``within_s`` seconds are survived; whatever causes more would go on. ``changed`` is called, from
     another thread, when the broker was followed by another or given up."""
 
-    def __init__(self, name: str, options: list[str], deaths: int, within_s: float, changed: Callable[[], None]) -> None:
+    def __init__(self, name: str, start: Start, deaths: int, within_s: float, changed: Callable[[], None]) -> None:
         self.name = name
         self.fate = ""
         self.pid = 0
         self.file: ConnectionFile
-        self._options = options
+        self._how_to_start = start
         self._deaths: deque[float] = deque(maxlen=deaths)
         self._within_s = within_s
         self._changed = changed
@@ -83,15 +93,19 @@ class KeptBroker:
 
     def _start(self) -> tuple[subprocess.Popen[bytes], IO[bytes]]:
         read, write = os.pipe()
-        words = [sys.executable, "-m", "zmqsched", "broker", f"--name={self.name}", *self._options]
+        command, first = self._how_to_start
         with os.fdopen(write, "wb"):
             process = subprocess.Popen(
-                [*words, "--until-eof", "--log-level=error", f"--ready-fd={write}"],
+                [*command, "--until-eof", f"--ready-fd={write}"],
                 stdin=subprocess.PIPE,
                 pass_fds=[write],
                 start_new_session=True,
                 env={**os.environ, **BROKER_ENVIRONMENT},
+                bufsize=0,
             )
+        if first and process.stdin:
+            with contextlib.suppress(BrokenPipeError):  # it has ended; why, it has said
+                process.stdin.write(first)
         return process, os.fdopen(read, "rb")
 
     def _ready(self, process: subprocess.Popen[bytes], pipe: IO[bytes]) -> None:
@@ -106,7 +120,8 @@ class KeptBroker:
             how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
             deaths = self._deaths
             often = len(deaths) == deaths.maxlen and time.monotonic() - deaths[0] < self._within_s
-            if code == 0 or often or (cluster_dir(self.name) / STOPPING_FILE).exists():
+            lost = code != DIED if self._how_to_start.first else code == 0
+            if lost or often or (cluster_dir(self.name) / STOPPING_FILE).exists():
                 self._give_up(f"{how}, the {len(deaths) + 1}th within {self._within_s:.0f} s" if often else how)
                 return
             deaths.append(time.monotonic())

@@ -1,4 +1,4 @@
-"""Clusters that this process starts: a broker here, and groups of nodes, here or elsewhere.
+"""Clusters that this process starts: a broker, here or on another host, and groups of nodes, here or elsewhere.
 
 Nothing is left behind: broker and nodes end when their standard input does, which this process holds, however it ends; a
 batch system's jobs are ended by ids that were recorded. The children are sessions of their own, so a Ctrl-C in a terminal or
@@ -13,30 +13,35 @@ import atexit
 import contextlib
 import itertools
 import os
+import platform
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from shlex import join
 from typing import Any, Self
 
 import msgspec
 from msgspec.structs import replace
 
 from . import errors
-from .brokers import START_TIMEOUT_S, STOP_TIMEOUT_S, KeptBroker, check_free, wait_until_ready
+from .brokers import START_TIMEOUT_S, STOP_TIMEOUT_S, KeptBroker, Start, check_free, wait_until_ready
 from .clusterfile import BrokerPart, ClusterFile, HeartbeatPart, NodeGroup, TasksPart
-from .config import CONNECTION_FILE, ConnectionFile, check_name, cluster_dir, file_name, remove_cluster_dir, this_host
+from .config import CONNECTION_FILE, ConnectionFile, check_name, cluster_dir, file_name, remove_cluster_dir
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .display import Sheet, Shown, as_line
 from .errors import StartError
 from .fleet import Fleet
 from .host import thread_limits, usable_cpus
+from .launch import remote
 from .launch.base import Launched, Site
 from .launch.local import LocalLauncher
 from .launch.reach import LOOPBACK, own_addresses
+from .launch.ssh import MAX_FIRST, ssh_words
 from .options import amounts, boolean, integer, task_tags
 from .readiness import wait_for_nodes
 from .sockets import listen_address
+from .version import __version__
 
 __all__ = ["START_TIMEOUT_S", "STOP_TIMEOUT_S", "Cluster", "LocalCluster", "check_free", "wait_until_ready"]
 
@@ -44,6 +49,8 @@ __all__ = ["START_TIMEOUT_S", "STOP_TIMEOUT_S", "Cluster", "LocalCluster", "chec
 ELSEWHERE_TIMEOUT_S = 60.0
 MAX_WORKERS = 10_000
 MAX_QUEUED = 1 << 60
+# A broker on another host ends when it has not heard of this one for so long; it does so every 10 s.
+LEASH_S = 60.0
 # A broker that dies more often than so is not followed by another: whatever kills it would go on.
 MAX_RESTARTS, RESTARTS_WITHIN_S = 5, 60.0
 
@@ -52,7 +59,8 @@ _running: weakref.WeakSet[Cluster] = weakref.WeakSet()
 
 
 class Cluster(Shown):
-    """A broker on this host, and nodes wherever its file says; ends with this object or program.
+    """A broker on this host, or on another that ssh reaches, and nodes wherever its file says; ends with this object or
+    program.
 
     When it is made, the broker is ready and each node has joined that does not wait in a batch system's queue. Nodes that
     failed are in ``failures``, and told of in the log.
@@ -78,7 +86,7 @@ class Cluster(Shown):
     ValueError
         There is no such launcher.
     ClusterExists
-        A running cluster has that name.
+        A running cluster has that name, here or where the broker is to run.
     StartError
         The broker did not start, or fewer than ``min_nodes`` nodes can; their own words say why.
     """
@@ -103,7 +111,7 @@ class Cluster(Shown):
         check_free(self.name)
         left = path.exists()
         changed = _told(weakref.ref(self))
-        self._broker = KeptBroker(self.name, _broker_options(wanted), MAX_RESTARTS, RESTARTS_WITHIN_S, changed)
+        self._broker = KeptBroker(self.name, _broker_start(wanted), MAX_RESTARTS, RESTARTS_WITHIN_S, changed)
         self._fleet: Fleet | None = None
         self._end: weakref.finalize[..., Cluster] | None = None
         try:
@@ -161,7 +169,7 @@ class Cluster(Shown):
 
     @property
     def broker_pid(self) -> int:
-        """The broker's process, the one that is there now."""
+        """The broker's process, the one that is there now; on its own host."""
         return self._broker.pid
 
     @property
@@ -355,14 +363,37 @@ def _journal(journal: bool | str | os.PathLike[str]) -> bool | str:
     return journal if isinstance(journal, bool) else os.fspath(journal)
 
 
+def _broker_start(wanted: ClusterFile) -> Start:
+    part = wanted.broker
+    run = [sys.executable, "-m", "zmqsched"]
+    if not part.is_elsewhere:
+        return Start([*run, "broker", *_broker_options(wanted), *_journal_option(part), "--log-level=error"])
+    script = remote.line(_broker_script(wanted))
+    if len(script) > MAX_FIRST:
+        raise StartError(f"broker.env and broker.prologue are over {MAX_FIRST} bytes; put them into a file there")
+    words = [f"--ssh-option={word}" for word in part.ssh_options]
+    return Start([*run, "tether", f"--name={wanted.name}", f"--host={part.host}", *words, "--log-level=warning"], script)
+
+
+def broker_preview(wanted: ClusterFile) -> list[str]:
+    """What the broker is started with, as lines for a shell."""
+    part = wanted.broker
+    if not part.is_elsewhere:
+        return ["# the broker", join(_broker_start(wanted).command)]
+    lines = [f"# the broker, on {part.host}, fed over standard input:"]
+    lines += [f"#   {text}" for text in _broker_script(wanted).splitlines()]
+    return [*lines, join([*ssh_words(part.ssh_options), "--", part.host, remote.COMMAND])]
+
+
+def _broker_script(wanted: ClusterFile) -> str:
+    python = ".".join(platform.python_version_tuple()[:2])
+    options = [*_broker_options(wanted), "--log-level=error", f"--give-up-after={LEASH_S:g}"]
+    return remote.broker_script(wanted.broker, options, python, __version__)
+
+
 def _broker_options(wanted: ClusterFile) -> list[str]:
     part, beats = wanted.broker, wanted.heartbeat
-    if part.host not in ("", "localhost", this_host()):
-        raise StartError(
-            f"broker.host: this cluster is to be started on {part.host}, and this is {this_host()}: "
-            "log in there to start it, or leave the key out"
-        )
-    options = [f"--policy={part.policy}"]
+    options = [f"--name={wanted.name}", f"--policy={part.policy}"]
     if beats != HeartbeatPart():
         options += [f"--beat-interval={beats.interval}", f"--dead-after={beats.dead_after}"]
     options += [f"--idle-timeout={part.idle_timeout}"] if part.idle_timeout else []
@@ -371,16 +402,14 @@ def _broker_options(wanted: ClusterFile) -> list[str]:
     options += [f"--listen={address}" for address in _listens(wanted)]
     options += ["--insecure-any-interface"] if part.insecure_any_interface else []
     options += [f"--max-queued={part.max_queued}"] if part.max_queued else []
-    if part.journal is True:
-        options.append("--journal")
-    elif part.journal:  # absolute: a broker that follows another is started where this program is by then
-        options.append(f"--journal={os.path.abspath(part.journal)}")
     return options
 
 
-def broker_command(wanted: ClusterFile) -> list[str]:
-    """What the broker is started with."""
-    return [sys.executable, "-m", "zmqsched", "broker", f"--name={wanted.name}", *_broker_options(wanted)]
+def _journal_option(part: BrokerPart) -> list[str]:
+    if part.journal is True:
+        return ["--journal"]
+    # Absolute: a broker that follows another is started where this program is by then.
+    return [f"--journal={os.path.abspath(part.journal)}"] if part.journal else []
 
 
 def _elsewhere(wanted: ClusterFile) -> list[NodeGroup]:
@@ -389,13 +418,15 @@ def _elsewhere(wanted: ClusterFile) -> list[NodeGroup]:
 
 def _has_keys(wanted: ClusterFile) -> bool:
     """Whether the broker is to listen on TCP."""
-    return bool(wanted.broker.listen or wanted.broker.port or _elsewhere(wanted))
+    return bool(wanted.broker.listen or wanted.broker.port or wanted.broker.is_elsewhere or _elsewhere(wanted))
 
 
 def _listens(wanted: ClusterFile) -> list[str]:
-    """The addresses where the broker is to listen for other hosts."""
+    """The addresses where the broker is to listen for other hosts, as far as they are known here."""
     part = wanted.broker
     addresses = list(part.listen)
+    if not addresses and part.is_elsewhere:
+        return []
     if not addresses and (elsewhere := _elsewhere(wanted)):
         addresses = own_addresses(host for group in elsewhere for host in group.hosts)
     if not addresses and part.port:

@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct, structs
 
-from .config import DEFAULT_CLUSTER, check_name
+from .config import DEFAULT_CLUSTER, check_name, this_host
 from .core.policy import DEFAULT_POLICY, POLICIES
 from .errors import ClusterFileError, ConnectionFileError
 from .hostlist import MAX_HOSTS, hosts_of
@@ -55,7 +55,9 @@ _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 
 
 class BrokerPart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """``host``: where the cluster is to be started, and with it its broker; elsewhere it is refused. "" is anywhere.
+    """``host``: where it runs; "" is here, another than this one is reached by ``ssh``. For such a one ``python``, ``env``,
+    ``prologue`` and ``ssh_options`` are what they are for a group of nodes, and a relative ``journal`` lies in the home
+    directory there.
     ``listen``: the addresses to bind; none is Unix sockets, unless a group of nodes is elsewhere. ``port``: the first of
     three in a row, 0 any that are free. ``journal``: as LocalCluster takes it. ``idle_timeout``: the cluster ends when
     nothing has been asked of it for so many seconds; 0 is never. ``max_queued``: bytes; 0 is what the host has room for.
@@ -69,6 +71,14 @@ class BrokerPart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     idle_timeout: Seconds = 0.0
     max_queued: Bytes = 0
     policy: Text = DEFAULT_POLICY
+    env: dict[str, str] = {}
+    prologue: tuple[Text, ...] = ()
+    python: Text = ""
+    ssh_options: tuple[Text, ...] = ()
+
+    @property
+    def is_elsewhere(self) -> bool:
+        return self.host not in ("", "localhost", this_host())
 
 
 class HeartbeatPart(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -256,6 +266,10 @@ def _problems_of_broker(broker: BrokerPart) -> Iterator[str]:
         yield f"broker.policy: there is no policy {short(broker.policy)}; {among(list(POLICIES), broker.policy)}"
     if isinstance(broker.journal, str) and "\0" in broker.journal:
         yield "broker.journal: is not a path"
+    yield from (f"broker.{problem}" for problem in _problems_of_shell(broker, ("python", "prologue", "ssh_options")))
+    for key in ("env", "prologue", "python", "ssh_options"):
+        if getattr(broker, key) and not broker.host:
+            yield f"broker.{key}: is for a broker on another host; say which (broker.host), or leave it out"
 
 
 def _problems_of_group(group: NodeGroup) -> Iterator[str]:
@@ -266,19 +280,23 @@ def _problems_of_group(group: NodeGroup) -> Iterator[str]:
     yield from _said("resources", amounts, group.resources)
     for index, tag in enumerate(group.tags):
         yield from _said(f"tags[{index}]", short_name, tag)
-    for key, value in group.env.items():
-        if not _VARIABLE.fullmatch(key):
-            yield f"env: {short(key)} cannot name a variable"
-        elif "\0" in value:
-            yield f"env.{key}: holds a zero byte"
-    for key in ("cwd", "python", "prologue", "ssh_options"):
-        if any("\0" in text for text in getattr(group, key)):
-            yield f"{key}: holds a zero byte"
+    yield from _problems_of_shell(group, ("cwd", "python", "prologue", "ssh_options"))
     if group.scale:
         if group.scale.min > group.scale.max:
             yield f"scale: min is {group.scale.min}, more than max, {group.scale.max}"
         elif group.count and not group.scale.min <= group.count <= group.scale.max:
             yield f"count: {group.count} is not between scale.min and scale.max"
+
+
+def _problems_of_shell(part: BrokerPart | NodeGroup, keys: tuple[str, ...]) -> Iterator[str]:
+    for key, value in part.env.items():
+        if not _VARIABLE.fullmatch(key):
+            yield f"env: {short(key)} cannot name a variable"
+        elif "\0" in value:
+            yield f"env.{key}: holds a zero byte"
+    for key in keys:
+        if any("\0" in text for text in getattr(part, key)):
+            yield f"{key}: holds a zero byte"
 
 
 def _problems_of_launcher(group: NodeGroup) -> Iterator[str]:

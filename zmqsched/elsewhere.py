@@ -1,11 +1,12 @@
-"""Clusters whose broker is here and whose nodes are elsewhere, each with one group of nodes: short for what a
-``cluster.toml`` says at length."""
+"""Clusters whose nodes are elsewhere, each with one group of nodes: short for what a ``cluster.toml`` says at length."""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Iterable, Mapping
+
+from msgspec.structs import replace
 
 from .cluster import Cluster
 from .clusterfile import BatchPart, BrokerPart, ClusterFile, NodeGroup
@@ -38,6 +39,9 @@ class SSHCluster(Cluster):
         For ``ssh``, verbatim.
     min_nodes
         As for :class:`Cluster`.
+    broker_host
+        Where the broker is to run, by the same interpreter and with the same ``env``, ``prologue`` and ``ssh_options``; by
+        default here.
     journal, echo
         As for :class:`LocalCluster`.
 
@@ -67,6 +71,7 @@ class SSHCluster(Cluster):
         prologue: Iterable[str] = (),
         ssh_options: Iterable[str] = (),
         min_nodes: int = 1,
+        broker_host: str = "",
         journal: bool | str | None = None,
         echo: bool = False,
     ) -> None:
@@ -75,7 +80,14 @@ class SSHCluster(Cluster):
             resources=dict(resources or {}), tags=tuple(tags), python=python, env=dict(env or {}), cwd=cwd,
             prologue=tuple(prologue), ssh_options=tuple(ssh_options),
         )  # fmt: skip
-        super().__init__(_of_one_group(group, name, listen, journal), min_nodes=min_nodes, echo=echo)
+        wanted = _of_one_group(group, name, listen, journal)
+        if broker_host:
+            broker = replace(
+                wanted.broker, host=broker_host, python=python, env=group.env, prologue=group.prologue,
+                ssh_options=group.ssh_options,
+            )  # fmt: skip
+            wanted = replace(wanted, broker=broker)
+        super().__init__(wanted, min_nodes=min_nodes, echo=echo)
 
 
 class SlurmCluster(Cluster):

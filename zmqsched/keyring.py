@@ -108,12 +108,19 @@ class Keyring:
         self._settle()
         return before - self.live
 
+    def files(self, file: ConnectionFile) -> list[ConnectionFile]:
+        """The connection file of each role, the owner's last."""
+        pairs = [(role, self._current[role]) for role in reversed(ROLES)]
+        key = self._server.public
+        return [
+            replace(file, role=role, server_key=key, client_public=pair.public, client_secret=pair.secret)
+            for role, pair in pairs
+        ]
+
     def write_files(self, file: ConnectionFile, directory: Path) -> None:
-        """The connection file of each role; the owner's last: when that is there, all are."""
-        for role in reversed(ROLES):
-            pair = self._current[role]
-            keys = {"server_key": self._server.public, "client_public": pair.public, "client_secret": pair.secret}
-            replace(file, role=role, **keys).write_into(directory)
+        """When the owner's is there, all are."""
+        for each in self.files(file):
+            each.write_into(directory)
 
     def info(self, now: float) -> list[KeyInfo]:
         """What may be told of them."""

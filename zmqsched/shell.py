@@ -63,14 +63,26 @@ class StopSignals:
 
 
 def file_from_input() -> ConnectionFile:
-    """The connection file that is the first line of standard input. What follows it is of no meaning, and is dropped.
+    """The connection file that is the first line of standard input.
 
     Raises
     ------
     ConnectionFileError
-        The line is none, is not complete within ``FIRST_LINE_S`` seconds or ``MAX_FILE`` bytes, or input ends before.
+        As :func:`first_line`, or the line is none.
     """
-    wanted = "--connect - wants the connection file as one line there"
+    line = first_line("--connect - wants the connection file as one line there")
+    return ConnectionFile.parse(line, "the first line of standard input")
+
+
+def first_line(wanted: str) -> bytes:
+    """The first line of standard input, without its end. What follows it is of no meaning, and is dropped. ``wanted``: who
+    wants what, for the error.
+
+    Raises
+    ------
+    ConnectionFileError
+        It is not complete within ``FIRST_LINE_S`` seconds or ``MAX_FILE`` bytes, or input ends before.
+    """
     until = time.monotonic() + FIRST_LINE_S
     data = b""
     while b"\n" not in data and len(data) <= MAX_FILE:
@@ -79,7 +91,7 @@ def file_from_input() -> ConnectionFile:
         if not (more := os.read(0, MAX_FILE)):
             raise ConnectionFileError(f"standard input ended before its first line did; {wanted}")
         data += more
-    return ConnectionFile.parse(data.partition(b"\n")[0], "the first line of standard input")
+    return data.partition(b"\n")[0]
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:

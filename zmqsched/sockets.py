@@ -74,7 +74,7 @@ _UNACKNOWLEDGED_MS = 10_000
 _ATTEMPT_MS = 2_000
 _RECONNECT_TCP_MS, _RECONNECT_IPC_MS, _RECONNECT_MAX_MS = 100, 20, 2_000
 # Where there is a tunnel, addresses that do not answer are not waited for as long: one lost packet, not two.
-_BEFORE_TUNNEL_S = 2.0
+BEFORE_TUNNEL_S = 2.0
 
 # What the monitor of a connecting socket says of a handshake that failed. A CURVE server that cannot decrypt what a peer
 # says closes the connection without a word; so does one that dies, but not several times in a row.
@@ -484,7 +484,7 @@ def pick_address(addresses: Sequence[str], timeout_s: float = config.CONNECT_TIM
                 failed[address] = _reason(error)
     tunnels = [address for address in addresses if address.startswith(config.TUNNEL_SCHEME)]
     others = [each for each in dict.fromkeys(addresses) if not each.startswith(("ipc://", config.TUNNEL_SCHEME))]
-    answer = _first_answer(others, min(timeout_s, _BEFORE_TUNNEL_S) if tunnels else timeout_s, failed)
+    answer = _first_answer(others, min(timeout_s, BEFORE_TUNNEL_S) if tunnels else timeout_s, failed)
     if answer is not None:
         return answer
     for address in tunnels:

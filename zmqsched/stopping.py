@@ -1,8 +1,8 @@
 """Stopping a cluster, wherever and however it was started.
 
 Its broker is asked. It tells the nodes, and ``zmqsched up`` ends when its broker does. What is still there on this host
-some seconds later is killed. Whose a process is, is decided once, at the start: the cluster's lock says that its broker
-is alive, so the pid in its connection file is the broker's; its command line is looked at all the same.
+some seconds later is killed. Whose a process is, is decided once, at the start: who has the cluster's lock open is its
+broker or, if that is on another host, what holds it from here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import psutil
 
 from .client import Client
 from .cluster import STOP_TIMEOUT_S
-from .config import CONNECTION_FILE, STOPPING_FILE, ConnectionFile, cluster_dir, is_held, remove_cluster_dir, this_host
+from .config import CONNECTION_FILE, LOCK_FILE, STOPPING_FILE, ConnectionFile, cluster_dir, is_held, remove_cluster_dir
 from .core.events import Tell
 from .errors import BrokerUnreachable, ClusterExists, ClusterLost, ConnectionFileError, Refused, ZmqschedError
 from .fleet import CLOSE_TIMEOUT_S
@@ -34,8 +34,9 @@ KILL_TIMEOUT_S = 3.0
 _PROGRAMS = ("/zmqsched", "/zmqsched.__main__", "/zmqsched/__main__.py")
 
 
-def stop_cluster(file: ConnectionFile) -> None:
-    """Stop the cluster; when this returns, no process, file or socket of it is left on this host.
+def stop_cluster(file: ConnectionFile) -> bool:
+    """Stop the cluster; when this returns, no process, file or socket of it is left on this host. Returns whether it was
+    held on this host.
 
     Raises
     ------
@@ -61,6 +62,7 @@ def stop_cluster(file: ConnectionFile) -> None:
     if processes:
         with contextlib.suppress(ClusterExists):  # somebody was quick to start the next one
             remove_cluster_dir(file.name)
+    return bool(processes)
 
 
 def _ask(file: ConnectionFile) -> bool:
@@ -79,24 +81,33 @@ def _ask(file: ConnectionFile) -> bool:
 
 
 def _processes(file: ConnectionFile) -> list[psutil.Process]:
-    """The cluster's processes on this host: the ``zmqsched up`` that started it, the broker, the nodes, their workers.
+    """The cluster's processes on this host: the ``zmqsched up`` that started it, the broker or its tether, the nodes, their
+    workers.
 
-    None at all if the broker is not one of them.
+    None at all if neither broker nor tether is one of them.
     """
     directory = cluster_dir(file.name)
-    if file.host != this_host() or not is_held(directory) or _cluster_id(directory) != file.cluster_id:
+    if not is_held(directory) or _cluster_id(directory) != file.cluster_id:
         return []
     try:
-        broker = psutil.Process(file.pid)
+        broker = next(_holders(directory))
         parent = broker.parent()
-    except psutil.Error:
-        return []
-    if not is_zmqsched(broker, "broker"):
+    except (StopIteration, psutil.Error):
         return []
     starter = [parent] if parent is not None and is_zmqsched(parent, "up") else []
     # The nursery and the workers are a node's forks: they have its command line.
     nodes = [one for one in all_processes() if is_zmqsched(one, "node")]
     return [*starter, broker, *(one for one in nodes if (path := connection_path(one)) and path.parent == directory)]
+
+
+def _holders(directory: Path) -> Iterator[psutil.Process]:
+    """Who has the cluster's lock, which who only looks has for a moment: its broker, or a tether."""
+    lock = str((directory / LOCK_FILE).resolve())
+    for one in all_processes():
+        with contextlib.suppress(psutil.Error):
+            named = is_zmqsched(one, "broker") or is_zmqsched(one, "tether")
+            if named and any(opened.path == lock for opened in one.open_files()):
+                yield one
 
 
 def _cluster_id(directory: Path) -> str:

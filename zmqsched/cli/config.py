@@ -24,7 +24,7 @@ TEMPLATE = """\
 name = "default"                     # to find the cluster by: zmqsched.Client("default")
 
 [broker]
-# host = ""                          # the host to start the cluster on; elsewhere it is refused. "": any
+# host = "login1"                    # where it runs, over ssh if that is another host; "": here
 # listen = ["10.0.0.1"]              # addresses to bind, encrypted; none: Unix sockets, unless there are nodes elsewhere
 # insecure_any_interface = false     # let listen be 0.0.0.0 or ::, every address of this host, in all its networks
 # port = 0                           # the first of three in a row; 0: any that are free
@@ -32,6 +32,11 @@ name = "default"                     # to find the cluster by: zmqsched.Client("
 # idle_timeout = 0                   # end the cluster when nothing was asked of it for so long; 0: never
 # max_queued = 0                     # what it holds of tasks and results before clients wait; 0: a quarter of the memory
 # policy = "least-loaded"            # which node gets a task; or "round-robin", "random", "pack"
+# With a host, as for nodes there:
+# python = "~/venv/bin/python"
+# prologue = ["module load python"]
+# env = {LANG = "C"}
+# ssh_options = ["-o", "ConnectTimeout=5"]
 
 [heartbeat]
 # interval = 1.0                     # how often a node beats

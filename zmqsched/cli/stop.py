@@ -39,8 +39,7 @@ def _stop(file: ConnectionFile) -> int:
     from ..stopping import stop_cluster
 
     try:
-        stop_cluster(file)
-        if file.host == this_host():
+        if stop_cluster(file) or file.host == this_host():
             for job in cancel_recorded(file.name):  # what its `up` could not cancel
                 print(f"cancelled {job}")
     except ZmqschedError as error:

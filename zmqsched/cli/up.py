@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import select
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ from typing import Any, NoReturn
 
 import click
 
-from ..cluster import START_TIMEOUT_S, Cluster, broker_command
+from ..cluster import START_TIMEOUT_S, Cluster, broker_preview
 from ..clusterfile import ClusterFile, NodeGroup
 from ..config import CONNECTION_FILE, DEFAULT_CLUSTER, ConnectionFile, cluster_dir
 from ..core.policy import DEFAULT_POLICY, POLICIES
@@ -70,7 +69,7 @@ def _hosts(ctx: click.Context, parameter: click.Parameter, text: str | None) -> 
 # What a file says itself.
 OF_NODES = {
     "workers": "-n", "nodes": "--nodes", "ssh": "--ssh", "slurm": "--slurm", "time": "--time", "python": "--python",
-    "prologue": "--prologue", "resources": "--resource", "tags": "--tag",
+    "prologue": "--prologue", "resources": "--resource", "tags": "--tag", "broker_host": "--broker-host",
 }  # fmt: skip
 
 
@@ -86,10 +85,13 @@ OF_NODES = {
     help=f"Spread them over K nodes.  [default: 1; with --slurm one for {WORKERS_OF_JOB} workers]",
 )  # fmt: skip
 @click.option("--ssh", metavar="HOSTS", callback=_hosts, help="Nodes on these hosts: host1,host2,gpu[1-4].")
+@click.option("--broker-host", metavar="HOST", help="The broker runs there, over ssh.  [default: here]")
 @click.option("--slurm", is_flag=True, help="Nodes in a job of Slurm; what follows -- goes to sbatch.")
 @click.option("--time", metavar="TIME", callback=duration, help="How long a job may last: 30m, 1h, 1-12:00:00.")
 @click.option("--python", metavar="PATH", help="The interpreter of the nodes.  [default: this one, or theirs with zmqsched]")
-@click.option("--prologue", multiple=True, metavar="LINE", help="For the shell, before a node; may be repeated.")
+@click.option(
+    "--prologue", multiple=True, metavar="LINE", help="For the shell, before a node or a broker elsewhere; may be repeated."
+)
 @click.option("--policy", type=click.Choice(sorted(POLICIES)), help=f"Which node gets a task.  [default: {DEFAULT_POLICY}]")
 @click.option(
     "--resource", "resources", multiple=True, metavar="NAME=AMOUNT", callback=_resources,
@@ -171,7 +173,7 @@ def _checked(options: Options, sbatch: tuple[str, ...] = (), file: ClusterFile |
 def _preview(wanted: ClusterFile) -> list[str]:
     directory = cluster_dir(wanted.name)
     site = Site(directory / CONNECTION_FILE, directory)
-    lines = ["# the broker", shlex.join(broker_command(wanted))]
+    lines = broker_preview(wanted)
     for group in wanted.nodes:
         launcher = find_launcher(group.launcher)(group, site)
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from ..clusterfile import BatchPart, ClusterFile, NodeGroup
+from ..clusterfile import BatchPart, BrokerPart, ClusterFile, NodeGroup
 from ..errors import ClusterFileError
 from ..host import usable_cpus
 from ..launch import launcher_names
@@ -27,6 +27,7 @@ class Options:
     workers: int | None = None
     nodes: int | None = None
     ssh: tuple[str, ...] | None = None
+    broker_host: str | None = None
     slurm: bool = False
     time: float | None = None
     python: str | None = None
@@ -63,7 +64,7 @@ def of_options(options: Options, sbatch: Sequence[str] = (), file: ClusterFile |
         That cannot be.
     """
     if file is None:
-        file = ClusterFile(nodes=tuple(_groups(options, sbatch)))
+        file = ClusterFile(broker=_broker(options), nodes=tuple(_groups(options, sbatch)))
     given = {"policy": options.policy, "max_queued": options.max_queued}
     broker = replace(file.broker, **{key: value for key, value in given.items() if value is not None})
     if options.listen is not None:
@@ -73,6 +74,13 @@ def of_options(options: Options, sbatch: Sequence[str] = (), file: ClusterFile |
     if options.journal is not None:  # an empty one is none
         broker = replace(broker, journal=options.journal or False)
     return replace(file, name=options.name or file.name, broker=broker).checked()
+
+
+def _broker(options: Options) -> BrokerPart:
+    """The hosts of a site are alike."""
+    if not options.broker_host:
+        return BrokerPart()
+    return BrokerPart(host=options.broker_host, prologue=options.prologue, python=options.python or "")
 
 
 def _groups(options: Options, sbatch: Sequence[str]) -> list[NodeGroup]:

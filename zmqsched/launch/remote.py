@@ -17,14 +17,16 @@ import json
 import os
 import socket
 import stat
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from errno import ECONNREFUSED
 from glob import glob
 from pathlib import Path
 from shlex import quote
 
-from ..clusterfile import NodeGroup
+from ..clusterfile import BrokerPart, NodeGroup
+from ..shell import BROKER_ENVIRONMENT
 from .base import node_command
+from .reach import LOOPBACK
 
 # No newline, "!" or nested quote, for csh; "read" takes byte by byte, and leaves what follows the line to the script.
 COMMAND = """exec sh -c 'IFS= read -r s && eval "$(printf %b "$s")"'"""
@@ -75,21 +77,57 @@ def node_script(
     here before and may be still, as :func:`sweep_script` takes them."""
     sockets = " ".join(tunnel_path(token, role) for role in ROLES)
     lines = [f"trap 'rm -f {sockets}' EXIT"]  # sshd leaves them
-    lines += ["exec 3<&0 4>&1 </dev/null 1>&2", "echo >&4"]  # what a login shell may have printed ends its line
-    lines += _sweeps(leftovers) if leftovers else []
-    lines += [f"export {name}={quote(value)}" for name, value in {**group.env, MARK: token}.items()]
+    lines += [_BEGIN, *(_sweeps(leftovers) if leftovers else [])]
+    lines += _exports({**group.env, MARK: token})
     lines += [f"cd {path_word(group.cwd)} || {_fail(f'there is no directory {group.cwd} (cwd)')}"] if group.cwd else []
-    lines += group.prologue
+    lines += [*group.prologue, *_choose(group.python, python, version)]
+    words = [*node_command(group, label, "-", "python")[1:], "--ready-fd=1"]
+    return "\n".join([*lines, _run(map(quote, words))])
+
+
+def broker_script(part: BrokerPart, options: Sequence[str], python: str, version: str) -> str:
+    """Runs a broker with these options and, of ``part``, its journal; if no addresses are given, at the one that this host
+    was reached by. ``python``, ``version``: ours, as for :func:`node_script`. Its input is a leash, as a node's is."""
+    words = ["-m", "zmqsched", "broker", *map(quote, options), "--until-eof", "--ready-fd=1", "--hand-over"]
+    if part.journal is True:
+        words.append("--journal")
+    elif part.journal:
+        words.append(f"--journal={path_word(part.journal)}")
+    lines = [_BEGIN, *_exports({**part.env, **BROKER_ENVIRONMENT})]
+    if not part.listen:
+        lines.append(_REACHED_BY)
+        words.append(f'--listen="$address"{f":{part.port}" if part.port else ""}')
+    return "\n".join([*lines, *part.prologue, *_choose(part.python, python, version), _run(words)])
+
+
+# What a login shell may have printed ends its line.
+_BEGIN = "exec 3<&0 4>&1 </dev/null 1>&2\necho >&4"
+# sshd says from where to where: ADDRESS PORT ADDRESS PORT. An address of a link is of no use elsewhere.
+_REACHED_BY = f"""\
+address=${{SSH_CONNECTION% *}}; address=${{address##* }}
+case $address in
+    *%*|"") address={LOOPBACK} ;;
+    *:*) address="[$address]" ;;
+esac"""
+
+
+def _exports(variables: Mapping[str, str]) -> list[str]:
+    return [f"export {name}={quote(value)}" for name, value in variables.items()]
+
+
+def _choose(chosen: str, python: str, version: str) -> list[str]:
+    """Sets ``$python``, or fails."""
     probe = f'"$python" -c {quote(_PROBE)} {quote(python)} {quote(version)}'
     install = f"install it there (python{python} -m pip install zmqsched=={version})"
-    if group.python:
-        says = f"{group.python} is not a Python {python} with zmqsched {version}: {install}, or name another one (python)"
-        lines += [f"python={path_word(group.python)}", f"{probe} || {_fail(says)}"]
-    else:
-        says = f"no python3 of its PATH is a Python {python} with zmqsched {version}: {install}, or name one (python)"
-        lines += [SEARCH.format(probe=probe), f'[ "$python" ] || {_fail(says)}']
-    words = [*node_command(group, label, "-", "python")[1:], "--ready-fd=1"]
-    return "\n".join([*lines, f'"$python" {" ".join(map(quote, words))} <&3 >&4 3<&- 4>&-', "exit $?"])
+    if chosen:
+        says = f"{chosen} is not a Python {python} with zmqsched {version}: {install}, or name another one (python)"
+        return [f"python={path_word(chosen)}", f"{probe} || {_fail(says)}"]
+    says = f"no python3 of its PATH is a Python {python} with zmqsched {version}: {install}, or name one (python)"
+    return [SEARCH.format(probe=probe), f'[ "$python" ] || {_fail(says)}']
+
+
+def _run(words: Iterable[str]) -> str:
+    return f'"$python" {" ".join(words)} <&3 >&4 3<&- 4>&-\nexit $?'
 
 
 def sweep_script(nodes: Sequence[tuple[str, int]]) -> str:

@@ -280,17 +280,18 @@ def _versions(file: ConnectionFile) -> tuple[str, str]:
 
 
 def _targets(file: ConnectionFile) -> dict[str, str]:
-    """Where the ways back lead: for each role the address of the broker, as seen from here."""
+    """Where the ways back lead: for each role the address of the broker, as seen from here; where it is reached by a tunnel,
+    that one's end."""
     found = {}
     for role in remote.ROLES:
-        addresses = [address for address in getattr(file.addresses, role) if address.startswith("tcp://")]
+        addresses = [address for address in getattr(file.addresses, role) if not address.startswith("ipc://")]
         if not addresses:
             raise StartError(
                 f"the broker of cluster {file.name!r} has Unix sockets only, which other hosts have not: "
                 "start it with --listen (loopback is enough for ssh)"
             )
         try:
-            found[role] = sockets.pick_address(addresses).removeprefix("tcp://")
+            found[role] = sockets.pick_address(addresses).removeprefix("tcp://").removeprefix(TUNNEL_SCHEME)
         except BrokerUnreachable as error:
             raise StartError(str(error)) from None
     return found
@@ -299,12 +300,17 @@ def _targets(file: ConnectionFile) -> dict[str, str]:
 def _with_tunnels(file: ConnectionFile, token: str) -> ConnectionFile:
     """What a node is given: the addresses that may mean the broker on another host, then the way back."""
     ways = {
-        role: [address for address in getattr(file.addresses, role) if not _is_loopback(address)]
+        role: [address for address in getattr(file.addresses, role) if not _means_nothing(address)]
         + [f"{TUNNEL_SCHEME}{remote.tunnel_path(token, role)}"]
         for role in remote.ROLES
     }
     return msgspec.structs.replace(file, addresses=Addresses(**ways, status=file.addresses.status))
 
 
-def _is_loopback(address: str) -> bool:
+def _means_nothing(address: str) -> bool:
+    """On another host than this one."""
+    return address.startswith(TUNNEL_SCHEME) or is_loopback(address)
+
+
+def is_loopback(address: str) -> bool:
     return address.startswith("tcp://") and ip_address(split_tcp(address)[0]).is_loopback
