@@ -286,3 +286,8 @@ def test_each_thing_is_told_once_and_together(told):
         "zmqsched: slurm-6 (1_6): pending: PD: Resources",
         "zmqsched: slurm-6 (1_6): joined",
     ]
+
+
+def test_of_who_is_cut_off_the_cluster_tells(told):
+    here, cut = Launched("ssh-1", "running", "", "a", "n1"), Launched("ssh-1", "starting", "a: timed out", "a")
+    assert told((0, [here]), (9, [cut]), (20, [here])) == []

@@ -292,7 +292,14 @@ class Fleet:
         one = group.members.get(launched.label)
         if one is None or (one.ended and launched.state == "ended"):
             return
-        one.launched = replace(launched, node=launched.node or one.launched.node)
+        broke = one.launched.state == "running" and launched.state == "starting"
+        one.launched = replace(launched, node=launched.node or ("" if broke else one.launched.node))
+        if broke:
+            one.joined, one.cut_off = False, True
+            self._say(launched, f"is cut off, and is started again when that can be: {launched.why}")
+        elif one.cut_off and launched.state == "running":
+            one.cut_off = False
+            self._say(launched, "is there again")
         if launched.node:
             self._joined(group, one)
         if one.ended and launched.why and not one.leaving:
@@ -349,7 +356,7 @@ class Fleet:
         for group in groups:
             assert group.adapting is not None
             staying = group.staying()
-            coming = [label for label, one in staying.items() if not one.joined]
+            coming = [label for label, one in staying.items() if not one.joined and not one.cut_off]
             busy = {label: self._nodes[label].assigned for label in staying if label in self._nodes}
             busy.update(dict.fromkeys((label for label in staying if self._is_unknown(staying[label])), 1))
             queued = self._suited.get(group.name, 0)
@@ -371,7 +378,7 @@ class Fleet:
             group.slots(self._nodes)
             for group in like
             for one in group.staying().values()
-            if not one.joined or self._is_unknown(one)
+            if (not one.joined and not one.cut_off) or self._is_unknown(one)
         )
 
     def _is_unknown(self, one: Member) -> bool:

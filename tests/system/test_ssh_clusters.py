@@ -129,6 +129,35 @@ def test_a_host_that_is_cut_off_and_comes_back_while_tasks_run(way, hosts, clust
     assert_nothing_left(hosts)
 
 
+@pytest.mark.parametrize("cut", ["until ssh gives it up", "until its node does too"])
+def test_a_host_that_is_cut_off_for_long_is_used_again(cut, hosts, clusters, caplog):
+    """No task is lost, there are as many nodes as were asked for and no more, and no process is left."""
+    alpha = hosts.hosts[0]
+    quick = ("-o", "ServerAliveInterval=1", "-o", "ServerAliveCountMax=2")
+    file = wanted(hosts, "alpha", "beta", slots=2, ssh_options=(*hosts.options, *quick))
+    with Cluster(file) as cluster, Client(cluster) as client:
+        futures = [client.submit(spin, 0.1) for _ in range(100)]
+        eventually(lambda: futures[10].done())
+        (before,) = [one.node for one in cluster.nodes() if one.label == "g-1"]
+        with alpha.cut_off():
+            eventually(lambda: [one.state for one in cluster.nodes()] == ["starting", "running"])
+            assert "node g-1 (alpha) of cluster lab is cut off, and is started again when that can be: alpha" in caplog.text
+            if cut == "until its node does too":
+                eventually(lambda: not alpha.processes(), 120)
+        futures += [client.submit(spin, 0.1) for _ in range(20)]
+        eventually(lambda: [one.state for one in cluster.nodes()] == ["running", "running"])
+        assert "node g-1 (alpha) of cluster lab is there again" in caplog.text
+        assert {future.result(timeout=90) for future in futures} <= {"alpha", "beta"}
+        eventually(lambda: work(client) == {"alpha", "beta"})
+        eventually(lambda: sorted(node.label for node in client.nodes() if node.state == "alive") == ["g-1", "g-2"])
+        (after,) = [one.node for one in cluster.nodes() if one.label == "g-1"]
+        assert before != after
+        assert [node.state for node in client.nodes() if node.id == before] in (["lost"], ["gone"])
+        eventually(lambda: sum(client.status().tasks.values()) == 0)
+        assert cluster.failures == []
+    assert_nothing_left(hosts)
+
+
 DRIVER = """
 import sys
 from zmqsched import Cluster

@@ -21,6 +21,7 @@ class Progress:
         self._relay = Relay()
         self._late_at = time.monotonic() + LATE_S
         self._told: dict[str, str] = {}
+        self._joined: set[str] = set()
 
     def tell(self, nodes: Sequence[Launched]) -> None:
         news: dict[str, list[Launched]] = {}
@@ -33,9 +34,10 @@ class Progress:
             self._relay.write(f"zmqsched: {_names(some)} {words}\n")
 
     def _words(self, one: Launched) -> str:
-        if one.state == "ended":  # the cluster says why
+        if one.state == "ended" or (one.label in self._joined and not one.node):  # the cluster says why
             return ""
         if one.node:
+            self._joined.add(one.label)
             return "joined" if one.label in self._told else ""
         if one.state == "pending" and one.why:
             return f"pending: {one.why}"

@@ -93,7 +93,8 @@ class Launcher(ABC):
 
     @abstractmethod
     def poll(self) -> list[Launched]:
-        """How the nodes are that were started and not stopped; never waits long."""
+        """How the nodes are that were started and not stopped; never waits long. One that was running and is "starting" is
+        cut off, and the launcher will have another in its place."""
 
     @abstractmethod
     def stop(self, labels: Collection[str], *, at_once: bool = False) -> None:

@@ -57,9 +57,6 @@ class Children:
         StartError
             There is no such command.
         """
-        before = self._children.pop(label, None)
-        if before is not None:
-            before.bury()
         try:
             process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
@@ -67,6 +64,8 @@ class Children:
             )  # fmt: skip
         except OSError as error:
             raise StartError(f"cannot start {error.filename or command[0]!r}: {error.strerror}") from None
+        if (before := self._children.pop(label, None)) is not None:
+            before.bury()
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None

@@ -11,6 +11,8 @@ Rules
   reaches none of the broker's addresses, and says so.
 * A node is gone when ``ssh`` has brought its exit code. Where it has not (the connection broke, or the node hung), a second
   ``ssh`` ends what is left of it there, before anything takes its place.
+* When the connection to a node breaks, its host is tried again, with pauses that grow, for as long as the node is wanted.
+  What is left there works on for the broker until then, if it reaches it; then another node takes its place.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import msgspec
 from .. import sockets
 from ..clusterfile import NodeGroup
 from ..config import TUNNEL_SCHEME, Addresses, ConnectionFile, split_tcp
-from ..errors import BrokerUnreachable, StartError
+from ..errors import BrokerUnreachable, StartError, ZmqschedError
 from ..shell import log
 from ..version import __version__
 from . import remote
@@ -49,6 +51,7 @@ ALIVE_INTERVAL_S, ALIVE_COUNT = 10, 3
 SWEEP_TIMEOUT_S = 12.0
 # What ssh says when sshd has more connections being made than it may (MaxStartups: of the eleventh on it drops some).
 BUSY, MAX_TRIES = "kex_exchange_identification", 6
+LONGEST_PAUSE_S = 20.0
 MAX_FIRST = 60_000  # bytes; a pipe takes some more without anybody reading
 # The user's own (``ssh_options``) come before these, and of each the first counts.
 OPTIONS = {
@@ -83,11 +86,14 @@ _FIXES = (
 @dataclass(frozen=True)
 class _Remote:
     """Where a label's node was started last. ``token``: by which what is left of it is found there; ``tries``: how often
-    it was tried to connect."""
+    it was tried to connect; ``lost``: how the connection to the one before it broke; ``ends``: the tokens of those that may
+    be left there, and are ended first."""
 
     host: str
     token: str
     tries: int = 1
+    lost: str = ""
+    ends: frozenset[str] = frozenset()
 
     @property
     def tunnel(self) -> str:
@@ -109,17 +115,16 @@ class SSHLauncher(Launcher):
         self._told: set[str] = set()  # tokens of nodes of which was said that they come back through ssh
 
     def start(self, labels: Sequence[str]) -> None:
-        self._file = self.site.file
-        self._targets = _targets(self._file)
+        self._look_for_broker()
         self._note_left(self._remotes)
-        busy = Counter(there.host for label, there in self._remotes.items() if self._children[label].runs())
+        busy = Counter(self._remotes[one.label].host for one in self.poll() if one.state != "ended")
         for label in labels:
             host = min(self.group.hosts, key=lambda host: busy[host])  # of equals the first
             busy[host] += 1
             self._connect(label, host)
 
     def poll(self) -> list[Launched]:
-        return [self._again(one) or self._worded(one) for one in self._children.poll()]
+        return [self._again(one) or one for one in map(self._worded, self._children.poll())]
 
     def stop(self, labels: Collection[str], *, at_once: bool = False) -> None:
         hosts = {self._remotes[label].host for label in labels if label in self._remotes}
@@ -147,9 +152,14 @@ class SSHLauncher(Launcher):
 
     # --- starting -----------------------------------------------------------------------------------------------------
 
-    def _connect(self, label: str, host: str, tries: int = 1) -> None:
-        there = _Remote(host, secrets.token_hex(8), tries)
-        script = remote.node_script(self.group, label, there.token, *_versions(self._file), self._left_on([host]))
+    def _look_for_broker(self) -> None:
+        self._file = self.site.file
+        self._targets = _targets(self._file)
+
+    def _connect(self, label: str, host: str, tries: int = 1, lost: str = "") -> None:
+        left = self._left_on([host])
+        there = _Remote(host, secrets.token_hex(8), tries, lost, frozenset(token for token, _ in left))
+        script = remote.node_script(self.group, label, there.token, *_versions(self._file), left)
         first = remote.line(script) + _with_tunnels(self._file, there.token).line()
         if len(first) > MAX_FIRST:
             raise StartError(f"{label}: environment and prologue are over {MAX_FIRST} bytes; put them into a file there")
@@ -158,16 +168,25 @@ class SSHLauncher(Launcher):
         self._remotes[label] = there
 
     def _again(self, one: Launched) -> Launched | None:
-        """How one is that sshd did not want to talk to and that is tried again in a while; None for all others."""
+        """How one is that is tried again in a while: sshd did not want to talk to it, or the connection to it broke. None
+        for all others."""
         there = self._remotes[one.label]
         child = self._children[one.label]
-        busy = one.state == "ended" and child.code() == NOT_CONNECTED and not child.spoke and BUSY in child.tail
-        if not busy or there.tries == MAX_TRIES:
+        if one.state != "ended" or child.code() != NOT_CONNECTED:
             return None
-        if time.monotonic() >= self._due.setdefault(there.token, time.monotonic() + uniform(0.5, 1.0) * there.tries):
+        was_there = "node" in child.facts
+        busy = not child.spoke and BUSY in child.tail and there.tries < MAX_TRIES
+        if not (was_there or there.lost or busy):
+            return None
+        tries = 1 if was_there else there.tries
+        pause_s = uniform(0.5, 1.0) * min(tries, LONGEST_PAUSE_S)
+        if time.monotonic() >= self._due.setdefault(there.token, time.monotonic() + pause_s):
             del self._due[there.token]
-            self._connect(one.label, there.host, there.tries + 1)
-        return Launched(one.label, "starting", where=there.host)
+            self._note_left([one.label])
+            with contextlib.suppress(ZmqschedError):  # the broker is being replaced, or there is no ssh: tried again, too
+                self._look_for_broker()
+                self._connect(one.label, there.host, tries + 1, one.why if was_there else there.lost)
+        return replace(one, state="starting", node="")
 
     def _command(self, there: _Remote, targets: Mapping[str, str]) -> list[str]:
         words = ssh_words(self.group.ssh_options)
@@ -179,12 +198,16 @@ class SSHLauncher(Launcher):
         there = self._remotes[one.label]
         child = self._children[one.label]
         where = there.host
+        if one.state == "running":
+            self._left = {left: pid for left, pid in self._left.items() if left.token not in there.ends}
+        elif one.state == "starting":
+            one = replace(one, why=there.lost)
         if child.facts.get("broker") == there.tunnel:
             where += ", back through ssh -R"
             if there.token not in self._told:
                 self._told.add(there.token)
                 log.warning("%s on %s reaches the broker through ssh only, which is slower", one.label, there.host)
-        why = one.why and f"{there.host}: {one.why}"
+        why = one.why if one.state == "starting" else one.why and f"{there.host}: {one.why}"
         fix = fix_of(child.tail, there.host) if child.code() == NOT_CONNECTED else ""
         if child.facts.get("type") == "BrokerUnreachable" and "forwarding failed" in child.tail:
             fix = "sshd forbids the way back: allow it (AllowStreamLocalForwarding), or open the broker's ports to this host"
