@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
+import flood
 import psutil
 import pytest
 import zmq
@@ -180,14 +181,30 @@ def test_ninety_silent_peers_when_descriptors_are_few(site: Site):
 
 
 def test_connections_as_fast_as_one_can(site: Site):
-    """Several thousand a second, each with a line, for two seconds at least."""
-    host, port = site.address.removeprefix("tcp://").split(":")
-    until, made = time.monotonic() + 2.0, 0
-    while time.monotonic() < until or made < 100:
-        with contextlib.suppress(OSError), socket.create_connection((host, int(port)), timeout=1) as one:
-            one.sendall(b"hello\r\n")
-            made += 1
-    site.assert_unharmed()
+    """First with all the descriptors there are, then with few. ``flood.py`` tells how fast that is."""
+    host, port = split_tcp(site.address)
+    command = [sys.executable, flood.__file__, host, str(port)]
+    limits = site.broker.rlimit(psutil.RLIMIT_NOFILE)
+    few = site.broker.num_fds() + 40
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as flooding:
+        said: list[str] = []
+        reading = threading.Thread(target=lambda: said.extend(flooding.stdout))
+        reading.start()
+        try:
+            before = site.served
+            eventually(lambda: len(said) > 5 and site.served > before + 20)
+            assert site.news() == {}
+            site.broker.rlimit(psutil.RLIMIT_NOFILE, (few, limits[1]))
+            eventually(lambda: site.news().get("alarm: no descriptors left"))
+            before = site.served
+            eventually(lambda: site.served > before + 20)
+        finally:
+            flooding.stdin.close()
+            reading.join(PATIENCE_S)
+            site.broker.rlimit(psutil.RLIMIT_NOFILE, limits)
+    with Client(from_afar(site.cluster.file)) as late:
+        assert late.submit(abs, -1).result(timeout=PATIENCE_S) == 1
+    site.assert_unharmed("alarm: no descriptors left", "alarm: few descriptors left")
 
 
 def dealer_with(site: Site, public: bytes, secret: bytes) -> Callable[[], object]:

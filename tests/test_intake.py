@@ -1,7 +1,9 @@
 """What a connection has brought since its last message is counted, and too much of it ends the connection. These are plain
 connections, as it is the kernel that counts; a broker under attack is in ``test_attacks.py``."""
 
+import contextlib
 import os
+import resource
 import socket
 from collections.abc import Iterator
 
@@ -133,3 +135,24 @@ def test_a_descriptor_that_is_none_any_more_is_left_alone(peer: Peer, monkeypatc
     monkeypatch.setattr(Intake, "_unfinished", lambda self: [(4 * MIB, gone)])
     (offence,) = Intake(PLENTY).look()
     assert offence.sender == "somebody who left"
+
+
+def test_when_no_descriptor_is_left_it_is_counted_all_the_same(peer: Peer):
+    watched = Intake(PLENTY)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    last = max(map(int, os.listdir("/proc/self/fd")))
+    free = []
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (last + 1, limits[1]))
+        with contextlib.suppress(OSError):
+            while True:
+                free.append(os.open("/dev/null", os.O_RDONLY))
+        assert watched.look() == []
+        peer.brings(4 * MIB)
+        (offence,) = watched.look()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        for descriptor in free:
+            os.close(descriptor)
+    assert offence.sender == "127.0.0.1"
+    assert peer.cut_off()

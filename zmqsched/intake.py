@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import resource
 import socket
 import stat
 import struct
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 
 import zmq
 
@@ -36,7 +36,6 @@ LARGEST = 2 * MAX_PAYLOAD + 2 * MAX_HEADER
 # Of memory, for each byte received: frames of a byte or two take that much of libzmq's records.
 MEMORY_PER_BYTE = 4
 
-_DESCRIPTORS = Path("/proc/self/fd")
 _SOURCE = int(zmq.SRCFD)
 _RECEIVED = struct.Struct("=128xQ")  # tcpi_bytes_received, of struct tcp_info in linux/tcp.h
 
@@ -57,7 +56,7 @@ class Intake:
         """To be called once a round. Returns who was cut off."""
         unfinished = self._unfinished()
         total = sum(size for size, _ in unfinished)
-        memory = resident(os.getpid())
+        memory = resident(os.getpid()) or self._memory_limit + 1  # if no descriptor is left to read it by
         ended = []
         for size, descriptor in sorted(unfinished, reverse=True):
             cause = memory > self._memory_limit and 2 * MEMORY_PER_BYTE * total > memory
@@ -71,7 +70,7 @@ class Intake:
         """Bytes and descriptor of each TCP connection that this process has."""
         found = []
         before, self._finished = self._finished, {}
-        for descriptor in [int(each.name) for each in _DESCRIPTORS.iterdir()]:
+        for descriptor in _descriptors():
             try:
                 status = os.fstat(descriptor)
                 if not stat.S_ISSOCK(status.st_mode):
@@ -88,6 +87,13 @@ class Intake:
             found.append((received - finished, descriptor))
         self._heard.clear()
         return found
+
+
+def _descriptors() -> Iterable[int]:
+    try:
+        return [int(name) for name in os.listdir("/proc/self/fd")]
+    except OSError:  # none is left to list them by: all up to the limit are in use
+        return range(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
 
 
 def _received(descriptor: int) -> int:
