@@ -5,8 +5,8 @@ SEEDS ?= 200
 REPEAT ?= 1
 MESSAGES ?= 1000000
 # Of Debian, for `make test-system`; and a file of each, by which one sees that it is there.
-PACKAGES = iproute2 nftables libfaketime openssh-client openssh-server tcsh slurm-wlm munge systemd
-FILES = /sbin/ip /usr/sbin/nft /usr/lib/*/faketime/libfaketime.so.1 /usr/bin/ssh /usr/sbin/sshd /usr/bin/tcsh /usr/sbin/slurmctld /usr/sbin/slurmd /usr/bin/sbatch /usr/sbin/munged /usr/bin/systemd-analyze
+PACKAGES = iproute2 nftables libfaketime openssh-client openssh-server tcsh slurm-wlm slurmdbd mariadb-server-core munge openmpi-bin systemd
+FILES = /sbin/ip /usr/sbin/nft /usr/lib/*/faketime/libfaketime.so.1 /usr/bin/ssh /usr/sbin/sshd /usr/bin/tcsh /usr/sbin/slurmctld /usr/sbin/slurmd /usr/sbin/slurmdbd /usr/sbin/mariadbd /usr/bin/sbatch /usr/sbin/munged /usr/bin/mpirun /usr/bin/systemd-analyze
 PYTEST = -m pytest -q
 # Two processes, each with test modules of its own: most tests wait half of the time.
 TWO = -n 2 --dist loadfile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -153,6 +154,16 @@ def test_an_interrupt_and_a_termination_reach_the_script(ranks):
     first.stdout.readline()
     first.send_signal(signal.SIGTERM)
     assert outcome(first)[0] == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(not shutil.which("mpirun"), reason="no mpirun (Debian: openmpi-bin)")
+@pytest.mark.parametrize("code", [0, 7])
+def test_a_real_mpirun(ranks, code):
+    words = ["mpirun", "--allow-run-as-root", "--oversubscribe", "-n", 3, sys.executable, "-m", "zmqsched", "run", "-n", 1]
+    script = ranks.script(SCRIPT + f"    sys.exit({code})\n")
+    words += [script, 3]
+    done = subprocess.run(list(map(str, words)), capture_output=True, text=True, timeout=90, check=False)
+    assert (done.returncode, done.stdout) == (code, "55 3\n['local-1', 'rank-1', 'rank-2']\n"), done.stderr
 
 
 def test_what_launchers_say():

@@ -1,7 +1,8 @@
 """A real Slurm on this machine, in a directory of its own: munged, slurmctld and two slurmd.
 
-The two hosts of it, ``zs1`` and ``zs2``, are this one; each says that it has four CPUs, however many there are. There is no
-accounting, hence no ``sacct``, as on many small sites. Needs root (Debian: slurm-wlm, munge), no systemd.
+The two hosts of it, ``zs1`` and ``zs2``, are this one; each says that it has four CPUs, however many there are. Unless it is
+asked for there is no accounting, hence no ``sacct``, as on many small sites. It needs root (Debian: slurm-wlm, munge;
+slurmdbd and mariadb-server-core for accounting).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import pytest
 from conftest import eventually, processes_knowing
 
 COMMANDS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scontrol", "scancel", "srun", "sinfo")
+FOR_ACCOUNTING = ("mariadbd", "slurmdbd", "sacct", "sacctmgr")
 SBIN = "/usr/sbin"
 HOSTS = ("zs1", "zs2")
 CPUS = 4
@@ -48,7 +50,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 ReturnToService=2
 JobAcctGatherType=jobacct_gather/none
-AccountingStorageType=accounting_storage/none
+{accounting}
 SlurmdParameters=config_overrides
 MpiDefault=none
 MailProg=/bin/true
@@ -62,18 +64,45 @@ PartitionName=urgent Nodes=ALL MaxTime=60 PriorityTier=10 State=UP
 """
 
 
-def missing() -> str:
+NO_ACCOUNTING = "AccountingStorageType=accounting_storage/none"
+# Jobs that have ended slurmctld forgets at once, so that only slurmdbd knows them.
+ACCOUNTING = """\
+AccountingStorageType=accounting_storage/slurmdbd
+AccountingStorageHost=localhost
+AccountingStoragePort={port}
+AccountingStoragePass={directory}/munge/socket
+MinJobAge=2
+"""
+DBD_CONF = """\
+AuthType=auth/munge
+AuthInfo=socket={directory}/munge/socket
+DbdHost=localhost
+DbdAddr=127.0.0.1
+DbdPort={port}
+SlurmUser=root
+StorageType=accounting_storage/mysql
+StorageHost=localhost
+StorageUser=root
+StorageLoc=zs
+LogFile={directory}/slurmdbd.log
+PidFile={directory}/slurmdbd.pid
+"""
+
+
+def missing(*, accounting: bool) -> str:
     """What this machine lacks for it; "" if nothing."""
     if os.geteuid() != 0:
         return "a Slurm of its own needs root"
-    lacking = [name for name in COMMANDS if shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") is None]
-    return f"no {', '.join(lacking)} (Debian: slurm-wlm, munge)" if lacking else ""
+    commands = (*COMMANDS, *FOR_ACCOUNTING) if accounting else COMMANDS
+    lacking = [name for name in commands if shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}") is None]
+    return f"no {', '.join(lacking)} (Debian: slurm-wlm, munge, slurmdbd, mariadb-server-core)" if lacking else ""
 
 
 class Slurm:
     """It runs from ``start`` to ``stop``; ``environment`` is what its commands need."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, accounting: bool) -> None:
+        self._accounting = accounting
         self.directory = Path(tempfile.mkdtemp(prefix="zsslurm", dir="/tmp"))
         self.environment = {"SLURM_CONF": str(self.directory / "slurm.conf")}
         self._daemons: list[subprocess.Popen[bytes]] = []
@@ -85,14 +114,18 @@ class Slurm:
         key = self.directory / "munge" / "key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
+        *ports, accounting_port = free_ports(4)
+        accounting = ACCOUNTING.format(port=accounting_port, directory=self.directory) if self._accounting else NO_ACCOUNTING
         conf = CONF.format(
-            host=socket.gethostname(), directory=self.directory, ports=free_ports(3), hosts=HOSTS, cpus=CPUS
+            host=socket.gethostname(), directory=self.directory, ports=ports, hosts=HOSTS, cpus=CPUS, accounting=accounting
         )  # fmt: skip
         (self.directory / "slurm.conf").write_text(conf)
         files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "seed-file": "seed", "log-file": "log"}
         options = [f"--{option}={self.directory}/munge/{file}" for option, file in files.items()]
         self._run("munged", "--foreground", "--force", *options)
         eventually((self.directory / "munge" / "socket").exists, START_TIMEOUT_S)
+        if self._accounting:
+            self._start_accounting(accounting_port)
         self._run("slurmctld", "-D")
         eventually(self._answers, START_TIMEOUT_S)
         for host in HOSTS:
@@ -138,6 +171,22 @@ class Slurm:
         done = subprocess.run(["scontrol", "ping"], env={**os.environ, **self.environment}, capture_output=True, check=False)
         return done.returncode == 0 and b"is UP" in done.stdout
 
+    def _start_accounting(self, port: int) -> None:
+        """slurmdbd, and its database: behind a Unix socket in this directory, which nobody else may enter."""
+        data, end = self.directory / "sql", self.directory / "sql" / "socket"
+        data.mkdir(mode=0o700)
+        options = [f"--datadir={data}", f"--socket={end}", f"--pid-file={data}/pid", "--skip-networking", "--user=root"]
+        small = ["--innodb-buffer-pool-size=16M", "--innodb-log-file-size=8M"]
+        self._run("mariadbd", "--no-defaults", *options, "--skip-grant-tables", *small)
+        eventually(end.exists, START_TIMEOUT_S)
+        conf = self.directory / "slurmdbd.conf"
+        conf.write_text(DBD_CONF.format(port=port, directory=self.directory))
+        conf.chmod(0o600)
+        self.environment["MYSQL_UNIX_PORT"] = str(end)
+        self._run("slurmdbd", "-D")
+        eventually(lambda: _listens(port), START_TIMEOUT_S)
+        self("sacctmgr", "--immediate", "add", "cluster", "zs")
+
     def _run(self, name: str, *words: str) -> None:
         command = shutil.which(name, path=f"{os.environ['PATH']}:{SBIN}")
         with open(self.directory / f"{name}.out", "ab") as out:
@@ -151,6 +200,11 @@ class Slurm:
         assert self._daemons[-1].poll() is None, (self.directory / f"{name}.out").read_text()
 
 
+def _listens(port: int) -> bool:
+    with socket.socket() as end:
+        return end.connect_ex(("127.0.0.1", port)) == 0
+
+
 def free_ports(number: int) -> list[int]:
     """TCP ports of loopback that nobody has now."""
     with contextlib.ExitStack() as stack:
@@ -160,11 +214,11 @@ def free_ports(number: int) -> list[int]:
         return [each.getsockname()[1] for each in sockets]
 
 
-def running_slurm() -> Iterator[Slurm]:
-    """For a fixture of the session."""
-    if lacking := missing():
+def running_slurm(*, accounting: bool = False) -> Iterator[Slurm]:
+    """For a fixture of the session, or of a module."""
+    if lacking := missing(accounting=accounting):
         pytest.skip(lacking)
-    slurm = Slurm()
+    slurm = Slurm(accounting=accounting)
     try:
         slurm.start()
         yield slurm

@@ -101,7 +101,8 @@ class Slurm(BatchSystem):
         if said.strip():
             state, code, reason = *said.splitlines()[-1].split("|"), ""
         else:
-            facts = dict(word.partition("=")[::2] for word in run("scontrol", "show", "job", "--oneliner", job_id).split())
+            said = run("scontrol", "show", "job", "--oneliner", job_id, forgiven="Invalid job id")
+            facts = dict(word.partition("=")[::2] for word in said.split())
             state, code, reason = facts.get("JobState", ""), facts.get("ExitCode", ""), facts.get("Reason", "")
         return _in_words(state, code, reason)
 
