@@ -237,7 +237,7 @@ class Scripts:
         self._directory = directory
         self._started: list[subprocess.Popen[str]] = []
         self._environment = {k: v for k, v in os.environ.items() if not k.startswith(("ZMQSCHED_", "PYTHON"))}
-        self._environment["ZMQSCHED_DIR"] = str(self.home.path)
+        self._environment |= {"ZMQSCHED_DIR": str(self.home.path), "TMPDIR": str(directory)}
 
     def start(
         self, source: str, *arguments: str, stdin: int = subprocess.DEVNULL, **environment: str
@@ -252,7 +252,7 @@ class Scripts:
         return process
 
     def run(
-        self, source: str, *arguments: str, code: int = 0, timeout_s: float = 60, **environment: str
+        self, source: str, *arguments: str, code: int = 0, timeout_s: float = 120, **environment: str
     ) -> tuple[str, str]:
         """Run to its end; what it printed, and its errors."""
         process = self.start(source, *arguments, **environment)

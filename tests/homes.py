@@ -34,7 +34,7 @@ class Home:
         """Run a command to its end."""
         done = subprocess.run(
             [*ZMQSCHED, *arguments], env=self.environment | environment, cwd=self.path, capture_output=True, text=True,
-            stdin=subprocess.DEVNULL, timeout=60, check=False,
+            stdin=subprocess.DEVNULL, timeout=120, check=False,
         )  # fmt: skip
         assert done.returncode == code, f"exit code {done.returncode}: {done.stdout}{done.stderr}"
         return done
@@ -61,13 +61,13 @@ class Home:
         source = f"import zmqsched\nwith zmqsched.Client({where!r}) as c: print(c.submit(pow, 2, 10).result(60))"
         done = subprocess.run(
             [sys.executable, "-c", source], env=self.environment, cwd=self.path, capture_output=True, text=True,
-            timeout=60, check=True,
+            timeout=120, check=True,
         )  # fmt: skip
         return done.stdout.strip()
 
     def run_python(self, script: Path) -> str:
         done = subprocess.run(
-            [sys.executable, script], env=self.environment, cwd=self.path, capture_output=True, text=True, timeout=60,
+            [sys.executable, script], env=self.environment, cwd=self.path, capture_output=True, text=True, timeout=120,
             check=True,
         )  # fmt: skip
         return done.stdout.strip()

@@ -75,7 +75,6 @@ def test_how_far_it_is(client, gate):
         task.progress(1)
 
     future = client.submit(works)
-    assert future.progress is None
     eventually(lambda: future.progress == (0.5, "epoch 2"))
     gate.open()
     future.result(timeout=PATIENCE_S)
@@ -93,6 +92,16 @@ def test_a_million_times_is_not_too_often(client):
     fraction, text = eventually(lambda: future.progress)
     assert fraction > 0.9
     assert text == "x" * 200
+
+
+def test_a_task_is_heard_however_soon_it_follows_another(client):
+    def works(fraction):
+        zmqsched.get_task().progress(fraction)
+
+    for number in range(1, 20):  # on either worker, within the time in which one is told of once
+        future = client.submit(works, number / 20)
+        future.result(timeout=PATIENCE_S)
+        assert future.progress == (number / 20, "")
 
 
 def test_numbers_that_were_added_up_may_be_a_little_off(client):

@@ -18,23 +18,23 @@ GONE_AFTER_S = 60.0
 
 
 @pytest.fixture
-def run():
+def run(home, tmp_path):
     """Run an example as its reader does, and give the lines it printed."""
     mark = uuid.uuid4().hex  # inherited by every process it starts, of whatever session
     # Unbuffered, Python writes a line and its end apart, and those of workers that print at once would mix.
     env = {key: value for key, value in os.environ.items() if not key.startswith("ZMQSCHED_")}
+    env |= {"EXAMPLE_RUN": mark, "ZMQSCHED_DIR": str(home.path), "TMPDIR": str(tmp_path)}
 
     def run(name):
         command = [sys.executable, "-W", "error", str(EXAMPLES / name)]
-        done = subprocess.run(
-            command, cwd=ROOT, env={**env, "EXAMPLE_RUN": mark}, capture_output=True, text=True, timeout=60, check=False
-        )
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=200, check=False)
         assert done.stderr == ""
         assert done.returncode == 0
         return done.stdout.splitlines()
 
     yield run
     assert_none_left(mark)
+    home.assert_nothing_left()
 
 
 def assert_none_left(mark):

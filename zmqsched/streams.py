@@ -331,6 +331,7 @@ class Voice:
 
     def begin(self, task: bytes, attempt: int) -> None:
         _RUNS.pack_into(self._page, 0, task, attempt)
+        self._told_at = -math.inf
 
     def end(self, task: bytes, attempt: int, *, short: bool) -> bool:
         """The attempt has ended. What C code has not written yet of a line is written, unless the task was ``short``.
