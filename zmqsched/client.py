@@ -696,11 +696,15 @@ class Client(Shown, Tasks):
         return not self._futures and (not self._runs or all(run.waits for run in list(self._runs)))
 
     def _wake_if_idle(self) -> None:
-        if not self._futures and self._is_idle:
-            with self._idle:
+        if self._futures:
+            return
+        with self._lock:
+            if not self._is_idle:
+                return
+            if self._closed:  # nobody waits for it before
                 self._idle.notify_all()
-                if self._is_idle and not self._owned:
-                    lifetime.needed.discard(self)
+            if not self._owned:
+                lifetime.needed.discard(self)
 
     def _break(self, error: ZmqschedError) -> None:
         """Nothing more will come: everything open fails with the reason."""

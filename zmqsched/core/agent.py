@@ -157,6 +157,7 @@ class Agent:
         self._beat_interval_s = BEAT_INTERVAL_S
         self._beats = 0
         self._beat_at = 0.0
+        self._ticked = True  # since the last event
         self._look_at = 0.0  # when time brings something, at the earliest
         self._leaving = ""
         self._leave_by = math.inf
@@ -172,6 +173,7 @@ class Agent:
     # --- the contract ------------------------------------------------------------------------------------------------
 
     def handle(self, event: AgentEvent, now: float) -> list[AgentAction]:
+        self._ticked = False
         if not isinstance(event, _USUAL):
             self._look_at = 0.0
         match event:
@@ -183,6 +185,7 @@ class Agent:
             case Reconnected():
                 self._uplink.reconnected()
             case Tick():
+                self._ticked = True
                 self._tick(now)
             case Unreadable(why):
                 self._unreadable(why, now)
@@ -210,7 +213,7 @@ class Agent:
     def next_deadline(self) -> float:
         if self._ended:
             return self._uplink.deadline()
-        if self._reports.due or self._crew.changed:
+        if not self._ticked:
             return 0.0
         return min(self._uplink.deadline(), self._look_at)
 
@@ -232,7 +235,7 @@ class Agent:
     @property
     def has_plenty(self) -> bool:
         """All workers have enough to do for a while."""
-        return self._giving.has_plenty
+        return self._queue.count > 0 and self._giving.has_plenty
 
     def has_answered(self, worker: int) -> bool:
         """This worker has nothing to do."""
@@ -255,7 +258,8 @@ class Agent:
             self._look_at = 0.0
         match message:
             case Dispatch(shapes, orders, functions, follow):
-                self._learn(functions)
+                if functions:
+                    self._learn(functions)
                 coming = set(follow)
                 for order in orders:
                     self._ordered(order, shapes[order.shape], coming)

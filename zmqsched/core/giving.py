@@ -53,9 +53,7 @@ class Giving:
 
     @property
     def has_plenty(self) -> bool:
-        """Short tasks wait here and in every worker's pipe: nobody runs dry if answers are read a little later."""
-        if not self.queue.count:
-            return False
+        """Short tasks wait here, and lie in every worker's pipe: nobody runs dry if answers are read a little later."""
         return self._depth() == MAX_BATCH and all(len(w.runs) > 1 for w in self._crew.workers.values())
 
     def stuck_after(self) -> float:
@@ -105,7 +103,7 @@ class Giving:
 
     def give(self, now: float, until: float) -> list[Worker]:
         """Fill idle workers first, then all of them up to a batch. Nothing is to be begun after ``until``. Returns those
-        that may have been given something."""
+        that were given something."""
         depth = self._depth()
         stuck_after = self.stuck_after()
         free = self._crew.slots
@@ -119,7 +117,9 @@ class Giving:
             elif worker.active and len(worker.runs) < min(depth, worker.left) and now - worker.since < stuck_after:
                 others.append(worker)
         ready = [*idle[: max(0, free)], *sorted(others, key=_length)]
+        given = []
         for index, worker in enumerate(ready):
+            had = len(worker.runs)
             share = -(-self.queue.count // (len(ready) - index))
             most = min(depth, worker.left)
             while self.queue.count and share and len(worker.runs) < most:
@@ -127,7 +127,9 @@ class Giving:
                     break
                 self._start(self.queue.pop(), worker, now, until)
                 share -= 1
-        return ready
+            if len(worker.runs) > had:
+                given.append(worker)
+        return given
 
     def _depth(self) -> int:
         """How many runs a worker's pipe may hold: a batch of short ones; of longer ones the next, so that the worker

@@ -55,7 +55,7 @@ class Reports:
 
     def send(self, credit: int) -> None:
         if self.outcomes:
-            for batch in batches(self.outcomes, _outcome_bytes):
+            for batch in batches(self.outcomes, _outcome_bytes) if len(self.outcomes) > 1 else [self.outcomes]:
                 self._uplink.send(Results(batch))
             self.outcomes = []
         if self.waiting or self.resumed:
