@@ -13,6 +13,7 @@ import pytest
 from conftest import Home, eventually
 
 from zmqsched import Client, Cluster, SSHCluster
+from zmqsched.cli.wanted import Options, of_options
 from zmqsched.cluster import broker_preview
 from zmqsched.clusterfile import BrokerPart, ClusterFile, NodeGroup
 from zmqsched.errors import ClusterLost, StartError
@@ -110,8 +111,7 @@ def test_what_is_wrong_there_is_said_here(broker, says, fake_ssh, there, cluster
     clusters.assert_nothing_left()
 
 
-def test_when_ssh_dies_the_cluster_is_lost_and_no_other_broker_is_started(fake_ssh, there, clusters: Home):
-    """The stand-in's end closes what the broker there holds on to, as sshd's does."""
+def test_when_what_holds_it_dies_the_cluster_is_lost_and_no_other_broker_is_started(fake_ssh, there, clusters: Home):
     with Cluster(wanted(there)) as cluster, Client(cluster) as client:
         future = client.submit(pow, 2, 10)
         assert future.result(timeout=30) == 1024
@@ -157,6 +157,12 @@ def test_what_would_be_run_there_is_shown():
     assert "zmqsched broker --name=default" in "\n".join(shown)
     assert shown[-1].startswith("ssh -p 2222 ")
     assert " -- alpha " in shown[-1]
+
+
+def test_up_asks_for_it():
+    asked = of_options(Options(broker_host="alpha", ssh=("beta",), python="/python", prologue=("module load python",)))
+    assert asked.broker == BrokerPart(host="alpha", python="/python", prologue=("module load python",))
+    assert of_options(Options(ssh=("beta",), python="/python")).broker == BrokerPart()
 
 
 def test_on_its_own_host_no_ssh_is_needed(clusters: Home):

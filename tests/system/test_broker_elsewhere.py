@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import stat
@@ -67,6 +68,10 @@ def nothing_is_left(hosts: Hosts) -> None:
         eventually(lambda host=host: not host.processes(), 60)
 
 
+def nothing_is_here(home: Home) -> None:
+    eventually(lambda: not home.processes() and not home.files(), 60)
+
+
 HERE = os.uname().nodename
 
 
@@ -81,8 +86,9 @@ def test_a_broker_on_one_host_and_nodes_here_there_and_on_another(hosts, home: H
             assert stat.S_IMODE((cluster_dir("lab") / file_name(role)).stat().st_mode) == 0o600
         secrets = {cluster.file.client_secret, cluster._fleet._site.file.client_secret}
         for pid in [*home.processes(), *hosts.hosts[0].processes(), *hosts.hosts[1].processes()]:
-            told = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
-            assert not any(secret.encode() in told for secret in secrets)
+            with contextlib.suppress(OSError):  # it may have ended
+                told = Path(f"/proc/{pid}/cmdline").read_bytes() + Path(f"/proc/{pid}/environ").read_bytes()
+                assert not any(secret.encode() in told for secret in secrets)
     nothing_is_left(hosts)
 
 
@@ -123,15 +129,14 @@ def test_up_ls_status_scale_and_down(hosts, home: Home):
     home.run("config", "check", file)
     home.run("up", file, "--detach")
     try:
-        (found,) = home.ask("ls")
-        assert (found["host"], found["workers"]) == ("alpha", 2)
+        eventually(lambda: [(each["host"], each["workers"]) for each in home.ask("ls")] == [("alpha", 2)], 60)
         assert {node["label"] for node in home.ask("status", "lab")["nodes"]} == {"local-1", "ssh-1"}
         home.run("scale", "local=2", "lab")
         home.run("wait", "3", "lab", "--timeout", "60")
         assert home.compute("lab") == "1024"
     finally:
         home.run("down", "lab")
-    home.assert_nothing_left()
+    nothing_is_here(home)
     nothing_is_left(hosts)
 
 
@@ -162,10 +167,14 @@ def test_nothing_is_left_anywhere_when_the_program_ends(how, hosts, home: Home):
             driver.stdin.close()
 
 
-def test_where_only_port_22_passes_the_broker_is_reached_through_it(hosts, home: Home, capfd):
+@pytest.mark.parametrize("why", ["firewall", "loopback"])
+def test_where_only_port_22_passes_the_broker_is_reached_through_it(why, hosts, home: Home, capfd):
     """Also from a host that is let in no more than this one is."""
-    with hosts.hosts[0].firewall(), Cluster(wanted(hosts, "beta")) as cluster, Client(cluster) as client:
+    wall = hosts.hosts[0].firewall() if why == "firewall" else contextlib.nullcontext()
+    listen = ("127.0.0.1",) if why == "loopback" else ()
+    with wall, Cluster(wanted(hosts, "beta", listen=listen)) as cluster, Client(cluster) as client:
         assert "the broker on alpha is reached through ssh only, which is slower" in capfd.readouterr().err
+        assert not any("127.0.0.1" in each for each in cluster.file.addresses.work)  # here that is somebody else's
         assert [one.where for one in cluster.nodes()] == ["", "beta, back through ssh -R"]
         assert set(client.map(where, [0.2] * 8)) == {HERE, "beta"}
         assert client.submit(bytes, 8_000_000).result(timeout=40) == bytes(8_000_000)
@@ -188,9 +197,9 @@ def test_a_host_that_is_down_is_told_of_in_time(hosts, home: Home):
     began = time.monotonic()
     with hosts.hosts[0].cut_off(), pytest.raises(StartError, match="does a firewall let port 22 through") as caught:
         Cluster(wanted(hosts))
-    assert time.monotonic() - began < 15  # 5 when nothing else goes on
+    assert time.monotonic() - began < 30  # 5 when nothing else goes on
     assert "alpha: exit code 255 before the broker was ready" in str(caught.value)
-    home.assert_nothing_left()
+    nothing_is_here(home)
 
 
 def test_what_the_broker_says_there_is_said_here(hosts, home: Home):
@@ -205,8 +214,10 @@ def test_what_the_broker_says_there_is_said_here(hosts, home: Home):
     nothing_is_left(hosts)
 
 
-def test_a_broker_that_dies_there_is_followed_by_another_over_its_journal(hosts, home: Home, capfd):
-    with Cluster(wanted(hosts, "beta", journal=True)) as cluster, Client(cluster) as client:
+@pytest.mark.parametrize("way", ["direct", "through ssh"])
+def test_a_broker_that_dies_there_is_followed_by_another_over_its_journal(way, hosts, home: Home, capfd):
+    wall = contextlib.nullcontext() if way == "direct" else hosts.hosts[0].firewall()
+    with wall, Cluster(wanted(hosts, "beta", journal=True)) as cluster, Client(cluster) as client:
         first = cluster.broker_pid
         futures = [client.submit(where, 0.1) for _ in range(60)]
         eventually(lambda: futures[3].done())
