@@ -16,7 +16,7 @@ SHELL_MAY = CORE_MAY | {
     "host", "version",
 }  # fmt: skip
 EDGE_MAY = CORE_MAY | {"core", "codec", "payload", "sockets", "pipes"}
-MAPS = {"maps", "mapping"}
+MAPS = {"maps", "mapping", "plan", "batches", "answers", "gathered"}
 
 # The modules of zmqsched that a module may import; a package stands for all that is in it. Not listed: assembly,
 # which may import anything.
@@ -71,8 +71,14 @@ MAY = {
     "sources": set(),
     "shelf": {"payload"},
     "tally": {"payload"},
-    "mapping": EDGE_MAY | {"futures", "waiting", "lifetime", "sources", "shelf", "tally", "progress", "client", "nesting"},
-    "maps": EDGE_MAY | {"mapping", "sources", "display", "options", "progress", "client", "tasks"},
+    "plan": {"payload", "protocol"},
+    "batches": EDGE_MAY | {"plan", "client", "futures"},
+    "answers": EDGE_MAY | {"futures"},
+    "gathered": EDGE_MAY | {"plan", "shelf", "tally"},
+    "mapping": EDGE_MAY
+    | {"answers", "batches", "futures", "gathered", "lifetime", "nesting", "plan", "progress", "sources", "waiting"}
+    | {"client"},
+    "maps": EDGE_MAY | {"plan", "gathered", "mapping", "sources", "display", "options", "progress", "client", "tasks"},
     "tasks": EDGE_MAY | {"futures", "maps", "options", "client", "taskgroup"},
     "client": EDGE_MAY
     | {"worker", "futures", "callbacks", "printing", "waiting", "lifetime", "records", "display", "host", "options"}

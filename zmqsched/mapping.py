@@ -1,9 +1,9 @@
-"""A map while it runs: items become tasks, a bounded number at a time, and what comes of them is kept until it is read.
+"""A map while it runs: items become tasks, a bounded number at a time; what comes of them is in ``gathered.py``.
 
 Rules
 -----
 * An item is in one place: at its source, in ``_again`` or ``_later`` (given back, divided, to be retried), in a batch in
-  hand or on its way, in ``_ready``, or read. ``_taken`` counts those that left the source, ``_read`` those that were read.
+  hand or on its way, or gathered. ``_taken`` counts those that left the source.
 * The I/O thread only says which batches are answered. The answers are taken in by the thread that sends batches; if there
   is none, or if it waits for the broker to take a batch, by whoever reads or asks.
 * The state is under one lock. It is entered itself, not by its condition ``changed``: that is Python code, where an
@@ -11,8 +11,6 @@ Rules
   the lock of a future or of the client.
 * A batch that failed as a whole, because its worker died or its call could not be read, is divided until only the items that
   are to blame fail.
-* What was read is kept too, packed, until the last result has been read: an interrupt must not lose what was finished. On
-  the shelf that is bounded (``KEPT_BYTES``); what was read first goes first.
 * What the garbage collector calls takes no lock.
 """
 
@@ -24,50 +22,28 @@ import contextvars
 import heapq
 import math
 import os
-import pickle
 import random
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures._base import FINISHED, _Waiter
-from dataclasses import dataclass, field
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
 
-from . import errors, nesting
-from .core.chunking import BUDGET_S, ITEMS, Chunking
-from .errors import ClusterError, NotAccepted, ResultDecodeError, TaskError, TaskTimeout, Unschedulable
+from . import nesting
+from .answers import Arrivals, answer_of
+from .batches import PARTS, Batch, CannotTravel
+from .core.chunking import ITEMS, Chunking
+from .errors import ClusterError, NotAccepted, TaskError, TaskTimeout, Unschedulable
 from .futures import ALERT_S
+from .gathered import Gathered, Part
 from .lifetime import FORKED
-from .payload import (
-    Chunk,
-    How,
-    Origin,
-    Outcome,
-    Seed,
-    all_plain,
-    as_entry,
-    enclosed,
-    entries_of,
-    generator,
-    opened,
-    origin_of,
-    pack_call,
-    references,
-    unpack_call,
-    unpack_exception,
-    unpack_value,
-    value_of,
-    words_of,
-)
+from .payload import Chunk, Outcome, opened
+from .plan import Plan
 from .progress import Counts
-from .protocol import Options, Query, payload_bytes
-from .shelf import Piece, Shelf
+from .protocol import Query, payload_bytes
 from .sources import Source
-from .tally import Tally
 from .waiting import cancel_all
 
 if TYPE_CHECKING:
@@ -77,84 +53,13 @@ if TYPE_CHECKING:
 SMALL = 32  # so many tasks are submitted at the call, without a thread
 TASKS = 1_024  # on their way, of which each is of a given number of items
 BYTES = 32 * 1024 * 1024  # of calls on their way; each slot has its batch, whatever that takes
-KEPT_BYTES = 1024 * 1024 * 1024
 LOOKAHEAD = 20_000  # items drawn and not sent, unless a batch is larger
-PARTS = 16  # into which a batch that failed is divided
 FIRST_LOOK_S = 0.5
 LOOK_S = 2.0  # how often the slots are counted
 MAX_BACKOFF_S = 60.0  # as the broker's
-NOT_KEPT = object()  # instead of an item
 
 # What is said of all items of a batch alike, or may not be tried again.
 _HOPELESS = (TaskTimeout, Unschedulable, NotAccepted)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What was asked for. ``chunksize`` 0: automatic. ``limit``: items taken and not read. ``returns``: errors in the place
-    of results. ``until``: by the monotonic clock. ``numbers``: the items' indices, if they are not just counted."""
-
-    fn: Callable[..., Any]
-    options: Options
-    retry_on: bytes
-    spread: bool
-    chunksize: int = 0
-    limit: float = math.inf
-    ordered: bool = True
-    returns: bool = False
-    seed: Seed | None = None
-    timeout: float | None = None
-    until: float | None = None
-    numbers: Sequence[int] | None = None
-    progress: bool | None = False
-
-    def index(self, position: int) -> int:
-        return position if self.numbers is None else self.numbers[position]
-
-
-@dataclass(order=True)
-class _Batch:
-    first: int
-    items: list[Any] = field(compare=False)
-    alone: bool = field(compare=False)
-    options: Options = field(compare=False)
-    size: int = field(default=0, compare=False)  # bytes of the call
-
-
-@dataclass
-class _Part:
-    """Results of ``count`` items from ``first`` on: the entries of ``piece`` from ``offset`` on. ``failed``: errors and
-    items of some of them, by position. ``error``: of the only one."""
-
-    first: int
-    count: int
-    piece: Piece
-    offset: int = 0
-    failed: Piece | None = None
-    error: BaseException | None = None
-
-
-class _Arrivals(_Waiter):
-    """What a future calls, with its lock held, when it is done."""
-
-    def __init__(self, changed: threading.Condition) -> None:
-        super().__init__()
-        self.done: deque[Future[Any]] = deque()
-        self._changed = changed
-
-    def add_result(self, future: Future[Any]) -> None:  # type: ignore[override]  # ours are the only ones
-        self.done.append(future)
-        with self._changed:
-            self._changed.notify_all()
-
-    add_exception = add_cancelled = add_result  # type: ignore[assignment]
-
-    def expect(self, future: Future[Any]) -> None:
-        with future._condition:
-            if future.done():
-                self.add_result(future)
-            else:
-                future._waiters.append(self)
 
 
 class Run:
@@ -173,21 +78,13 @@ class Run:
         self._alone = plan.chunksize == 1 or (not plan.chunksize and bool(of_one))
         self._batch_options = replace(plan.options, retries=0, backoff=0.0)
         self._taken = 0
-        self._again: list[_Batch] = []
-        self._later: list[tuple[float, _Batch]] = []
+        self._again: list[Batch] = []
+        self._later: list[tuple[float, Batch]] = []
         self._in_hand = 0  # batches that somebody is sending
-        self._on_the_way: dict[Future[Any], _Batch] = {}
+        self._on_the_way: dict[Future[Any], Batch] = {}
         self._bytes = 0  # of the calls on their way
-        self._arrivals = _Arrivals(self.changed)
-        self._ready: dict[int, _Part] = {}
-        self._position = 0  # of the next to be read
-        self._read = 0
-        self._shelf = Shelf()
-        self._kept: deque[_Part] = deque()  # read
-        self._failed: list[Piece] = []  # by position: error and item, packed
-        self._failed_alone: dict[int, tuple[BaseException, Any]] = {}
-        self._done = 0
-        self._tally = Tally()
+        self._arrivals = Arrivals(self.changed)
+        self._gathered = Gathered(plan, self.changed, self.lock)
         self._sender: threading.Thread | None = None
         self._slots_asked = -math.inf
         self._slots: concurrent.futures.Future[Any] | None = None
@@ -195,7 +92,6 @@ class Run:
         self._stopped = False
         self._forced = False
         self._reading = False
-        self._dropped = False
 
     # --- the caller's side -----------------------------------------------------------------------------------------------
 
@@ -247,7 +143,7 @@ class Run:
 
     def drop(self) -> None:
         """Nobody has the iterator any more. One that was never read goes on, as the standard's does."""
-        self._dropped = True
+        self._gathered.dropped = True
         if self._reading and not self._stopped:
             self._stopped = True
             if (client := self._client()) is not None:
@@ -262,7 +158,7 @@ class Run:
         self._check_process()
         self._take_answers()
         running = sum(future.running() for future in list(self._on_the_way))
-        return Counts(self.total, self._done, self._tally.count, running)
+        return Counts(self.total, self._gathered.done, self._gathered.tally.count, running)
 
     @property
     def total(self) -> int | None:
@@ -278,7 +174,7 @@ class Run:
         on_the_way = list(self._on_the_way.items())
         begun = sum(len(batch.items) for future, batch in on_the_way if future.running())
         if self.total is not None:
-            return self.total - self._done - self._tally.count - begun
+            return self.total - self._gathered.done - self._gathered.tally.count - begun
         return sum(len(batch.items) for _, batch in on_the_way) - begun
 
     @property
@@ -337,7 +233,7 @@ class Run:
         if batch is not None:
             self._submit(batch)
 
-    def _next(self) -> _Batch | None:
+    def _next(self) -> Batch | None:
         """What to send now, if anything."""
         now = time.monotonic()
         while self._later and self._later[0][0] <= now:
@@ -349,13 +245,13 @@ class Run:
             return None
         return self._batch(self._size())
 
-    def _batch(self, size: int) -> _Batch | None:
+    def _batch(self, size: int) -> Batch | None:
         batch = self._first_of(heapq.heappop(self._again), size) if self._again else self._fresh(size)
         if batch is not None:
             self._in_hand += 1
         return batch
 
-    def _fresh(self, size: int) -> _Batch | None:
+    def _fresh(self, size: int) -> Batch | None:
         source = self._source
         hungry = not self.plan.chunksize and len(self._on_the_way) < self._policy.slots
         source.capacity = max(2 * size, min(LOOKAHEAD, size * self._policy.depth))
@@ -368,12 +264,12 @@ class Run:
         if not items:
             return None
         first, self._taken = self._taken, self._taken + len(items)
-        return _Batch(first, items, self._alone, self.plan.options if self._alone else self._batch_options)
+        return Batch(first, items, self._alone, self.plan.options if self._alone else self._batch_options)
 
-    def _first_of(self, batch: _Batch, size: int) -> _Batch:
+    def _first_of(self, batch: Batch, size: int) -> Batch:
         """Not more than ``size`` of what was given back."""
         if not self.plan.chunksize and len(batch.items) > size:
-            heapq.heappush(self._again, _Batch(batch.first + size, batch.items[size:], False, batch.options))
+            heapq.heappush(self._again, Batch(batch.first + size, batch.items[size:], False, batch.options))
             del batch.items[size:]
         return batch
 
@@ -395,11 +291,11 @@ class Run:
 
     def _allowed(self) -> float:
         """How many items may leave the source."""
-        if not self._dropped and self._ready and not self._kept and self._shelf.size > KEPT_BYTES:
+        if self._gathered.full:
             return 0
-        return self.plan.limit - (self._taken - self._read)
+        return self.plan.limit - (self._taken - self._gathered.read)
 
-    def _submit(self, batch: _Batch) -> None:
+    def _submit(self, batch: Batch) -> None:
         future = None
         try:
             future = self._submitted(batch)
@@ -416,38 +312,13 @@ class Run:
             if self._stopped:
                 future.cancel(force=self._forced)
 
-    def _submitted(self, batch: _Batch) -> Future[Any] | None:
+    def _submitted(self, batch: Batch) -> Future[Any] | None:
         """None: it cannot travel as it is, and is divided."""
-        plan, client = self.plan, self._owner()
-        if plan.options.job:
-            return self._for_the_job(batch)
-        numbers: tuple[int, ...] = (batch.first, len(batch.items))
-        if plan.numbers is not None:
-            numbers = tuple(plan.numbers[batch.first : batch.first + len(batch.items)])
-        how = How(
-            batch.alone, plan.numbers is None, numbers, plan.spread, math.inf if plan.chunksize else BUDGET_S, plan.seed,
-            plan.retry_on,
-        )  # fmt: skip
-        if batch.alone:
-            return client._submit(self._chunk, (batch.items[0], *how), {}, batch.options, plan.retry_on, accepted=True)
         try:
-            packed = pack_call(tuple(batch.items), {})
-        except TaskError:
-            self._divide(batch, PARTS)
+            return batch.submit(self._owner(), self.plan, self._chunk)
+        except CannotTravel as cannot:
+            self._divide(batch, cannot.parts)
             return None
-        if references() is not None:
-            self._divide(batch, len(batch.items))
-            return None
-        batch.size = payload_bytes(packed)
-        return client._submit(self._chunk, (enclosed(packed), *how), {}, batch.options, b"", accepted=True)
-
-    def _for_the_job(self, batch: _Batch) -> Future[Any]:
-        """As a task that whoever follows the job understands."""
-        plan = self.plan
-        (item,) = batch.items
-        keywords = {} if plan.seed is None else {"rng": generator(plan.seed, plan.index(batch.first))}
-        args = tuple(item) if plan.spread else (item,)
-        return self._owner()._submit(plan.fn, args, keywords, batch.options, plan.retry_on)
 
     def _count_slots(self) -> None:
         """Ask how many tasks can run at once, now and then; the answer is looked at when it is there."""
@@ -490,7 +361,7 @@ class Run:
 
     def _take_answer(self, future: Future[Any]) -> None:
         batch = self._on_the_way[future]
-        answer = _answer_of(future, job=bool(self.plan.options.job))
+        answer = answer_of(future, job=bool(self.plan.options.job))
         if isinstance(answer, ClusterError | concurrent.futures.CancelledError):
             self.stop(answer)
         with self.lock:
@@ -502,89 +373,43 @@ class Run:
         if self._again or self._later:
             self._wake_sender()
 
-    def _take_in(self, batch: _Batch, answer: Outcome | bytes | BaseException) -> None:
+    def _take_in(self, batch: Batch, answer: Outcome | bytes | BaseException) -> None:
         if isinstance(answer, Outcome):
             self._have(batch, answer)
         elif batch.alone or isinstance(answer, _HOPELESS) or not self.plan.options.requeue:
             for position, item in enumerate(batch.items, batch.first):
-                self._fail(position, item, answer)
+                self._gathered.fail(position, item, answer)
         else:
             self._divide(batch, PARTS)
 
-    def _divide(self, batch: _Batch, parts: int) -> None:
+    def _divide(self, batch: Batch, parts: int) -> None:
         """Those of its items that are to blame are found by trying parts of it, down to single ones."""
-        size = -(-len(batch.items) // parts)
         with self.lock:
-            for start in range(0, len(batch.items), size):
-                options = self.plan.options if size == 1 else batch.options
-                items = batch.items[start : start + size]
-                heapq.heappush(self._again, _Batch(batch.first + start, items, size == 1, options))
+            for part in batch.divided(parts, self.plan):
+                heapq.heappush(self._again, part)
 
-    def _have(self, batch: _Batch, outcome: Outcome) -> None:
+    def _have(self, batch: Batch, outcome: Outcome) -> None:
         """Put the results down; give back what was not begun, and what is to be tried again."""
         self._policy.learn(outcome.begun, outcome.seconds, max(batch.size, payload_bytes(opened(outcome.entries))))
         again: list[int] = []
-        failed: dict[int, tuple[bytes, Any]] = {}
+        failures: list[tuple[int, bytes, Any]] = []
         for offset, error, retry in outcome.failures:
             position, item = batch.first + offset, batch.items[offset]
             if retry and self.plan.options.retries:
                 again.append(offset)
                 self._retry(position, item)
             else:
-                failed[position] = (error, _packed_item(item))
-                self._count_failure(position, error)
-        errors = self._shelf.put(pickle.dumps(failed)) if failed else None
-        if errors is not None:
-            self._failed.append(errors)
-        self._lay_out(batch.first, outcome, again, errors)
-        self._done += outcome.begun - len(outcome.failures)
+                failures.append((position, error, item))
+        self._gathered.have(batch.first, outcome, failures, again)
         if rest := batch.items[outcome.begun :]:
-            heapq.heappush(self._again, _Batch(batch.first + outcome.begun, rest, False, batch.options))
-
-    def _lay_out(self, first: int, outcome: Outcome, again: list[int], errors: Piece | None) -> None:
-        piece = self._shelf.put(outcome.entries)
-        start = 0
-        for stop in [*again, outcome.begun]:
-            if stop > start:
-                piece.users += 1
-                self._ready[first + start] = _Part(first + start, stop - start, piece, start, errors)
-            start = stop + 1
-        self._shelf.drop(piece)  # it is the parts' from here on
-        self._make_room()
-
-    def _make_room(self) -> None:
-        """Forget what was read first; then, if nobody reads, what was finished first."""
-        while self._shelf.size > KEPT_BYTES and len(self._kept) > 1:
-            self._shelf.drop(self._kept.popleft().piece)
-        while self._shelf.size > KEPT_BYTES and self._dropped and self._ready:
-            self._shelf.drop(self._ready.pop(next(iter(self._ready))).piece)
+            heapq.heappush(self._again, Batch(batch.first + outcome.begun, rest, False, batch.options))
 
     def _retry(self, position: int, item: Any) -> None:
         """As the broker does it: this was the first attempt."""
         asked = self.plan.options
         wait_s = min(MAX_BACKOFF_S, asked.backoff) * (1.0 - random.random() / 2)
         options = replace(asked, retries=asked.retries - 1, backoff=min(MAX_BACKOFF_S, 2 * asked.backoff))
-        heapq.heappush(self._later, (time.monotonic() + wait_s, _Batch(position, [item], True, options)))
-
-    def _fail(self, position: int, item: Any, error: bytes | BaseException) -> None:
-        """An item that was alone on its way, or what became of all items of a batch."""
-        piece = self._shelf.put(b"")
-        if isinstance(error, bytes):
-            errors = self._shelf.put(pickle.dumps({position: (error, _packed_item(item))}))
-            self._failed.append(errors)
-            self._ready[position] = _Part(position, 1, piece, failed=errors)
-        else:
-            self._failed_alone[position] = (error, item)
-            self._ready[position] = _Part(position, 1, piece, error=error)
-        self._count_failure(position, error)
-
-    def _count_failure(self, position: int, error: bytes | BaseException) -> None:
-        if isinstance(error, bytes):
-            origin, words = origin_of(error), words_of(error)
-        else:
-            kind = type(error).__name__
-            origin, words = Origin(kind, "", 0, ""), f"{kind}: {error}"
-        self._tally.add(self.plan.index(position), origin, words)
+        heapq.heappush(self._later, (time.monotonic() + wait_s, Batch(position, [item], True, options)))
 
     @property
     def pause(self) -> str:
@@ -613,12 +438,12 @@ class Run:
     def read(self) -> Generator[Any, None, None]:
         """The results; behind them whatever keeps the map from going on."""
         while (part := self._next_part()) is not None:
-            yield from self._values(part)
+            yield from self._gathered.values(part, self.stop)
         with self.lock:
-            while self.ended and not self._stopped and self._kept:
-                self._shelf.drop(self._kept.popleft().piece)
+            if self.ended and not self._stopped:
+                self._gathered.forget_what_was_read()
 
-    def _next_part(self) -> _Part | None:
+    def _next_part(self) -> Part | None:
         self._check_process()
         self._reading = True
         while True:
@@ -626,9 +451,8 @@ class Run:
             with self.lock:
                 if self._stopped and self._end is None:
                     return None
-                at = self._position if self.plan.ordered else next(iter(self._ready), -1)
-                if at in self._ready:
-                    return self._taken_off(at)
+                if (part := self._gathered.take_off()) is not None:
+                    return part
                 if self._end is not None:
                     raise self._end
                 if self.ended and self._source.error is not None:
@@ -647,135 +471,21 @@ class Run:
             with nesting.waiting():
                 self.changed.wait(min(left, ALERT_S))
 
-    def _taken_off(self, at: int) -> _Part:
-        part = self._ready.pop(at)
-        self._kept.append(part)
-        self._position = part.first + part.count
-        if self.plan.limit == math.inf:
-            self._read += part.count
-        self.changed.notify_all()  # there is room
-        return part
-
-    def _values(self, part: _Part) -> Generator[Any, None, None]:
-        entries, errors = self._entries(part)
-        if not errors and self.plan.limit == math.inf and all_plain(entries):
-            yield from entries
-            return
-        for position, entry in enumerate(entries, part.first):
-            if self.plan.limit < math.inf:
-                with self.lock:
-                    self._read += 1
-                    self.changed.notify_all()
-            error = errors.get(position)
-            try:
-                value = value_of(entry) if error is None else error
-            except ResultDecodeError as failure:
-                value = error = failure
-                self._cannot_be_read(position, failure)
-            if error is not None and not self.plan.returns:
-                self.stop()
-                _note(error, self.plan.index(position))
-                raise error
-            yield value
-
-    def _entries(self, part: _Part) -> tuple[list[Any], dict[int, BaseException]]:
-        """Entries, and errors by position."""
-        if part.error is not None:
-            return [None], {part.first: part.error}
-        packed = self._shelf.look(part.piece)
-        entries = entries_of(packed)[part.offset : part.offset + part.count] if packed else [None]
-        if part.failed is None:
-            return entries, {}
-        within = range(part.first, part.first + part.count)
-        failed = pickle.loads(opened(self._shelf.look(part.failed)))  # type: ignore[arg-type]  # it was bytes
-        return entries, {at: unpack_exception(error) for at, (error, _) in failed.items() if at in within}
-
-    def _cannot_be_read(self, position: int, error: BaseException) -> None:
-        with self.lock:
-            self._done -= 1
-            self._failed_alone[position] = (error, NOT_KEPT)
-            self._count_failure(position, error)
-
     # --- afterwards ------------------------------------------------------------------------------------------------------
 
     def results(self) -> dict[int, Any]:
         """Values by index, of what is finished and not read to the end."""
         self._check_process()
         self._take_answers()
-        with self.lock:
-            parts = [*self._kept, *self._ready.values()]
-        found: dict[int, Any] = {}
-        for part in parts:
-            with contextlib.suppress(LookupError):  # there was no room for it
-                entries, errors = self._entries(part)
-                for position, entry in enumerate(entries, part.first):
-                    if position not in errors:
-                        with contextlib.suppress(ResultDecodeError):
-                            found[self.plan.index(position)] = value_of(entry)
-        return dict(sorted(found.items()))
+        return self._gathered.results()
 
     def failures(self) -> dict[int, tuple[BaseException, Any]]:
         """By position: the error, and the item or NOT_KEPT."""
         self._check_process()
         self._take_answers()
-        with self.lock:
-            pieces, found = list(self._failed), dict(self._failed_alone)
-        for piece in pieces:
-            for position, (error, packed) in pickle.loads(self._shelf.look(piece)).items():  # type: ignore[arg-type]
-                found[position] = (unpack_exception(error), _unpacked_item(packed))
-        return dict(sorted(found.items()))
+        return self._gathered.failures()
 
     def summary(self) -> list[str]:
         self._take_answers()
         with self.lock:
-            return self._tally.lines()
-
-
-def _answer_of(future: Future[Any], *, job: bool) -> Outcome | bytes | BaseException:
-    """What a done future brings, without its lock: an outcome, a packed error of the task's, or an error about the task."""
-    final = future._final
-    if future._state != FINISHED:
-        return concurrent.futures.CancelledError()
-    if final is None and future._exception is not None:
-        return future._exception
-    try:
-        if job:  # whoever follows it may have unpacked the answer
-            return _as_outcome(future)
-        assert final is not None
-        if final.verdict == "error":
-            return final.value if isinstance(final.value, bytes) else b"".join(final.value)
-        if final.verdict == "ok":
-            outcome = unpack_value(final.value)
-            return outcome if isinstance(outcome, Outcome) else TaskError(f"a batch returned a {type(outcome).__name__}")
-    except TaskError as error:
-        return error
-    kind: type[Exception] = getattr(errors, final.verdict)
-    return kind(final.text)
-
-
-def _as_outcome(future: Future[Any]) -> Outcome | BaseException:
-    error = future.exception()
-    return error or Outcome(pickle.dumps([as_entry(future.result())]), [], 1, 0.0)
-
-
-def _packed_item(item: Any) -> Any:
-    """For another try: a call of this item alone, or None. It was packed before, in its batch."""
-    try:
-        packed = pack_call((item,), {})
-    except TaskError:
-        return None
-    return packed if isinstance(packed, bytes) else tuple(map(bytes, packed))
-
-
-def _unpacked_item(packed: Any) -> Any:
-    try:
-        return NOT_KEPT if packed is None else unpack_call(opened(packed))[0][0]
-    except KeyboardInterrupt:
-        raise
-    except BaseException:  # noqa: BLE001 - the user's code; it may be what made the item fail
-        return NOT_KEPT
-
-
-def _note(error: BaseException, index: int) -> None:
-    with contextlib.suppress(Exception):  # an exception can be anything
-        error.add_note(f"(item {index} of a map)")
+            return self._gathered.tally.lines()

@@ -1,7 +1,7 @@
 """``client.map`` and ``starmap``: what is asked for, checked, and the :class:`Map` that gives the results.
 
-What runs is in ``mapping.py``; here is its handle. The handle is the caller's alone, so that one which is dropped ends the
-map; ``client.last_map`` makes another one.
+What runs is in ``mapping.py``, what has come of it in ``gathered.py``; here is the handle. It is the caller's alone, so that
+one which is dropped ends the map; ``client.last_map`` makes another one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from .display import Sheet, Shown, as_line
-from .mapping import NOT_KEPT, Plan, Run
+from .gathered import NOT_KEPT
+from .mapping import Run
 from .options import boolean
 from .payload import Seed, short_form
+from .plan import Plan
 from .progress import Bar, show
 from .sources import Listed, source_of
 
