@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,6 +16,7 @@ from typing import Any
 import pytest
 from homes import PATIENCE_S, Home, eventually, new_home
 
+from zmqsched import Client
 from zmqsched.__main__ import main
 from zmqsched.cli import look
 from zmqsched.cli.logs import _Tail
@@ -65,9 +68,54 @@ def test_nodes_are_paused_resumed_drained_and_retired(lab):
     assert lab.call("resume", "a-1", ids["a-2"]) == f"node a-1 takes tasks\nnode {ids['a-2']} takes tasks\n"
     eventually(lambda: states(lab) == {"a-1": "alive", "a-2": "alive"})
     assert lab.compute("lab") == "1024"
-    assert lab.call("drain", "a-1") == "node a-1 drains\n"
-    assert lab.call("retire", "a-2", "--grace", "0") == "node a-2 retires\n"
-    eventually(lambda: states(lab) == {"a-1": "gone", "a-2": "gone"})
+    assert lab.call("drain", "a-1") == "node a-1 drains\nnode a-1 has left\n"
+    assert lab.call("retire", "a-2", "--grace", "0") == "node a-2 retires\nnode a-2 has left\n"
+    assert states(lab) == {"a-1": "gone", "a-2": "gone"}
+
+
+def exists(path: str) -> None:
+    while not os.path.exists(path):
+        time.sleep(0.02)
+
+
+def test_a_drain_lasts_until_the_tasks_have_ended_and_says_how_many_there_are(lab, tmp_path):
+    with Client(lab.path / "lab" / "connection.json") as client:
+        future = client.submit(exists, str(tmp_path / "gate"))
+        eventually(future.running)
+        (busy,) = [node.label for node in client.nodes() if node.assigned]
+        late = f"zmqsched: node {busy} has not left after 0.1 s, and drains on: 1 task to finish\n"
+        done = lab.run("drain", busy, "--timeout", "0.1", code=1)
+        assert (done.stdout, done.stderr) == (f"node {busy} drains\n", late)
+        assert lab.call("drain", busy, "--no-wait") == f"node {busy} drains\n"
+        terminal, inside = os.openpty()
+        words = [sys.executable, "-m", "zmqsched", "drain", busy]
+        with (
+            os.fdopen(terminal, "rb", buffering=0) as screen,
+            subprocess.Popen(words, env=lab.environment, stdout=subprocess.PIPE, stderr=inside, text=True) as drain,
+        ):
+            os.close(inside)
+            shown = b""
+            while b"1 task to finish" not in shown:
+                shown += screen.read(4096)
+            assert not future.done()
+            (tmp_path / "gate").touch()
+            out, _ = drain.communicate(timeout=PATIENCE_S)
+        assert (drain.returncode, out) == (0, f"node {busy} drains\nnode {busy} has left\n")
+        future.result(timeout=PATIENCE_S)
+
+
+def test_a_node_that_is_lost_while_it_drains_has_not_left_in_order(lab, tmp_path):
+    with Client(lab.path / "lab" / "connection.json") as client:
+        future = client.submit(exists, str(tmp_path / "gate"))
+        eventually(future.running)
+        (busy,) = [node for node in client.nodes() if node.assigned]
+        with lab.start("drain", busy.id, until="drains") as drain:
+            os.kill(busy.pid, signal.SIGKILL)
+            code, _, err = drain.end()
+        assert code == 1
+        assert err == f"zmqsched: node {busy.id} was lost before it left: what it had not finished runs elsewhere\n"
+        (tmp_path / "gate").touch()
+        future.result(timeout=PATIENCE_S)
 
 
 def test_of_several_nodes_each_that_cannot_be_is_told_of(lab):
@@ -146,6 +194,8 @@ def test_a_cluster_whose_nodes_nobody_holds(home):
         ("adapt a=3", "'a=3' is not GROUP=MIN:MAX, as in ssh=0:16"),
         ("adapt a=1:", "is not GROUP=MIN:MAX"),
         ("drain", "Missing argument 'NODE...'"),
+        ("drain a-1 --no-wait --timeout 1", "--timeout does not go with --no-wait"),
+        ("drain a-1 --timeout soon", "'soon' is not a duration"),
         ("retire a-1 --grace soon", "'soon' is not a duration"),
         ("retire a-1 --grace nan", "must be a finite number of seconds"),
         ("retire a-1 --grace=-1", "must be a finite number of seconds"),

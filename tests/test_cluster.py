@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import logging
 import os
 import signal
@@ -24,10 +25,19 @@ from conftest import Gate, Home, alive, children, eventually
 from zmqsched import Client, Cluster, SlurmCluster, SSHCluster, control
 from zmqsched.clusterfile import BatchPart, BrokerPart, ClusterFile, HeartbeatPart, NodeGroup, Scale, TasksPart
 from zmqsched.config import cluster_dir
-from zmqsched.errors import ClusterExists, ClusterFileError, ClusterNotFound, StartError, TaskTimeout, Unschedulable
+from zmqsched.errors import (
+    ClusterExists,
+    ClusterFileError,
+    ClusterNotFound,
+    CommandFailed,
+    StartError,
+    TaskTimeout,
+    Unschedulable,
+)
 from zmqsched.launch import LAUNCHERS
 from zmqsched.launch.base import Launched, Launcher, Site
-from zmqsched.records import NodeList, Status
+from zmqsched.readiness import wait_until_left
+from zmqsched.records import NodeInfo, NodeList, Status
 
 
 class Queue(Launcher):
@@ -329,9 +339,31 @@ def test_what_is_submitted_is_enough_though_others_fail():
 
 def test_a_node_that_leaves_in_order_is_no_failure():
     with Cluster(wanted(local(count=2))) as cluster, Client(cluster) as client:
+        with pytest.raises(TimeoutError, match=r"^node local-1 has not left after 0 s: 0 tasks to finish$"):
+            client.wait_until_left("local-1", 0)
         client.drain("local-1")
+        client.wait_until_left("local-1", 60)
+        with pytest.raises(CommandFailed, match="there is no node 'local-9'"):
+            client.wait_until_left("local-9")
         eventually(lambda: labels(cluster) == ["local-2"])
         assert cluster.failures == []
+
+
+def reported(node: str, state: str, pid: int = 7) -> NodeInfo:
+    return NodeInfo(node, "host", pid, "3.11", state, 1, 2, 0, {}, {}, (), 0.0, "a-1")
+
+
+def test_a_node_that_leaves_is_known_by_its_process_not_by_the_broker_it_has(monkeypatch: pytest.MonkeyPatch):
+    """A broker that follows another may not know it at first, and gives it another id."""
+    looks = [[reported("n2", "draining")], [], [reported("n2", "alive", 9), reported("n1", "draining")]]
+    looks.append([reported("n3", "gone"), reported("n1", "lost"), reported("n2", "alive", 9)])
+    told: list[str] = []
+    with pytest.raises(CommandFailed, match="node n2 was lost before it left"):
+        wait_until_left("n2", 60, iter([*looks[:3], [reported("n1", "lost")]]).__next__, lambda node: told.append(node.id))
+    assert told == ["n2", "n2", "n1"]
+    wait_until_left("n2", 60, iter(looks).__next__, lambda _: None)
+    monkeypatch.setattr("zmqsched.readiness.UNKNOWN_S", 0.2)
+    wait_until_left("a-1", 60, itertools.chain([looks[0]], itertools.repeat([])).__next__, lambda _: None)
 
 
 # --- waiting for nodes ----------------------------------------------------------------------------------------------------

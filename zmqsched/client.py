@@ -74,7 +74,7 @@ from .protocol import (
     clipped,
     tag_of,
 )
-from .readiness import asked_here, wait_for_nodes
+from .readiness import asked_here, wait_for_nodes, wait_until_left
 from .records import NodeList, Status, WorkerList, node_infos, nodes_table, status_of, task_facts, worker_infos
 from .tasks import Tasks
 from .waiting import cancel_all
@@ -228,9 +228,21 @@ class Client(Shown, Tasks):
         """
         wait_for_nodes(n, timeout, self.nodes, lambda: asked_here(self.cluster_name, self._cluster_id))
 
+    def wait_until_left(self, node: str, timeout: float | None = None) -> None:
+        """Return when this node, which was told to :meth:`drain` or :meth:`retire`, has left.
+
+        Raises
+        ------
+        TimeoutError
+            It has not, after ``timeout`` seconds; says how many tasks it has.
+        CommandFailed
+            There is no such node, or it was lost: then what it had not finished runs elsewhere.
+        """
+        wait_until_left(node, timeout, self.nodes, lambda _: None)
+
     def drain(self, node: str) -> None:
         """Have this node, named by its id or its label, finish what it holds, take nothing new, and leave. Returns when it
-        has been told; :class:`CommandFailed` if there is no such node."""
+        has been told, see :meth:`wait_until_left`; :class:`CommandFailed` if there is no such node."""
         self._command(node, "drain")
 
     def retire(self, node: str, *, grace: float = 30.0) -> None:

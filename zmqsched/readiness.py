@@ -1,4 +1,4 @@
-"""Waiting until nodes are there, with the reason of each that is not."""
+"""Waiting until nodes are there, with the reason of each that is not, or until one has left."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 from .control import ask
 from .display import counted
-from .errors import StartError, ZmqschedError
+from .errors import CommandFailed, StartError, ZmqschedError
 from .records import NodeInfo
 
 LOOK_EVERY_S = 0.1
 ANSWER_S = 2.0
+# A broker that follows another has all nodes that are there back by then.
+UNKNOWN_S = 5.0
 
 
 class Asked(NamedTuple):
@@ -49,8 +51,7 @@ def wait_for_nodes(
     """
     if isinstance(number, bool) or not isinstance(number, int) or number < 0:
         raise ValueError(f"n is a number of nodes, not {number!r}")
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0):
-        raise ValueError(f"timeout is None or a number of seconds, not {timeout!r}")
+    _check_timeout(timeout)
     until = math.inf if timeout is None else time.monotonic() + timeout
     while True:
         launched = asked()  # before the broker is asked: who has failed by now has not joined later
@@ -63,6 +64,48 @@ def wait_for_nodes(
             missing = _told(alive, launched.nodes) if launched else ""
             raise TimeoutError(f"{_so_many(number, alive)} after {timeout:g} s{missing}")
         time.sleep(min(LOOK_EVERY_S, rest))
+
+
+def wait_until_left(
+    name: str, timeout: float | None, nodes: Callable[[], Iterable[NodeInfo]], told: Callable[[NodeInfo], object]
+) -> None:
+    """Return when this node, named by its id or label, has left. ``nodes``: what the broker says; ``told`` is called with
+    the node each time it was looked at and is still there.
+
+    Raises
+    ------
+    TimeoutError
+        It has not, after ``timeout`` seconds; says how many tasks it has.
+    CommandFailed
+        There is no such node, or it was lost.
+    """
+    _check_timeout(timeout)
+    until = math.inf if timeout is None else time.monotonic() + timeout
+    there = list(nodes())
+    named = [one for one in there if one.id == name] or [one for one in there if name and one.label == name]
+    if not named:
+        raise CommandFailed(f"there is no node {name!r}")
+    node, seen_at = _newest(named), time.monotonic()
+    while node.state != "gone" and (now := time.monotonic()) - seen_at < UNKNOWN_S:
+        if node.state == "lost":
+            raise CommandFailed(f"node {name} was lost before it left: what it had not finished runs elsewhere")
+        told(node)
+        if now >= until:
+            raise TimeoutError(f"node {name} has not left after {timeout:g} s: {counted(node.assigned, 'task')} to finish")
+        time.sleep(min(LOOK_EVERY_S, until - now))
+        # Its id is another if it has lost its broker meanwhile.
+        if same := [one for one in nodes() if (one.host, one.pid) == (node.host, node.pid)]:
+            node, seen_at = _newest(same), time.monotonic()
+
+
+def _newest(nodes: Iterable[NodeInfo]) -> NodeInfo:
+    """Of those that are there, if there are any."""
+    return max(nodes, key=lambda node: (node.state not in ("lost", "gone"), int(node.id[1:])))
+
+
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not timeout >= 0):
+        raise ValueError(f"timeout is None or a number of seconds, not {timeout!r}")
 
 
 def _out_of_reach(number: int, alive: list[NodeInfo], launched: Asked) -> bool:
