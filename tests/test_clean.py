@@ -10,7 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +21,7 @@ from fake_batch import FakeBatch
 
 from zmqsched import Client, LocalCluster, cleaning
 from zmqsched.__main__ import main
-from zmqsched.config import CONNECTION_FILE, ClusterLock
+from zmqsched.config import CONNECTION_FILE, ClusterLock, ConnectionFile
 from zmqsched.control import SOCKET
 from zmqsched.errors import StartError
 from zmqsched.launch import remote
@@ -128,6 +128,43 @@ def test_a_node_whose_cluster_has_died_is_ended_with_all_that_its_tasks_have_sta
         assert f"removed nodes and workers of the dead cluster default: {node.pid}" in run("clean")
         assert node.wait(60) == -signal.SIGKILL
     eventually(lambda: not any(map(alive, family)))
+
+
+@pytest.fixture
+def fed(home: Home) -> Iterator[subprocess.Popen[bytes]]:
+    """A node of the cluster "fed" that has its connection file from standard input, which stays open."""
+    up("-n1", "--name=fed")
+    words = [*ZMQSCHED, "node", "-n1", "--connect", "-", "--ready-fd=1"]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as node:
+        assert node.stdin is not None
+        assert node.stdout is not None
+        node.stdin.write(ConnectionFile.load(home.path / "fed" / CONNECTION_FILE).line())
+        node.stdin.flush()
+        assert b'"node"' in node.stdout.readline()
+        yield node
+        node.kill()
+
+
+def test_a_node_that_was_fed_its_connection_file_is_ended_when_its_cluster_is_dead(home: Home, fed: subprocess.Popen[bytes]):
+    family = [fed.pid, *(child.pid for child in psutil.Process(fed.pid).children(recursive=True))]
+    assert str(fed.pid) not in run("clean", "fed"), "it runs"
+    kill_all(home.processes().keys() - set(family))
+    assert f"nodes and workers of the dead cluster fed: {fed.pid}, " in run("clean")
+    assert fed.wait(10) == -signal.SIGKILL
+    eventually(lambda: not any(map(alive, family)))
+
+
+def test_a_node_of_a_cluster_that_nobody_here_knows_is_ended_only_by_name(
+    home: Home, fed: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("ZMQSCHED_DIR", str(tmp_path))
+        assert str(fed.pid) not in run("clean", "another")
+        assert f"nodes and workers of the cluster fed of another host: {fed.pid}, " in run("clean", "fed")
+    assert fed.wait(10) == -signal.SIGKILL
+    with Client("fed") as client:
+        assert client.submit(abs, -1).result(20) == 1
+    assert main(["down", "fed"]) == 0
 
 
 def test_what_tasks_started_is_ended_when_nobody_else_is_left_who_knows_it(home: Home, tmp_path: Path, ours: set[int]):

@@ -239,7 +239,9 @@ def _tether(arguments: list[str]) -> int:
 def _load(where: str, wait_s: float, *, until_eof: bool) -> ConnectionFile:
     """The file, which its broker may be about to write, or the starter gives us."""
     if where == "-":
-        return file_from_input()
+        file = file_from_input()
+        os.memfd_create(file.badge)
+        return file
     path = Path(where)
     until = time.monotonic() + wait_s
     starter = [0] if until_eof else []

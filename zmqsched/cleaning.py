@@ -5,7 +5,9 @@ Rules
 * A cluster is dead if nobody holds its lock and nobody answers at its control socket (whoever holds a cluster starts another
   broker when one dies), and that for ``STALE_AFTER_S``: it may be on its way up.
 * A node is a dead cluster's if its connection file is, or was, in its directory; the node's workers have the same command
-  line. One that was started over ``ssh`` has the file from standard input, and ends with that.
+  line. One that has the file from standard input (over ``ssh``) bears a badge with the cluster's id: it is a dead cluster's
+  if the last one in its directory was of this id. Whether a cluster of another host is dead, nobody here knows; its nodes
+  end by themselves when it is silent for a minute, or here when the user names it.
 * What tasks have started bears the mark of its worker (``orphans.py``) and descends from a process of ours, as long as the
   node or its nursery lives. Where both died in the same moment, the mark is all that is left.
 * Jobs of batch systems are those that were recorded on this host (``launch/jobs.py``).
@@ -18,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,8 +42,9 @@ from .journal import Journal
 from .launch.jobs import Job, cancel_recorded, recorded_jobs
 from .launch.remote import dead_tunnels
 from .orphans import is_marked
-from .stopping import KILL_TIMEOUT_S, all_processes, connection_path, is_zmqsched, still_running
+from .stopping import KILL_TIMEOUT_S, all_processes, badge, cluster_id_in, connection_path, is_zmqsched, still_running
 
+_Nodes = dict[str, list[psutil.Process]]
 _LOG, _JOURNAL = ".log", ".journal"
 _LOOK_EVERY_S = 0.1
 
@@ -53,19 +56,20 @@ class Leftover(NamedTuple):
     remove: Callable[[], None]
 
 
-def find(*, journals: bool = False, watch_s: float = STALE_AFTER_S) -> list[Leftover]:
-    """All that is left of this user's dead clusters on this host, in the order in which it is to be removed. ``journals``:
-    those too, with the tasks that the next cluster of their name would go on with. ``watch_s``: for how long a cluster must
-    be dead; if none is, nobody waits."""
+def find(named: Collection[str] = (), *, journals: bool = False, watch_s: float = STALE_AFTER_S) -> list[Leftover]:
+    """All that is left of this user's dead clusters on this host, in the order in which it is to be removed. ``named``:
+    clusters of other hosts whose nodes here are to end too. ``journals``: those too, with the tasks that the next cluster of
+    their name would go on with. ``watch_s``: for how long a cluster must be dead; if none is, nobody waits."""
     home = runtime_dir()
     directories = {entry.name for entry in home.iterdir() if entry.is_dir() and _is_name(entry.name)}
     logs = {entry.name[1 : -len(_LOG)]: entry for entry in home.glob(f".*{_LOG}")}
-    nodes = _nodes_by_cluster(home)
+    nodes, strangers = _nodes_by_cluster(home)
     jobs = _jobs_by_cluster()
     kept = {path.stem: path for path in journal_path("any").parent.glob(f"*{_JOURNAL}")} if journals else {}
     dead = _dead(directories | logs.keys() | nodes.keys() | jobs.keys() | kept.keys(), watch_s)
     return [
-        *(_nodes(name, nodes[name]) for name in sorted(dead & nodes.keys())),
+        *(_nodes(f"dead cluster {name}", nodes[name]) for name in sorted(dead & nodes.keys())),
+        *(_nodes(f"cluster {name} of another host", strangers[name]) for name in sorted(strangers.keys() & set(named))),
         *_started_by_tasks(),
         *(_batch_jobs(name, jobs[name]) for name in sorted(dead & jobs.keys())),
         *(_directory(name) for name in sorted(dead & directories)),
@@ -102,16 +106,28 @@ def _is_dead(directory: Path) -> bool:
     return not is_held(directory) and not is_served(directory)
 
 
-def _nodes_by_cluster(home: Path) -> dict[str, list[psutil.Process]]:
-    """Processes of nodes whose connection file is in a directory of ours, by its name."""
-    found: dict[str, list[psutil.Process]] = {}
-    for process in all_processes():
-        if is_zmqsched(process, "node") and (path := connection_path(process)) is not None and path.parent.parent == home:
-            found.setdefault(path.parent.name, []).append(process)
-    return {name: nodes for name, nodes in found.items() if _is_name(name)}
+def _nodes_by_cluster(home: Path) -> tuple[_Nodes, _Nodes]:
+    """Processes of nodes by their cluster's name: of clusters that have, or had, a directory of ours, and of others."""
+    ours: _Nodes = {}
+    others: _Nodes = {}
+    for process in [process for process in all_processes() if is_zmqsched(process, "node")]:
+        cluster_id, name = badge(process)
+        if cluster_id and _is_name(name):
+            here = cluster_id_in(cluster_dir(name)) == cluster_id
+            (ours if here else others).setdefault(name, []).extend([process, *_forks_of(process)])
+        elif (path := connection_path(process)) is not None and path.parent.parent == home and _is_name(path.parent.name):
+            ours.setdefault(path.parent.name, []).append(process)
+    return ours, others
 
 
-def _nodes(name: str, processes: list[psutil.Process]) -> Leftover:
+def _forks_of(node: psutil.Process) -> list[psutil.Process]:
+    """Its nursery and its workers."""
+    with contextlib.suppress(psutil.Error):
+        return [process for process in node.children(recursive=True) if is_zmqsched(process, "node")]
+    return []
+
+
+def _nodes(whose: str, processes: list[psutil.Process]) -> Leftover:
     pids = {process.pid for process in processes}
 
     def remove() -> None:
@@ -120,7 +136,7 @@ def _nodes(name: str, processes: list[psutil.Process]) -> Leftover:
             _kill([process for process in processes if _parent(process) not in pids], processes)
         _kill(processes, processes)
 
-    return Leftover(f"nodes and workers of the dead cluster {name}: {_listed(processes)}", remove)
+    return Leftover(f"nodes and workers of the {whose}: {_listed(processes)}", remove)
 
 
 def _started_by_tasks() -> list[Leftover]:

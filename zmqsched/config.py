@@ -298,6 +298,9 @@ _Addresses = Annotated[list[_Address], Meta(min_length=1, max_length=64)]
 _Key = Annotated[str, Meta(pattern=r"\A([0-9a-zA-Z.\-:+=^!/*?&<>()\[\]{}@%$#]{40})?\Z")]
 
 
+BADGE = "zmqsched-node:"
+
+
 class Addresses(Struct, frozen=True):
     """Where the broker listens. Several of one kind are the same socket, to be tried in order."""
 
@@ -364,6 +367,12 @@ class ConnectionFile(Struct, frozen=True, kw_only=True):
             It cannot be written there.
         """
         replace_private(Path(path), msgspec.json.format(msgspec.json.encode(self), indent=2) + b"\n")
+
+    @property
+    def badge(self) -> str:
+        """What a node that has this file from its standard input is known by: the name of a memfd that it keeps open, which
+        goes when it does, and which only its user can see."""
+        return f"{BADGE}{self.cluster_id}:{self.name}"
 
     def line(self) -> bytes:
         """The file as one line, for a node's standard input (``--connect -``)."""

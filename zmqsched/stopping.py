@@ -18,7 +18,16 @@ import psutil
 
 from .client import Client
 from .cluster import STOP_TIMEOUT_S
-from .config import CONNECTION_FILE, LOCK_FILE, STOPPING_FILE, ConnectionFile, cluster_dir, is_held, remove_cluster_dir
+from .config import (
+    BADGE,
+    CONNECTION_FILE,
+    LOCK_FILE,
+    STOPPING_FILE,
+    ConnectionFile,
+    cluster_dir,
+    is_held,
+    remove_cluster_dir,
+)
 from .core.events import Tell
 from .errors import BrokerUnreachable, ClusterExists, ClusterLost, ConnectionFileError, Refused, ZmqschedError
 from .fleet import CLOSE_TIMEOUT_S
@@ -87,7 +96,7 @@ def _processes(file: ConnectionFile) -> list[psutil.Process]:
     None at all if neither broker nor tether is one of them.
     """
     directory = cluster_dir(file.name)
-    if not is_held(directory) or _cluster_id(directory) != file.cluster_id:
+    if not is_held(directory) or cluster_id_in(directory) != file.cluster_id:
         return []
     try:
         broker = next(_holders(directory))
@@ -110,7 +119,8 @@ def _holders(directory: Path) -> Iterator[psutil.Process]:
                 yield one
 
 
-def _cluster_id(directory: Path) -> str:
+def cluster_id_in(directory: Path) -> str:
+    """Of the cluster that runs there, or was the last that did; "" if nobody knows."""
     try:
         return ConnectionFile.load(directory / CONNECTION_FILE).cluster_id
     except ConnectionFileError:
@@ -147,6 +157,19 @@ def connection_path(node: psutil.Process) -> Path | None:
         if option == "--connect" and (path := value or following) != "-":
             return Path(directory, path)
     return None
+
+
+def badge(node: psutil.Process) -> tuple[str, str]:
+    """Id and name of the cluster of a node that was given its connection file by standard input; "" both if it was not."""
+    with contextlib.suppress(OSError):
+        for descriptor in os.listdir(f"/proc/{node.pid}/fd"):
+            with contextlib.suppress(OSError):  # it was closed meanwhile
+                opened = os.readlink(f"/proc/{node.pid}/fd/{descriptor}")
+                _, found, told = opened.removesuffix(" (deleted)").partition(f"/memfd:{BADGE}")
+                if found:
+                    cluster_id, _, name = told.rpartition(":")
+                    return cluster_id, name
+    return "", ""
 
 
 def still_running(processes: list[psutil.Process], timeout_s: float) -> list[psutil.Process]:

@@ -10,17 +10,19 @@ from ..errors import ZmqschedError
 
 
 @click.command()
+@click.argument("clusters", nargs=-1, metavar="[CLUSTER]...")
 @click.option("--journals", is_flag=True, help="Also what dead clusters have kept on disk: their tasks and answers.")
 @click.option("--dry-run", is_flag=True, help="Say what would be removed, and leave it.")
-def clean(journals: bool, dry_run: bool) -> int:
+def clean(clusters: tuple[str, ...], journals: bool, dry_run: bool) -> int:
     """Remove what clusters left behind that died as a whole: files, nodes and workers of yours on this machine.
 
-    Clusters that run are left alone, and so are those that are on their way up: it looks for five seconds.
+    Clusters that run here are left alone, and so are those that are on their way up: it looks for five seconds. Of a CLUSTER
+    that is on another host the nodes here are ended only if it is named: whether it runs, this machine does not know.
     """
     from ..cleaning import find
 
     code = 0
-    found = find(journals=journals)
+    found = find(clusters, journals=journals)
     for one in found:
         try:
             if not dry_run:
