@@ -425,6 +425,23 @@ def test_what_a_task_has_started_and_left_is_missed_when_its_worker_dies(client,
         group.wait(timeout=60)
 
 
+def test_so_it_is_when_its_worker_dies_at_the_very_end(client, group):
+    """What it has submitted is at the broker before its own answer is."""
+
+    def parent(group):
+        own = zmqsched.get_client()
+        own._nudge = lambda: None  # its thread finds out when it looks again, within a second
+        group.add()
+        own.options(tags=["nowhere"]).submit(abs, group)
+        group.done()
+        return os.getpid()
+
+    group.add()
+    os.kill(client.submit(parent, group).result(timeout=20), signal.SIGKILL)
+    with pytest.raises(errors.WaitGroupError, match=r"abs-\d+: whoever had submitted it is gone"):
+        group.wait(timeout=20)
+
+
 def test_one_that_raises_is_named(client, group):
     group.add()
     future = client.submit(lambda group: 1 / 0, group)

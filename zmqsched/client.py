@@ -63,6 +63,7 @@ from .protocol import (
     Envelope,
     Follow,
     GroupAdd,
+    GroupWait,
     JobTasks,
     Options,
     Payload,
@@ -168,6 +169,7 @@ class Client(Shown, Tasks):
         self._blocked = 0  # how many threads wait for room
         self._asked = 0  # bytes of all that was ever submitted
         self._closed = False
+        self._owing = False  # in a task: it has submitted some with WaitGroups
         self._why_closed = ""
         self._broken: ZmqschedError | RuntimeError | None = None
         self._functions = FunctionPickler()
@@ -370,6 +372,7 @@ class Client(Shown, Tasks):
             fail(future, argument)
             return future
         if held:
+            self._owing = self._nested
             options = replace(options, holds=held, parent=nesting.attempt())
         shape = self._shape
         if shape.function != digest or shape.options is not options:  # than the last task's
@@ -392,6 +395,15 @@ class Client(Shown, Tasks):
     def _keep_order(self) -> None:
         """In a task: what it says next comes behind what it has told its node."""
         nesting.keep_order(lambda: self._post(events.SetFence()))
+
+    def _deliver_groups(self) -> None:
+        """In a task: return when the broker has what was submitted with WaitGroups. It answers in order, so a wait for one
+        that nobody counts on says so."""
+        if self._owing and self._futures and self.usable:
+            self._owing = False
+            reply = self._request(lambda number: GroupWait(number, secrets.token_bytes(16)))[1]
+            with contextlib.suppress(ClusterLost, Refused):
+                reply.result()
 
     def _take_on(self, run: Run) -> None:
         self._runs.add(run)

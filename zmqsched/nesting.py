@@ -9,6 +9,8 @@ Rules
 * What a task submits goes before other tasks of the same priority, the deeper the sooner: recursion runs depth first, and
   the number of waiting workers stays near depth times slots.
 * What a task submits and waits for comes behind what it has counted on WaitGroups before (``core/fences.py``).
+* What it submits with a WaitGroup has been accepted before its own result goes out: were it lost with the worker, the
+  counter would never be zero.
 * What a task has submitted and not waited for goes on when the task has ended, and ends with its worker.
 """
 
@@ -55,6 +57,7 @@ def get_client() -> Client:
 
             assert origin.node is not None, "a worker of no node"
             _client, _client_pid = Client(origin.node), os.getpid()
+            worker.before_result = _client._deliver_groups
         return _client
 
 

@@ -16,6 +16,7 @@ Rules
 * A task's working directory and standard streams are its own: what it leaves is put back (``surroundings.py``).
 * What a task prints is its own (``streams.py``), and handed over before its answer. Nothing else is set up for it: as in any
   program, ``warnings`` and, until somebody configures ``logging``, records from WARNING on go to standard error.
+* A task that ends well does so behind what it has submitted with a WaitGroup (``before_result``): nobody else would miss it.
 * Code inside a task reaches the node through :func:`tell`, from any thread, and learns of the task in ``context.py``.
 """
 
@@ -54,6 +55,7 @@ SHORT_S = 0.001
 
 _pipe: Pipe | None = None
 _now: Now | None = None
+before_result: Callable[[], None] | None = None  # set by nesting.py, which knows the client
 
 
 class Now:
@@ -267,6 +269,8 @@ def _attempt(run: Run, functions: _Functions, interrupts: _Interrupts, now: Now)
             args, kwargs = _arguments(run)
             started = perf_counter()
             result = fn(*args, **kwargs)
+            if before_result is not None:
+                before_result()
         finally:
             interrupts.wanted = False
             if started:
