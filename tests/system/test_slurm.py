@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import stat
 import subprocess
@@ -385,6 +386,27 @@ def test_a_submission_that_was_recorded_but_not_answered_is_found_by_its_name(sl
     assert not shared_dir("jobs").exists()
 
 
+def test_a_driver_that_is_killed_before_sbatch_has_answered_leaves_a_job_that_is_found(slurm, tmp_path):
+    slurm("scontrol", "update", "PartitionName=short", "State=DOWN")
+    sbatch = tmp_path / "bin" / "sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text(f'#!/bin/sh\n{shutil.which("sbatch")} "$@" >/dev/null && kill -9 $PPID\n')
+    sbatch.chmod(0o755)
+    script = tmp_path / "killed.py"
+    script.write_text(textwrap.dedent(KILLED))
+    environment = {**os.environ, "PATH": f"{sbatch.parent}:{os.environ['PATH']}"}
+    done = subprocess.run([sys.executable, script], check=False, timeout=60, env=environment)
+    assert done.returncode == -signal.SIGKILL
+    assert len(slurm.jobs()) == 2
+    (job,) = recorded_jobs("doomed")
+    assert job.id == ""
+    eventually(lambda: not is_held(cluster_dir("doomed")))
+    assert len(cancel_recorded("doomed")) == 2
+    assert slurm.jobs() == {}
+    remove_cluster_dir("doomed")
+    assert not shared_dir("jobs").exists()
+
+
 SRUN = """
     import os, sys, time
     from zmqsched import Client
@@ -456,6 +478,22 @@ def test_a_slurm_cluster_says_why_its_nodes_are_not_there_and_scales_when_they_a
         eventually(lambda: {one.state for one in cluster.nodes()} == {"running"})  # squeue is asked every other second
         assert cluster.failures == []
     eventually(lambda: slurm.jobs() == {})
+
+
+def test_what_only_nodes_in_the_queue_offer_waits_for_them_also_when_slurm_requeues_their_job(slurm):
+    with SlurmCluster(slots=1, time="10m", tags=["of-slurm"], listen="127.0.0.1") as cluster, Client(cluster) as client:
+        there = client.options(tags=["of-slurm"])
+        cluster.wait_for_nodes(1, timeout=JOIN_S)
+        assert there.submit(host).result(timeout=30)
+        (job,) = slurm.jobs()
+        slurm("scontrol", "requeue", job)
+        eventually(lambda: [one.state for one in cluster.nodes()] == ["pending"], 30)
+        waits = there.submit(host)
+        with pytest.raises(TimeoutError):
+            waits.result(timeout=8)  # longer than a wish is hopeless
+        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+        assert waits.result(timeout=JOIN_S)
+        assert cluster.failures == []
 
 
 def test_what_sbatch_refuses_is_what_the_cluster_raises(slurm):
