@@ -454,6 +454,19 @@ def test_what_may_be_left_is_said_when_its_host_is_not_there(hosts, clusters):
         assert alpha.processes() == {}
 
 
+def test_what_could_not_be_ended_then_is_ended_when_its_host_is_back(hosts, clusters):
+    alpha = hosts.add("alpha", apart=True)
+    with broker(hosts, clusters, HERE) as here:
+        launcher = here.launcher("alpha")
+        launcher.start(["g-1"])
+        eventually(lambda: all_run(launcher))
+        os.kill(launcher._children["g-1"].facts["pid"], signal.SIGSTOP)  # it cannot end by itself
+        with alpha.cut_off(), pytest.raises(StartError, match="nodes may be left on alpha"):
+            launcher.stop(["g-1"])
+        assert alpha.processes()
+        eventually(lambda: launcher.poll() == [] and not alpha.processes())
+
+
 @pytest.mark.parametrize("victim", ["ssh", "sshd"])
 def test_when_the_connection_is_cut_the_node_ends(victim, hosts, clusters):
     alpha = hosts.add("alpha")

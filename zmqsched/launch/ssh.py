@@ -112,6 +112,8 @@ class SSHLauncher(Launcher):
         self._remotes: dict[str, _Remote] = {}
         self._left: dict[_Remote, int] = {}  # what may be left of nodes whose connection broke: their pids, 0 if unknown
         self._due: dict[str, float] = {}  # by token: when to try again
+        self._sweepers: dict[str, tuple[subprocess.Popen[str], frozenset[str]]] = {}  # by host: who ends which tokens there
+        self._sweep_at = 0.0
         self._told: set[str] = set()  # tokens of nodes of which was said that they come back through ssh
 
     def start(self, labels: Sequence[str]) -> None:
@@ -124,6 +126,7 @@ class SSHLauncher(Launcher):
             self._connect(label, host)
 
     def poll(self) -> list[Launched]:
+        self._sweep_again()
         return [self._again(one) or one for one in map(self._worded, self._children.poll())]
 
     def stop(self, labels: Collection[str], *, at_once: bool = False) -> None:
@@ -132,6 +135,10 @@ class SSHLauncher(Launcher):
         self._sweep(hosts)
 
     def close(self) -> None:
+        for process, _ in self._sweepers.values():
+            process.kill()
+            process.communicate()
+        self._sweepers = {}
         try:
             self._end(list(self._remotes))
             self._sweep({there.host for there in self._left})
@@ -271,6 +278,24 @@ class SSHLauncher(Launcher):
                 f"nodes may be left on {', '.join(failed)}; they end by themselves a minute after the broker did"
             )
 
+    def _sweep_again(self) -> None:
+        """What nobody could end, for its host did not answer, is ended when it does: here, or by who is started there."""
+        for host, (process, tokens) in list(self._sweepers.items()):
+            if process.poll() is not None:
+                process.communicate()
+                del self._sweepers[host]
+                if process.returncode == 0:
+                    self._left = {there: pid for there, pid in self._left.items() if there.token not in tokens}
+        used = {
+            there.host for label, there in self._remotes.items() if self._children[label].code() in (None, NOT_CONNECTED)
+        }
+        hosts = {there.host for there in self._left} - used - self._sweepers.keys()
+        if hosts and time.monotonic() >= self._sweep_at:
+            self._sweep_at = time.monotonic() + LONGEST_PAUSE_S
+            for host in hosts:
+                nodes = self._left_on([host])
+                self._sweepers[host] = self._sweeper(host, nodes), frozenset(token for token, _ in nodes)
+
     def _sweeper(self, host: str, nodes: Sequence[tuple[str, int]]) -> subprocess.Popen[str]:
         process = subprocess.Popen(
             self._command(_Remote(host, ""), {}), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
@@ -279,6 +304,7 @@ class SSHLauncher(Launcher):
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it could not connect; why, it is about to say
             process.stdin.write(remote.line(remote.sweep_script(nodes)).decode())
+            process.stdin.flush()
         return process
 
 
