@@ -228,8 +228,9 @@ def test_up_with_hosts_and_down(hosts, clusters: Home, tmp_path, monkeypatch):
     clusters.assert_nothing_left()
 
 
-def test_a_host_that_is_away_when_the_cluster_ends_is_named(hosts, clusters, caplog):
+def test_a_host_that_is_away_when_the_cluster_ends_is_named(hosts, clusters, caplog, monkeypatch):
     """What runs there ends by itself: at the latest when it has not heard of the broker for a minute."""
+    monkeypatch.setattr("zmqsched.fleet.CLOSE_TIMEOUT_S", 40.0)  # ssh is given longer here than it is elsewhere
     with Cluster(wanted(hosts, "alpha", "beta")) as cluster, Client(cluster) as client:
         eventually(lambda: work(client) == {"alpha", "beta"})
         hosts.hosts[0].cable("down")
