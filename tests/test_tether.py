@@ -70,7 +70,7 @@ def test_short_for_it(fake_ssh, there, clusters: Home):
     with SSHCluster("beta", slots=1, python=sys.executable, env=env, listen="", broker_host="alpha") as cluster:
         assert cluster.name in there.files()
         with Client(cluster) as client:
-            assert client.submit(pow, 2, 10).result(timeout=30) == 1024
+            assert client.submit(pow, 2, 10).result(timeout=60) == 1024
 
 
 @pytest.mark.parametrize(
@@ -114,13 +114,13 @@ def test_what_is_wrong_there_is_said_here(broker, says, fake_ssh, there, cluster
 def test_when_what_holds_it_dies_the_cluster_is_lost_and_no_other_broker_is_started(fake_ssh, there, clusters: Home):
     with Cluster(wanted(there)) as cluster, Client(cluster) as client:
         future = client.submit(pow, 2, 10)
-        assert future.result(timeout=30) == 1024
+        assert future.result(timeout=60) == 1024
         (tether,) = [pid for pid, words in clusters.processes().items() if " tether " in words]
         os.kill(tether, 9)
         eventually(lambda: not there.processes())
         assert eventually(lambda: cluster.broker_death) == "killed by SIGKILL"
         with pytest.raises(ClusterLost):
-            client.submit(pow, 2, 10).result(timeout=30)
+            client.submit(pow, 2, 10).result(timeout=60)
     assert (fake_ssh / "hosts").read_text().split() == ["alpha"]
     clusters.assert_nothing_left()
 
@@ -143,7 +143,7 @@ def test_it_listens_where_its_host_was_reached(connection, port, listens, tmp_pa
     script = remote.broker_script(part, ["--name=lab"], "3.11", "1.0")
     environment = {"SSH_CONNECTION": connection} if connection else {}
     done = subprocess.run(
-        ["sh", "-c", remote.COMMAND], input=remote.line(script), capture_output=True, timeout=20, check=True,
+        ["sh", "-c", remote.COMMAND], input=remote.line(script), capture_output=True, timeout=60, check=True,
         env={"PATH": os.environ["PATH"], "HOME": "/home/of mine", **environment},
     )  # fmt: skip
     words = done.stdout.decode().split("\n")
@@ -176,6 +176,6 @@ def test_a_broker_ends_when_it_hears_nothing_from_who_holds_it(clusters: Home):
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen([*command, "--give-up-after=0.5"], **pipes) as broker:
         assert broker.stdout.readline()
-        assert broker.wait(timeout=30) == 0
+        assert broker.wait(timeout=60) == 0
         assert b"nothing was heard of its starter for 0.5 s" in broker.stderr.read()
         broker.stdin.close()

@@ -65,11 +65,11 @@ def where(seconds: float = 0.2) -> str:
 
 def nothing_is_left(hosts: Hosts) -> None:
     for host in hosts.hosts:
-        eventually(lambda host=host: not host.processes(), 60)
+        eventually(lambda host=host: not host.processes())
 
 
 def nothing_is_here(home: Home) -> None:
-    eventually(lambda: not home.processes() and not home.files(), 60)
+    eventually(lambda: not home.processes() and not home.files())
 
 
 HERE = os.uname().nodename
@@ -80,7 +80,7 @@ def test_a_broker_on_one_host_and_nodes_here_there_and_on_another(hosts, home: H
         assert cluster.failures == []
         assert cluster.file.host == "alpha"
         assert [each for each in cluster.file.addresses.work if each.startswith("tcp://10.111.9.10:")]
-        assert set(client.map(where, [0.2] * 12)) == {HERE, "alpha", "beta"}
+        eventually(lambda: set(client.map(where, [0.2] * 12)) == {HERE, "alpha", "beta"})
         assert cluster.broker_pid in hosts.hosts[0].processes()
         for role in ROLES:
             assert stat.S_IMODE((cluster_dir("lab") / file_name(role)).stat().st_mode) == 0o600
@@ -129,7 +129,7 @@ def test_up_ls_status_scale_and_down(hosts, home: Home):
     home.run("config", "check", file)
     home.run("up", file, "--detach")
     try:
-        eventually(lambda: [(each["host"], each["workers"]) for each in home.ask("ls")] == [("alpha", 2)], 60)
+        eventually(lambda: [(each["host"], each["workers"]) for each in home.ask("ls")] == [("alpha", 2)])
         assert {node["label"] for node in home.ask("status", "lab")["nodes"]} == {"local-1", "ssh-1"}
         home.run("scale", "local=2", "lab")
         home.run("wait", "3", "lab", "--timeout", "60")
@@ -176,8 +176,8 @@ def test_where_only_port_22_passes_the_broker_is_reached_through_it(why, hosts, 
         assert "the broker on alpha is reached through ssh only, which is slower" in capfd.readouterr().err
         assert not any("127.0.0.1" in each for each in cluster.file.addresses.work)  # here that is somebody else's
         assert [one.where for one in cluster.nodes()] == ["", "beta, back through ssh -R"]
-        assert set(client.map(where, [0.2] * 8)) == {HERE, "beta"}
-        assert client.submit(bytes, 8_000_000).result(timeout=40) == bytes(8_000_000)
+        eventually(lambda: set(client.map(where, [0.2] * 12)) == {HERE, "beta"})
+        assert client.submit(bytes, 8_000_000).result(timeout=60) == bytes(8_000_000)
         assert home.compute("lab") == "1024"
     nothing_is_left(hosts)
 
@@ -193,11 +193,9 @@ def test_where_ssh_may_not_forward_either_it_is_said(hosts):
     nothing_is_left(hosts)
 
 
-def test_a_host_that_is_down_is_told_of_in_time(hosts, home: Home):
-    began = time.monotonic()
+def test_a_host_that_is_down_is_told_of(hosts, home: Home):
     with hosts.hosts[0].cut_off(), pytest.raises(StartError, match="does a firewall let port 22 through") as caught:
         Cluster(wanted(hosts))
-    assert time.monotonic() - began < 30  # 5 when nothing else goes on
     assert "alpha: exit code 255 before the broker was ready" in str(caught.value)
     nothing_is_here(home)
 
@@ -248,6 +246,6 @@ def test_a_broker_that_hears_nothing_any_more_ends_by_itself(hosts, home: Home, 
     with Cluster(wanted(hosts)) as cluster:
         broker = psutil.Process(cluster.broker_pid)
         with hosts.hosts[0].cut_off():
-            eventually(lambda: not broker.is_running(), 60)
+            eventually(lambda: not broker.is_running())
             assert eventually(lambda: cluster.broker_death, 90) == "exit code 4"
     nothing_is_left(hosts)

@@ -293,7 +293,7 @@ def test_however_often_slurm_ends_its_job_a_task_is_neither_lost_nor_charged(slu
     assert not nodes(client).items() & before.items(), "those that come back are new nodes"
     (there / "open").touch()
     gate.open()
-    assert (held.result(timeout=60), here.result(timeout=30)) == (None, None)
+    assert (held.result(timeout=60), here.result(timeout=60)) == (None, None)
 
 
 @pytest.mark.parametrize("array", [False, True])
@@ -307,9 +307,9 @@ def test_what_can_end_between_slurms_sigterm_and_its_sigkill_ends_there(slurm, s
     slurm("scancel", *slurm.jobs())
     eventually(lambda: {node.state for node in started(client) if node.label in labels} == {"draining"})
     gate.open()
-    assert [future.result(timeout=30) for future in held] == [0, 1]
+    assert [future.result(timeout=60) for future in held] == [0, 1]
     assert gate.begun() == 2
-    eventually(lambda: slurm.jobs() == {}, 30)
+    eventually(lambda: slurm.jobs() == {})
 
 
 def test_commands_that_are_not_there_are_named(site, launcher, monkeypatch):
@@ -484,10 +484,10 @@ def test_what_only_nodes_in_the_queue_offer_waits_for_them_also_when_slurm_reque
     with SlurmCluster(slots=1, time="10m", tags=["of-slurm"], listen="127.0.0.1") as cluster, Client(cluster) as client:
         there = client.options(tags=["of-slurm"])
         cluster.wait_for_nodes(1, timeout=JOIN_S)
-        assert there.submit(host).result(timeout=30)
+        assert there.submit(host).result(timeout=60)
         (job,) = slurm.jobs()
         slurm("scontrol", "requeue", job)
-        eventually(lambda: [one.state for one in cluster.nodes()] == ["pending"], 30)
+        eventually(lambda: [one.state for one in cluster.nodes()] == ["pending"])
         waits = there.submit(host)
         with pytest.raises(TimeoutError):
             waits.result(timeout=8)  # longer than a wish is hopeless
