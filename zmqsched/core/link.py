@@ -22,6 +22,7 @@ Go-back-N with probing; TCP's "tail loss probe" (RFC 8985) asks the same questio
 
 from __future__ import annotations
 
+import math
 from collections import deque
 
 from ..protocol import Ack, Envelope, Finals, Message, Output, Ping, Pong, Submit
@@ -59,8 +60,8 @@ class Link:
         self._unacked: deque[tuple[int, Message]] = deque()
         self._backlog: deque[Message] = deque()
         self._control: list[Message] = []
-        self._ack_at: float | None = None
-        self._ping_at: float | None = None
+        self._ack_at = math.inf
+        self._ping_at = math.inf
         self._resend_after: int | None = None  # what is unacknowledged beyond this number is to be sent again
         self._pings: deque[tuple[int, float]] = deque(maxlen=8)
         self._ping_number = 0
@@ -105,12 +106,12 @@ class Link:
         self._secured = number
         if number - self._acked >= WINDOW // 4:
             self._ack_at = now  # before the other end has to stop
-        elif self._ack_at is None:
+        elif self._ack_at == math.inf:
             self._ack_at = now + ACK_DELAY_S
 
     def flush(self, now: float) -> list[Envelope]:
         """Everything that should go out now, in order."""
-        out = self._lost()
+        out = [] if self._resend_after is None else self._lost(self._resend_after)
         while self._backlog and len(self._unacked) < WINDOW:
             body = self._backlog.popleft()
             self._unacked.append((self._next, body))
@@ -118,16 +119,16 @@ class Link:
             self._next += 1
         if out:
             self._ping_at = now + PING_AFTER_S
-        elif self._ping_at is not None and now >= self._ping_at:
+        elif now >= self._ping_at:
             self._ping_at = now + PING_AFTER_S
             self.ping(now)
         if self._control:
             out.extend(Envelope(self.session, 0, self._secured, body) for body in self._control)
             self._control.clear()
-        if not out and self._ack_at is not None and now >= self._ack_at:
+        if not out and now >= self._ack_at:
             out.append(Envelope(self.session, 0, self._secured, Ack()))
         if out:
-            self._ack_at = None
+            self._ack_at = math.inf
             self._acked = self._secured
         return out
 
@@ -139,13 +140,11 @@ class Link:
         """What the other end has not acknowledged, oldest first; for the next session when this one is over."""
         return [body for _, body in self._unacked] + list(self._backlog)
 
-    def deadline(self) -> float | None:
-        """When ``flush`` has something to do; 0.0 for at once."""
+    def deadline(self) -> float:
+        """When ``flush`` has something to do; 0.0 for at once, ``math.inf`` for never."""
         if self._resend_after is not None or self._control or (self._backlog and len(self._unacked) < WINDOW):
             return 0.0
-        if self._ack_at is None:
-            return self._ping_at
-        return self._ack_at if self._ping_at is None else min(self._ack_at, self._ping_at)
+        return self._ack_at if self._ack_at < self._ping_at else self._ping_at
 
     def sanity_check(self) -> None:
         numbers = [seq for seq, _ in self._unacked]
@@ -153,27 +152,22 @@ class Link:
         assert len(numbers) <= WINDOW, "more on the way than the window allows"
         printed = sum(printed_bytes(body) for body in self.unfinished() if isinstance(body, Output))
         assert self.printed == printed, "bytes of output on the way are off"
-        assert bool(numbers) == (self._ping_at is not None), "a message on the way without a timer, or the reverse"
+        assert bool(numbers) == (self._ping_at < math.inf), "a message on the way without a timer, or the reverse"
 
-    def _lost(self) -> list[Envelope]:
-        if self._resend_after is None:
-            return []
-        after, self._resend_after = self._resend_after, None
+    def _lost(self, after: int) -> list[Envelope]:
+        self._resend_after = None
         return [Envelope(self.session, seq, self._secured, body) for seq, body in self._unacked if seq > after]
 
     def _acknowledged(self, ack: int, now: float) -> None:
-        if ack >= self._next:
-            return  # an acknowledgement of what was never sent: ignored
-        progress = False
+        if not self._unacked or ack < self._unacked[0][0] or ack >= self._next:
+            return  # nothing new; or an acknowledgement of what was never sent
         while self._unacked and self._unacked[0][0] <= ack:
             body = self._unacked.popleft()[1]
             if type(body) is Finals or type(body) is Submit:
                 self.delivered.append(body)
             elif type(body) is Output:
                 self.printed -= printed_bytes(body)
-            progress = True
-        if progress:
-            self._ping_at = now + PING_AFTER_S if self._unacked else None
+        self._ping_at = now + PING_AFTER_S if self._unacked else math.inf
 
     def _compare(self, pong: Pong) -> None:
         """Whatever the peer will ever get of the numbers up to ``high`` it has: what it lacks is lost."""

@@ -90,7 +90,7 @@ class Reasons:
         return self._of_lanes[id(lane)]
 
     def _of_delayed(self) -> str:
-        next_in_s = max(0.0, (self._book.delayed.next() or 0.0) - self._book.now)
+        next_in_s = max(0.0, self._book.delayed.soonest - self._book.now)
         return f"failed and will be tried again, the next in {next_in_s:.0f} s"
 
 

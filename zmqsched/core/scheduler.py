@@ -170,13 +170,11 @@ class Scheduler:
         return out
 
     def next_deadline(self) -> float:
-        at = min(self._next_round, self._end_at)
-        if self.book.placement.pending and not self.book.load.unread:
-            at = min(at, self._settled_at)
-        for other in (self._sessions.deadline(), self._watch.next(), self.book.delayed.next()):
-            if other is not None and other < at:
-                at = other
-        return at
+        placed_at = self._settled_at if self.book.placement.pending and not self.book.load.unread else math.inf
+        return min(
+            self._next_round, self._end_at, placed_at, self._sessions.deadline(), self._watch.soonest,
+            self.book.delayed.soonest,
+        )  # fmt: skip
 
     def sanity_check(self) -> None:
         """Raise AssertionError if any two facts disagree."""
@@ -350,10 +348,10 @@ class Scheduler:
 
     def _tick(self, now: float) -> None:
         self._forgive_own_absence(now)
-        if (at := self._watch.next()) is not None and at <= now:
+        if self._watch.soonest <= now:
             for node_id in self._watch.due(now):
                 self._examine(self._nodes[node_id], now)
-        if (at := self.book.delayed.next()) is not None and at <= now:
+        if self.book.delayed.soonest <= now:
             for task_id in self.book.delayed.due(now):
                 self.book.requeue(self.book.tasks[task_id])
         begins_round = now >= self._next_round

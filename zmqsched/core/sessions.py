@@ -102,11 +102,16 @@ class Sessions:
 
     def receive(self, session: Session, peer: bytes, envelope: Envelope, now: float) -> Message | None:
         session.heard_at = now
+        link = session.link
         if session.peer != peer:
             session.peer = peer
-            session.link.reconnected()
-        self.touch(session)
-        return session.link.receive(envelope, now)
+            link.reconnected()
+        message = link.receive(envelope, now)
+        if (at := link.deadline()) <= now:
+            self._dirty[session.token] = session
+        else:
+            self._timers.no_later(session.token, at)
+        return message
 
     def touch(self, session: Session) -> None:
         """Something is to be sent to this peer; the next flush looks."""
@@ -118,7 +123,7 @@ class Sessions:
 
     def due(self, now: float) -> list[Session]:
         """The peers that something is to be sent to now; each is then flushed by the caller."""
-        if (at := self._timers.next()) is not None and at <= now:
+        if self._timers.soonest <= now:
             for token in self._timers.due(now):
                 self._dirty[token] = self._by_token[token]
         return list(self._dirty.values())
@@ -129,8 +134,8 @@ class Sessions:
         self._timers.no_later(session.token, session.link.deadline())
         return out
 
-    def deadline(self) -> float | None:
-        return 0.0 if self._dirty else self._timers.next()
+    def deadline(self) -> float:
+        return 0.0 if self._dirty else self._timers.soonest
 
     def forgive(self, gap: float) -> None:
         """The broker itself was away for ``gap`` seconds: nobody was silent meanwhile."""

@@ -109,8 +109,7 @@ class Uplink:
     def deadline(self) -> float:
         if self.link is None:
             return self._hello_at
-        at = self.link.deadline()
-        return self._ping_at if at is None else min(at, self._ping_at)
+        return min(self.link.deadline(), self._ping_at)
 
     def _welcomed(self, welcome: Welcome, now: float) -> Message | None:
         if self.link is not None or welcome.life != self.hello.life:
