@@ -727,7 +727,7 @@ class Book:
 
     def task_counts(self) -> list[tuple[str, int]]:
         running = sum(len(node.tasks) for node in self.nodes.values())
-        queued = self.placement.queued()
+        queued = self.placement.queued
         waiting = len(self.tasks) - running - queued - len(self.delayed)
         return [("waiting", waiting), ("queued", queued), ("delayed", len(self.delayed)), ("assigned", running)]
 

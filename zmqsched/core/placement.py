@@ -44,15 +44,13 @@ class Placement:
         self._changed: dict[str, Node] = {}
         self._ending = 0  # nodes that do not last for ever
         self._turn = 0
+        self.queued = 0
         self._newest_placed = 0  # the highest number of a task that was placed
 
     @property
     def pending(self) -> bool:
-        """``place`` has something to look at."""
-        return bool(self._ready or self._changed)
-
-    def queued(self) -> int:
-        return sum(len(lane.tasks) for lane in self._lanes.values())
+        """``place`` has something to look at. Which nodes have changed is not looked at while nothing is queued."""
+        return self.queued > 0 and bool(self._ready or self._changed)
 
     def kind(self, shape: Shape) -> Kind:
         kind = self._kinds.get(shape)
@@ -108,11 +106,13 @@ class Placement:
     def _push(self, task: Task, lane: Lane, *, first: bool = False) -> None:
         task.lane = lane
         lane.tasks.push(task.id, task, task.kind.rank, first=first)
+        self.queued += 1
         if id(lane) not in lane.pool.blocked:
             self._ready[id(lane)] = lane
 
     def withdraw(self, task: Task) -> None:
         task.lane.tasks.remove(task.id, task.kind.rank)
+        self.queued -= 1
         if self._reserved:
             self._reconsider()
 
@@ -166,6 +166,7 @@ class Placement:
                 heapq.heappop(heap)
                 if moved < most:
                     moved += 1
+                    self.queued -= 1
                     self._push(lane.tasks.pop(), right)
                 if lane.tasks:
                     self._ready[id(lane)] = lane
@@ -178,6 +179,7 @@ class Placement:
                 self._release(node)
             lane.passed_over_since = None
             task = lane.tasks.pop()
+            self.queued -= 1
             task.move(ASSIGNED)
             task.attempt += 1
             self._newest_placed = max(self._newest_placed, task.seq)
@@ -282,6 +284,7 @@ class Placement:
                 assert not idle, f"tasks wait for {lane.demand} while {idle} have room"
 
     def sanity_check(self) -> None:
+        assert self.queued == sum(len(lane.tasks) for lane in self._lanes.values()), "the count of queued tasks is off"
         for lane in self._lanes.values():
             tasks = list(lane.tasks)
             assert len(tasks) == len(lane.tasks), "a lane's count is off"
