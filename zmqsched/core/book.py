@@ -50,7 +50,7 @@ from .counting import Counting
 from .dependencies import Dependencies
 from .functions import CAP_BYTES, FunctionStore
 from .ledger import Ledger, final_bytes
-from .load import FUNCTIONS_SHARE, Load, answer_bytes, call_bytes
+from .load import FUNCTIONS_SHARE, Load, answer_bytes
 from .nodes import Node, Prospect
 from .owners import Owner, Owners
 from .placement import Placement
@@ -96,7 +96,7 @@ class Book:
         """Raise AssertionError if any two facts disagree."""
         self.placement.sanity_check()
         self.counting.sanity_check()
-        assert self.load.tasks == sum(map(_bytes, self.tasks.values())), "bytes of tasks are off"
+        assert self.load.tasks == sum(task.held_bytes for task in self.tasks.values()), "bytes of tasks are off"
         assert self.load.answers == self.kept_for_clients(), "bytes of answers are off"
         self.dependencies.sanity_check()
         self._check_states()
@@ -211,7 +211,7 @@ class Book:
         self._seq += 1
         inputs = tuple(dict.fromkeys(spec.inputs)) if spec.inputs else ()
         task = self.tasks[spec.task] = Task(spec.task, owner, kind, spec.call, self._seq, inputs)
-        self.load.tasks += _bytes(task)
+        self.load.tasks += task.held_bytes
         owner.open += 1
         if not kind.open:
             self.functions.hold(kind.shape.function)
@@ -588,7 +588,7 @@ class Book:
         del self.tasks[task.id]
         if task.inputs:
             self.dependencies.end(task)
-        self.load.tasks -= _bytes(task)
+        self.load.tasks -= task.held_bytes
         kind.open -= 1
         if not kind.open:
             self.functions.release(kind.shape.function)
@@ -730,7 +730,3 @@ class Book:
         queued = self.placement.queued
         waiting = len(self.tasks) - running - queued - len(self.delayed)
         return [("waiting", waiting), ("queued", queued), ("delayed", len(self.delayed)), ("assigned", running)]
-
-
-def _bytes(task: Task) -> int:
-    return call_bytes(task.call, task.inputs)

@@ -13,12 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..protocol import Attempt, Dispatch, Function, Functions, Order, Payload, Shape, batches, wire_bytes
+from ..protocol import Attempt, Dispatch, Function, Functions, Order, Payload, batches, wire_bytes
 from .book import Book
 from .functions import function_bytes
 from .ledger import Ledger, Placed
 from .nodes import ALIVE, SUSPECT, Node
-from .tasks import Task, task_bytes
+from .tasks import Kind, Task, task_bytes
 
 MAX_NODE_FUNCTIONS = 4_096  # digests remembered as sent to a node; past it, functions are sent again
 
@@ -83,7 +83,7 @@ class Dispatching:
     def _send_orders(self, node: Node, tasks: list[Task]) -> None:
         sessions = self._book.sessions
         for batch in batches(tasks, self._sizes_at(node)):
-            inputs = self._new_inputs(node, batch)
+            inputs = self._new_inputs(node, batch) if len(self._book.dependencies.inputs) else []
             sessions.send(sessions.of(node), self._message(node, batch, [each.digest for each in inputs]))
             for some in batches(inputs, function_bytes):
                 sessions.send(sessions.of(node), Functions(some))
@@ -105,27 +105,26 @@ class Dispatching:
 
         def size(task: Task) -> int:
             digest = task.kind.shape.function
-            taken = task_bytes(task)
-            if digest not in node.functions and digest not in named:
-                named.add(digest)
-                taken += wire_bytes(functions[digest])
-            return taken
+            if digest in node.functions or digest in named:
+                return task_bytes(task)
+            named.add(digest)
+            return task_bytes(task) + wire_bytes(functions[digest])
 
         return size
 
     def _message(self, node: Node, tasks: list[Task], follow: list[bytes]) -> Dispatch:
-        index: dict[Shape, int] = {}
-        orders = [
-            Order(task.id, task.attempt, index.setdefault(task.kind.shape, len(index)), task.call, self._inputs_of(task))
-            for task in tasks
-        ]
-        new = {shape.function for shape in index} - node.functions
+        index: dict[Kind, int] = {}  # a shape takes long to hash
+        orders = []
+        for task in tasks:
+            number = index.setdefault(task.kind, len(index))
+            inputs = self._inputs_of(task) if task.inputs else ()
+            orders.append(Order(task.id, task.attempt, number, task.call, inputs))
+        shapes = [kind.shape for kind in index]
+        new = {shape.function for shape in shapes} - node.functions
         node.functions |= new
         functions = self._book.functions
-        return Dispatch(list(index), orders, [Function(digest, functions[digest]) for digest in sorted(new)], follow)
+        return Dispatch(shapes, orders, [Function(digest, functions[digest]) for digest in sorted(new)], follow)
 
     def _inputs_of(self, task: Task) -> tuple[tuple[bytes, bytes], ...]:
-        if not task.inputs:
-            return ()
         inputs = self._book.dependencies.inputs
         return tuple([(each, inputs[each].name) for each in task.inputs])

@@ -141,7 +141,8 @@ class Node:
         self.version += 1
 
     def drop(self, task: Task) -> None:
-        self.reclaim(task)
+        if task.lent:
+            self.reclaim(task)
         del self.tasks[task.id]
         for name, amount in task.kind.options.resources:
             if amount:
@@ -215,7 +216,7 @@ class Pool:
 
     def offer(self, node: Node) -> None:
         """Enter the node at its present rank; to be called after each change of it."""
-        if node.takes_nested:
+        if node.lent and node.takes_nested:
             self._nesting[node.id] = node
         if not node.open:
             return

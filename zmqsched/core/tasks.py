@@ -30,6 +30,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING
 
 from ..protocol import Options, Payload, Shape, shape_bytes, wire_bytes
+from .load import call_bytes
 from .priorities import PriorityQueue
 
 if TYPE_CHECKING:
@@ -71,12 +72,12 @@ class Task:
     """One unfinished task. ``node`` is the node that holds the current attempt, by id; ``failures`` counts the user's
     errors that were retried, ``deaths`` says how each worker died that was running this task, ``died_at`` when the first
     did. ``inputs``: the tasks whose results are arguments of the call, by id, of which ``lacks`` are not here yet.
-    ``debts``: what it has to do with WaitGroups, if anything. ``lent``: it waits for others, and what it needs for
+    ``held_bytes``: what it counts for (``load.py``). ``debts``: what it has to do with WaitGroups, if anything. ``lent``: it waits for others, and what it needs for
     running is free."""
 
     __slots__ = (
-        "attempt", "call", "cancelled", "deaths", "debts", "died_at", "failures", "id", "inputs", "kind", "lacks", "lane",
-        "lent", "node", "owner", "seq", "state",
+        "attempt", "call", "cancelled", "deaths", "debts", "died_at", "failures", "held_bytes", "id", "inputs", "kind",
+        "lacks", "lane", "lent", "node", "owner", "seq", "state",
     )  # fmt: skip
 
     def __init__(
@@ -88,6 +89,7 @@ class Task:
         self.lane = kind.lane  # it waits in, or waited in last
         self.call = call
         self.inputs = inputs
+        self.held_bytes = call_bytes(call, inputs)
         self.lacks = 0
         self.lent = False
         self.seq = seq
