@@ -222,8 +222,8 @@ def _check(body: Message | RecordMessage) -> None:
     elif kind is Output:
         if any(math.isnan(advance.fraction) for advance in cast(Output, body).advances):
             raise ProtocolError("how far a task has come must be a number")
-    elif isinstance(body, NodeHello | ClientHello):
-        _check_names(body)
+    elif kind is NodeHello or kind is ClientHello:
+        _check_names(cast(NodeHello | ClientHello, body))
         if isinstance(body, NodeHello):
             _check_amounts(body.resources)
             if not math.isfinite(body.leaves_in_s):

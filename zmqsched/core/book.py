@@ -224,7 +224,11 @@ class Book:
             self.waiting.setdefault(kind.shape.function, {})[task.id] = task
         if inputs:
             self.dependencies.begin(task, client)
-        self.queue_if_ready(task)
+        if waits or inputs:
+            self.queue_if_ready(task)
+        else:
+            task.move(QUEUED)
+            self.placement.enqueue(task)
         return task
 
     def queue_if_ready(self, task: Task) -> None:

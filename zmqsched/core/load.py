@@ -33,7 +33,9 @@ def call_bytes(call: Payload, inputs: Sized = ()) -> int:
 
 def answer_bytes(final: Final) -> int:
     """What an answer counts for."""
-    return payload_bytes(final.value) + len(final.text) + len(final.why) + RECORD_BYTES
+    value = final.value
+    size = len(value) if type(value) is bytes else payload_bytes(value)
+    return size + len(final.text) + len(final.why) + RECORD_BYTES
 
 
 class Load:

@@ -99,7 +99,8 @@ class Placement:
                 self._drop_if_unused(lane.pool)
 
     def enqueue(self, task: Task, *, first: bool = False) -> None:
-        self._push(task, self._lane_of(task.kind), first=first)
+        lane = task.kind.lane
+        self._push(task, self._lane_of(task.kind) if self._ending or lane.step else lane, first=first)
         if self._reserved:
             self._reconsider()
 

@@ -225,7 +225,8 @@ class Scheduler:
             self._from_client(session, message, now)
 
     def _from_client(self, session: Session, message: Message, now: float) -> None:
-        if not isinstance(message, Query | Goodbye):
+        kind = type(message)
+        if kind is not Query and kind is not Goodbye:
             self._asked_at = now
         match message:
             case Submit():
@@ -382,7 +383,8 @@ class Scheduler:
             self._settled_at = now + self.settings.settle_s
         if self.book.counting.groups.has_failures:
             self.book.counting.settle()
-        self._push_back()
+        if self.book.load.turns(self.book.functions.bytes + self.book.dependencies.inputs.bytes):
+            self._push_back()
         if self.book.ledger is not None:
             self._dispatching.start_once()
             self._commit(self.book.ledger, now, hurry=begins_round)
@@ -604,11 +606,10 @@ class Scheduler:
                 self._out.append(Send(session.peer, envelope))
 
     def _push_back(self) -> None:
-        if self.book.load.turns(self.book.functions.bytes + self.book.dependencies.inputs.bytes):
-            self.counts["clients held back"] += self.book.load.full
-            for session in self._sessions:
-                if not session.node:
-                    self._sessions.send(session, Hold(self.book.load.full))
+        self.counts["clients held back"] += self.book.load.full
+        for session in self._sessions:
+            if not session.node:
+                self._sessions.send(session, Hold(self.book.load.full))
 
     # --- watching ----------------------------------------------------------------------------------------------------
 
