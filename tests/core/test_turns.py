@@ -9,10 +9,10 @@ import sys
 from collections.abc import Callable
 from types import FrameType
 
-from zmqsched.core.events import Ask, Asked, Reached, Said, Tick
-from zmqsched.protocol import Dispatch, Done, Final, Finals, Order, Shape
+from zmqsched.core.events import Arrived, Ask, Asked, Reached, Said, Tick
+from zmqsched.protocol import Dispatch, Done, Final, Finals, Message, Order, Outcome, Results, Shape, Submit, TaskSpec
 
-from .builders import Desk, Workplace, blob, digest, task_id
+from .builders import Broker, Desk, Peer, Workplace, blob, digest, task_id
 
 
 def calls(do: Callable[[], object]) -> int:
@@ -73,3 +73,37 @@ def test_a_lone_task_costs_the_client_few_calls():
         assert brain.next_deadline() > now, "nothing is to be ticked for"
 
     assert calls(turns) <= 66
+
+
+def test_a_task_costs_the_scheduler_few_calls():
+    assert _of_the_scheduler(1) <= 157
+    assert _of_the_scheduler(4) - _of_the_scheduler(3) <= 42, "one more in the same messages"
+
+
+def _of_the_scheduler(number: int) -> int:
+    """So many tasks, from their submission to their answer."""
+    world = Broker()
+    client, node = world.client(), world.node(slots=4)
+    client.submits("warm")
+    node.finishes("warm")
+    world.passes(0.2)
+    tasks = [task_id(str(each)) for each in range(number)]
+    submission = _enclosed(client, Submit([Shape(digest("f"))], [TaskSpec(task, 0, b"call") for task in tasks]))
+    outcomes = _enclosed(node, Results([Outcome(task, 1, True, b"value", 1) for task in tasks]))
+    scheduler, now = world.scheduler, world.now
+
+    def turns() -> None:
+        for arrived in (submission, outcomes):
+            scheduler.handle(arrived, now)
+            actions = scheduler.handle(Tick(), now)
+            scheduler.next_deadline()
+            assert len(actions) == 1, "the dispatch, then the answers"
+
+    return calls(turns)
+
+
+def _enclosed(peer: Peer, message: Message) -> Arrived:
+    assert peer.link is not None
+    peer.link.send(message)
+    (envelope,) = peer.link.flush(peer.world.now)
+    return Arrived(peer.address, peer.user, envelope)

@@ -144,7 +144,7 @@ class Link:
         """When ``flush`` has something to do; 0.0 for at once, ``math.inf`` for never."""
         if self._resend_after is not None or self._control or (self._backlog and len(self._unacked) < WINDOW):
             return 0.0
-        return self._ack_at if self._ack_at < self._ping_at else self._ping_at
+        return min(self._ack_at, self._ping_at)
 
     def sanity_check(self) -> None:
         numbers = [seq for seq, _ in self._unacked]

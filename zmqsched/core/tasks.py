@@ -72,8 +72,8 @@ class Task:
     """One unfinished task. ``node`` is the node that holds the current attempt, by id; ``failures`` counts the user's
     errors that were retried, ``deaths`` says how each worker died that was running this task, ``died_at`` when the first
     did. ``inputs``: the tasks whose results are arguments of the call, by id, of which ``lacks`` are not here yet.
-    ``held_bytes``: what it counts for (``load.py``). ``debts``: what it has to do with WaitGroups, if anything. ``lent``: it waits for others, and what it needs for
-    running is free."""
+    ``held_bytes``: what it counts for (``load.py``). ``debts``: what it has to do with WaitGroups, if anything. ``lent``: it
+    waits for others, and what it needs for running is free."""
 
     __slots__ = (
         "attempt", "call", "cancelled", "deaths", "debts", "died_at", "failures", "held_bytes", "id", "inputs", "kind",
