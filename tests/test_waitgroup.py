@@ -317,6 +317,13 @@ def test_what_cannot_be_added(group, number, error):
     group.wait(timeout=60)
 
 
+def test_it_needs_a_client(cluster, client):
+    for wrong in (None, cluster, client.submit, "name"):
+        with pytest.raises(TypeError, match="a WaitGroup needs a Client"):
+            WaitGroup(wrong)
+    WaitGroup(client.options(priority=1)).wait(timeout=10)
+
+
 # --- debts of tasks that die, fail or cannot be sent -----------------------------------------------------------------
 
 

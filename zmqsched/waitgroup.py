@@ -25,6 +25,7 @@ import secrets
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import nesting, worker
@@ -49,6 +50,8 @@ class WaitGroup:
     """
 
     def __init__(self, client: Tasks) -> None:
+        if not isinstance(getattr(client, "_client", None), Executor):
+            raise TypeError(f"a WaitGroup needs a Client, or what its options() gives, not {type(client).__name__}")
         self._tasks: Tasks | None = client
         self._group = secrets.token_bytes(16)
         self._started: weakref.WeakSet[Future[Any]] = weakref.WeakSet()  # by go() here
