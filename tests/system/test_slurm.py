@@ -407,6 +407,35 @@ def test_a_driver_that_is_killed_before_sbatch_has_answered_leaves_a_job_that_is
     assert not shared_dir("jobs").exists()
 
 
+ALL_KILLED = """
+    import os, signal
+    from zmqsched import Cluster, config
+    from zmqsched.clusterfile import BrokerPart, ClusterFile, NodeGroup
+
+    config.NODE_ALONE_S = 6.0  # not a minute
+    broker = BrokerPart(listen=("127.0.0.1",), journal=False)
+    with Cluster(ClusterFile(name="doomed", broker=broker, nodes=(NodeGroup(launcher="slurm", slots=1),))) as cluster:
+        cluster.wait_for_nodes(1, timeout=60)
+        os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_node_in_a_job_ends_by_itself_when_broker_and_driver_were_killed(slurm, tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(textwrap.dedent(ALL_KILLED))
+    with subprocess.Popen([sys.executable, script]) as driver:
+        try:
+            eventually(lambda: psutil.Process(driver.pid).status() == psutil.STATUS_STOPPED, JOIN_S)
+            assert set(slurm.jobs().values()) == {"RUNNING"}
+            os.kill(ConnectionFile.load(cluster_dir("doomed") / CONNECTION_FILE).pid, signal.SIGKILL)
+        finally:
+            driver.kill()
+    eventually(lambda: slurm.jobs() == {}, JOIN_S)
+    assert cancel_recorded("doomed") == []
+    remove_cluster_dir("doomed")
+    assert not shared_dir("jobs").exists()
+
+
 SRUN = """
     import os, sys, time
     from zmqsched import Client
