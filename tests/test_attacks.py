@@ -368,6 +368,32 @@ def test_when_the_authenticator_is_dead_nobody_is_let_in(clusters, tmp_path):
         broker.wait(PATIENCE_S)
 
 
+def test_a_broker_ends_when_its_authenticator_is_dead(clusters, tmp_path):
+    script = tmp_path / "broker.py"
+    script.write_text(textwrap.dedent("""
+        import sys
+        from zmqsched.__main__ import main
+        from zmqsched.authenticator import Authenticator
+
+        Authenticator._reply = lambda self, request: sys.exit()  # of the thread, at the first handshake
+        Authenticator.stop = lambda self: None
+        main(["broker", "--name", "doomed", "--listen", "--until-eof", "--ready-fd", "1"])
+    """))
+    broker = subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONMALLOC": "malloc"},
+    )  # fmt: skip
+    with broker:
+        assert broker.stdout.readline()
+        file = from_afar(ConnectionFile.load(cluster_dir("doomed") / "connection.json"))
+        ctx = sockets.context()
+        with pytest.raises(errors.BrokerUnreachable):
+            sockets.connect_dealer(ctx, file.reachable("work"), sockets.Keys.of(file), 2.0)
+        ctx.term()
+        broker.wait(PATIENCE_S)
+        assert "the authenticator died" in broker.stderr.read()
+
+
 LISTENING = "0A"
 
 

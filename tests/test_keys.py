@@ -23,7 +23,7 @@ from zmqsched import Client, LocalCluster, errors, get_client, sockets
 from zmqsched.__main__ import main
 from zmqsched.codec import encode
 from zmqsched.config import ROLES, ConnectionFile, Role, cluster_dir, role_file
-from zmqsched.protocol import ChangeKeys, Envelope, NodeHello
+from zmqsched.protocol import Ack, ChangeKeys, Envelope, NodeHello
 
 pytestmark = pytest.mark.system
 
@@ -222,6 +222,34 @@ def test_what_still_comes_with_a_revoked_key_is_dropped_and_counted(cluster, cap
         eventually(lambda: owner.status().counts.get("dropped: a key that is not good any more") == 5)
         assert not dealer.poll(100), "it is not even answered"
         assert len(owner.nodes()) == 1
+    ctx.term()
+
+
+def test_nor_are_its_beats_heard(cluster, capsys):
+    file = file_of(cluster, "node")
+    ctx = sockets.context()
+    with sockets.connect_pub(ctx, file.reachable("beats"), sockets.Keys.of(file)) as pub, Client(cluster) as owner:
+
+        def dropped(reason: str) -> bool:
+            pub.send_multipart(encode(Envelope(0, 0, 0, Ack())))
+            return f"dropped: {reason}" in owner.status().counts
+
+        eventually(lambda: dropped("no beat on the beats channel"))
+        change(capsys, cluster, "revoke", "--role", "node")
+        eventually(lambda: dropped("beat: a key that is not good any more"))
+    ctx.term()
+
+
+def test_an_observer_with_a_revoked_key_is_cut_off(cluster, capsys):
+    file = file_of(cluster, "observer")
+    ctx = sockets.context()
+    with sockets.connect_sub(ctx, file.reachable("status"), sockets.Keys.of(file)) as observer:
+        connections = sockets.Connections(observer)
+        assert observer.poll(1000 * PATIENCE_S), "facts are heard"
+        change(capsys, cluster, "revoke", "--role", "observer")
+        with pytest.raises(errors.Refused, match="does not know this side's key any more"):
+            eventually(lambda: connections.new() and False)
+        connections.close()
     ctx.term()
 
 
