@@ -248,7 +248,7 @@ def test_a_requeued_job_comes_back_as_a_new_node_of_its_label(slurm, site, clien
     slurm("scontrol", "requeue", job)
     eventually(lambda: slurm.jobs().get(job) == "PENDING")
     assert launched(many, "many-1").state == "pending"
-    slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+    slurm.begin(job)
     eventually(lambda: (now := nodes(client)) and now != before, JOIN_S)
     assert nodes(client).keys() == {"many-1"}
     assert launched(many, "many-1").state == "running"
@@ -288,7 +288,7 @@ def test_however_often_slurm_ends_its_job_a_task_is_neither_lost_nor_charged(slu
     assert len(set(hit)) == 4
     eventually(lambda: slurm.jobs() == {hit[1]: "PENDING", hit[3]: "PENDING"}, JOIN_S)
     for job in slurm.jobs():
-        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+        slurm.begin(job)
     eventually((there / "4").exists, JOIN_S)
     assert not nodes(client).items() & before.items(), "those that come back are new nodes"
     (there / "open").touch()
@@ -493,7 +493,7 @@ def test_when_the_first_rank_of_srun_is_killed_nothing_is_left(slurm, tmp_path):
 def test_a_slurm_cluster_says_why_its_nodes_are_not_there_and_scales_when_they_are(slurm):
     slurm("scontrol", "update", "PartitionName=short", "State=DOWN")
     with SlurmCluster(nodes=1, slots=1, time="10m", array=True, listen="127.0.0.1") as cluster:
-        with pytest.raises(TimeoutError, match=r"0 of 1 nodes .*\n  slurm-1 \(Slurm job \d+\) pending: PD: PartitionDown"):
+        with pytest.raises(TimeoutError, match=r"0 of 1 node .*\n  slurm-1 \(Slurm job \d+\) pending: PD: PartitionDown"):
             cluster.wait_for_nodes(1, timeout=10)
         slurm("scontrol", "update", "PartitionName=short", "State=UP")
         cluster.wait_for_nodes(1, timeout=JOIN_S)
@@ -520,7 +520,7 @@ def test_what_only_nodes_in_the_queue_offer_waits_for_them_also_when_slurm_reque
         waits = there.submit(host)
         with pytest.raises(TimeoutError):
             waits.result(timeout=8)  # longer than a wish is hopeless
-        slurm("scontrol", "update", f"JobId={job}", "StartTime=now")
+        slurm.begin(job)
         assert waits.result(timeout=JOIN_S)
         assert cluster.failures == []
 
