@@ -12,6 +12,7 @@ from conftest import Gate, eventually
 
 from zmqsched import Client, LocalCluster
 from zmqsched.errors import DependencyFailed, NotSerializable, PayloadTooLarge, TaskTimeout
+from zmqsched.futures import Future
 
 
 def double(x):
@@ -91,7 +92,7 @@ def test_very_many_inputs_and_too_many(client: Client, gate: Gate):
     held = client.submit(gate.task, 0)
     many = [client.submit(add, held, number) for number in range(3_000)]
     total = client.submit(add, *many)
-    too_many = client.submit(sum, [client._future(number.to_bytes(16, "big")) for number in range(10_001)])
+    too_many = client.submit(sum, [Future(number.to_bytes(16, "big"), client) for number in range(10_001)])
     with pytest.raises(PayloadTooLarge, match=r"10,001 unfinished futures.*10,000"):
         too_many.result(0)
     gate.open()
