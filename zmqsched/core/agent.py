@@ -215,7 +215,7 @@ class Agent:
             return self._uplink.deadline()
         if not self._ticked:
             return 0.0
-        return min(self._uplink.deadline(), self._look_at)
+        return min(self._uplink.deadline(), self._look_at, self._go_at)
 
     def sanity_check(self) -> None:
         queued = {held.task for held in self._queue}
@@ -729,7 +729,6 @@ class Agent:
             self._go_at = math.inf
             return
         self._go_at = min(self._go_at, now + PARTING_S)
-        self._look_at = min(self._look_at, self._go_at)
         if now >= self._go_at or (self._uplink.link is not None and not self._uplink.link.unfinished()):
             self._end(self._leaving)
 
