@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
 MAGIC = b"ZQ"
-MAJOR, MINOR = 1, 2
+MAJOR, MINOR = 1, 3
 
 # Limits. A frame costs ZeroMQ about a microsecond and copying 16 KiB about as much: below that, inline wins.
 INLINE_MAX = 16 * 1024
