@@ -663,7 +663,9 @@ def test_the_memory_was_measured(client, gate):
     eventually(lambda: max(worker.memory for worker in client.workers()) > 200 << 20)
     Path(go).touch()
     text = str(future.exception(timeout=60))
-    measured, peak = re.search(r"memory: (\d+) MiB when last measured, (\d+) MiB at most", text).groups()
+    found = re.search(r"memory: (\d+) MiB when last measured, (\d+) MiB at most", text)
+    assert found, text
+    measured, peak = found.groups()
     assert 200 < int(measured) <= int(peak) < 600
 
 

@@ -300,8 +300,8 @@ def test_a_task_that_kills_its_workers_is_given_up_and_the_one_behind_it_is_unto
           n1 > broker: Progress started killer#3
           broker > client: Running killer
           n1 > broker: Progress died running killer#3
-          broker > n1: Dispatch behind#1
           broker > client: Finals killer WorkerDied
+          broker > n1: Dispatch behind#1
           n1 > broker: Progress started behind#1
           broker > client: Running behind
           n1 > broker: Results behind#1
@@ -335,8 +335,8 @@ def test_a_node_is_drained_and_nothing_is_done_twice():
           broker > client: Finals a ok
           n1 > broker: Goodbye
           n2 > broker: Results b#1
-          broker > n2: Dispatch c#1
           broker > client: Finals b ok
+          broker > n2: Dispatch c#1
           n2 > broker: Progress started c#1
           broker > client: Running c
         # 1 s pass

@@ -122,6 +122,33 @@ def test_while_the_node_reads_a_task_marks_its_end():
         assert here.ends().wrote
 
 
+def test_two_tasks_that_end_while_the_node_reads(monkeypatch):
+    """The second begins after the first look, writes before the second, and ends after that."""
+    with played() as here:
+        here.begins(1)
+        answers = []
+        looks = 0
+        read, second = here.streams._read, here.streams._streams[1]
+
+        def reads_and_then(stream):
+            nonlocal looks
+            if stream is second:
+                looks += 1
+            if stream is not second and looks == 1:
+                here.writes(b"of the second")
+            size = read(stream)
+            if stream is second and looks < 3:
+                answers.append(here.ends())
+                here.begins(looks + 1)
+            return size
+
+        monkeypatch.setattr(here.streams, "_read", reads_and_then)
+        here.reads()
+        for done in answers:
+            here.hears(done)
+        assert here.told == {2: {1: b"of the second"}}
+
+
 def test_a_task_that_ends_while_the_node_reads(monkeypatch):
     with played() as here:
         here.begins(1)

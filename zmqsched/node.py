@@ -316,7 +316,7 @@ class Node:
         self._read_worker(worker, limit=1_000_000, to_the_end=True)  # what it said before it died
         untaken = self._untaken(worker) + self._unsent.pop(worker, [])
         wires = self._wires.pop(worker)
-        del self._pids[worker]
+        self._pids.pop(worker, None)  # it may not even have been born
         del self._readable[wires.pipe.fileno()]
         self._waiter.remove(wires.pipe.fileno())
         self._listener.bury(worker, monotonic())

@@ -166,10 +166,9 @@ class Streams:
         before = self._runs()
         had = sum([len(stream.undecided) for stream in self._streams])
         sizes = [self._read(stream) for stream in self._streams]
-        after = self._runs()
-        if before != after:  # if what came is the former's, its mark is there by now
+        while (after := self._runs()) != before:  # if what came last is the former's, its mark is there by now
+            before = after
             sizes = [self._read(stream) for stream in self._streams]
-            after = self._runs()
         self._page[_READING] = 0
         size = sum([len(stream.undecided) for stream in self._streams]) - had
         for stream, last in zip(self._streams, sizes, strict=True):

@@ -744,7 +744,7 @@ def test_64_a_client_with_another_python(client, cluster, monkeypatch):
     says = rf"this client runs Python 3\.99\.0, the cluster Python {minor}: .*Start the client with Python {minor}"
     with within(3), pytest.raises(errors.Refused, match=says):
         Client(cluster)
-    assert client.status().counts["refused: python"] == 1
+    assert client.status().counts["refused: python"] >= 1  # it may have said hello again before it heard
 
 
 def test_64_a_node_with_another_python(client, cluster):

@@ -77,6 +77,7 @@ from ..protocol import (
     Options,
     Payload,
     Progress,
+    Record,
     Results,
     Revoke,
     Run,
@@ -155,7 +156,7 @@ class SimBroker(Process):
             self.alive = self.paused = False
             self.crashes += 1
             self._inbox.clear()
-            self._owned = {owner.id for owner in self.core.book.owners}
+            self._owned = self._owners()
             if self.disk is not None:
                 self.disk.crash()
             self.world.at(down_s, self._restart)
@@ -166,9 +167,9 @@ class SimBroker(Process):
         self._clock = self.world.random.uniform(0.0, 1e5)
         self._wakes_at = math.inf
         self._begin()
+        if self.disk is not None:
+            self._check_kept(self.core, self._owned)
         for process in list(self.world.processes.values()):
-            if isinstance(process, SimClient) and self.disk is not None:
-                self._check_kept(process)
             if isinstance(process, Peer):
                 process.reconnect()
         knocking, self._knocking = self._knocking, []
@@ -177,13 +178,23 @@ class SimBroker(Process):
                 knock()
         self._wake()
 
-    def _check_kept(self, client: SimClient) -> None:
-        """What this client was told is accepted is there, if the broker had not given it up."""
-        if b"c" + client.core._uplink.hello.incarnation not in self._owned:
-            return
-        for task in client.accepted() - self.core.book.tasks.keys() - self._refused:
-            if not any(owner.has_answered(task) for owner in self.core.book.owners):
-                raise SimulationFailed(f"task {task.hex()} was accepted, and the broker that follows does not know it")
+    def _owners(self) -> set[bytes]:
+        return {owner.id for owner in self.core.book.owners}
+
+    def _check_kept(self, follower: Scheduler, owned: set[bytes]) -> None:
+        """What clients were told is accepted is there in the broker that follows, if this one had not given them up."""
+        for client in self.world.processes.values():
+            if not isinstance(client, SimClient) or b"c" + client.core._uplink.hello.incarnation not in owned:
+                continue
+            for task in client.accepted() - follower.book.tasks.keys() - self._refused:
+                if not any(owner.has_answered(task) for owner in follower.book.owners):
+                    raise SimulationFailed(f"task {task.hex()} was accepted, and the broker that follows does not know it")
+
+    def _check_snapshot(self, records: list[Record]) -> None:
+        """It is enough to go on with, if the broker ends as soon as it is written."""
+        follower = Scheduler(replace(self.settings, epoch=2 + self.crashes), Random(0))
+        follower.restore(records, self.core.book.now)
+        self._check_kept(follower, self._owners())
 
     def knock(self, again: Callable[[], None]) -> None:
         """While nobody listens a connection keeps some of what it is to send."""
@@ -210,6 +221,8 @@ class SimBroker(Process):
                     else:
                         self._handle(Undelivered(address, "unreachable"), now)
                 case Write() if self.disk is not None:
+                    if action.anew:
+                        self._check_snapshot(action.records)
                     self.disk.write(action)
                 case Log(_, text):
                     self.world.say(f"= broker: {text}")
