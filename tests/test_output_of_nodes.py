@@ -12,8 +12,9 @@ import pytest
 from conftest import eventually
 
 from zmqsched.errors import StartError
+from zmqsched.launch import output as module
 from zmqsched.launch.children import Children
-from zmqsched.launch.output import MAX_LOG, MAX_TAIL, Log, tail_of
+from zmqsched.launch.output import MAX_LOG, MAX_TAIL, Drain, Log, tail_of
 
 
 @pytest.fixture
@@ -218,3 +219,27 @@ children.close()
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True)
     assert done.stderr == "hear, hear"
+
+
+def test_a_descriptor_is_used_again_as_soon_as_it_is_closed(monkeypatch):
+    """By another thread, while this one has not told yet that the first has ended."""
+    drain, said, ends = Drain(), [], []
+
+    def close(descriptor):
+        before(descriptor)
+        if descriptor == first and not ends:
+            again, end = os.pipe()
+            ends.append(end)
+            assert again == first
+            drain.add(again, said.append)
+            os.write(end, b"the second")
+
+    before = os.close
+    first, end = os.pipe()
+    monkeypatch.setattr(module.os, "close", close)
+    drain.add(first, lambda data: None)
+    before(end)
+    eventually(lambda: said == [b"the second"])
+    before(ends[0])
+    eventually(lambda: said == [b"the second", b""])
+    drain.close()

@@ -176,5 +176,6 @@ class Drain:
 
     def _end(self, descriptor: int) -> None:
         self._poll.unregister(descriptor)
-        os.close(descriptor)
-        self._takers.pop(descriptor)(b"")
+        take = self._takers.pop(descriptor)
+        os.close(descriptor)  # from here on the number may be another's, whom another thread adds
+        take(b"")

@@ -193,7 +193,7 @@ class SSHLauncher(Launcher):
             with contextlib.suppress(ZmqschedError):  # the broker is being replaced, or there is no ssh: tried again, too
                 self._look_for_broker()
                 self._connect(one.label, there.host, tries + 1, one.why if was_there else there.lost)
-        return replace(one, state="starting", node="")
+        return replace(one, state="starting", node="", why=one.why if was_there else there.lost)
 
     def _command(self, there: _Remote, targets: Mapping[str, str]) -> list[str]:
         words = ssh_words(self.group.ssh_options)
