@@ -83,8 +83,9 @@ class Site:
         found = {name: number - self._counts.get(name, 0) for name, number in self.counts().items() if name not in HONEST}
         return {name: number for name, number in found.items() if number}
 
-    def assert_unharmed(self, *counted: str) -> None:
-        """``counted``: the reasons under which the broker has counted what it has dropped."""
+    def assert_unharmed(self, *counted: str, growth: int = MAX_GROWTH) -> None:
+        """``counted``: the reasons under which the broker has counted what it has dropped. ``growth``: bytes that it may have
+        more of memory."""
         before = self.served
         eventually(lambda: self.served > before + 5)
         self._ends.set()
@@ -93,7 +94,7 @@ class Site:
         assert set(self.news()) <= set(counted)
         assert self.owner.status().clients == self._clients
         eventually(lambda: [node.state for node in self.owner.nodes()] == ["alive"])
-        assert self.broker.memory_info().rss - self._memory < MAX_GROWTH
+        assert self.broker.memory_info().rss - self._memory < growth
 
     def close(self) -> None:
         self._ends.set()
@@ -305,15 +306,22 @@ def test_an_insider_with_messages_that_never_end(clusters, tmp_path, monkeypatch
             peak = max(peak, site.broker.memory_info().rss - before)
             return site.news().get("dropped: message without an end", 0)
 
-        for number in range(1, 4):
+        def is_cut_off_again(number: int) -> bool:
+            """A message that is begun just when the connection ends is dropped at once, so one may not do."""
             for _ in range(16_384):
                 insider.send(part, zmq.SNDMORE, copy=False)
             insider.send(part)  # libzmq begins to send when the last is there; it will not get that far
             assert site.honest.submit(len, bytes(20 << 20)).result(timeout=PATIENCE_S) == 20 << 20
-            eventually(lambda number=number: cut_off() >= number)
+            until = time.monotonic() + 3.0
+            while not (found := cut_off() >= number) and time.monotonic() < until:
+                time.sleep(0.02)
+            return found
+
+        for number in range(1, 4):
+            eventually(lambda number=number: is_cut_off_again(number))
         assert peak < 1 << 30, "of 16 GiB: what comes in within a second is overlooked"
         assert honest <= connections_to(site), "who has sent as much in messages keeps its connection"
-        site.assert_unharmed("dropped: message without an end")
+        site.assert_unharmed("dropped: message without an end", growth=256 << 20)  # the allocator's leftovers of them
 
 
 def test_an_insider_on_the_beats_socket(site: Site):
