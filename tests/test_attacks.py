@@ -84,8 +84,8 @@ class Site:
         return {name: number for name, number in found.items() if number}
 
     def assert_unharmed(self, *counted: str, growth: int = MAX_GROWTH) -> None:
-        """``counted``: the reasons under which the broker has counted what it has dropped. ``growth``: bytes that it may have
-        more of memory."""
+        """``counted``: the reasons under which the broker has counted what it has dropped. ``growth``: bytes that it may
+        have more of memory."""
         before = self.served
         eventually(lambda: self.served > before + 5)
         self._ends.set()
