@@ -339,6 +339,14 @@ def test_an_insider_on_the_beats_socket(site: Site):
     site.assert_unharmed("dropped: beat from a client")
 
 
+def started(script: Path) -> subprocess.Popen[str]:
+    """A broker that is not quite as it should be."""
+    return subprocess.Popen(
+        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONMALLOC": "malloc"},
+    )  # fmt: skip
+
+
 def test_when_the_authenticator_is_dead_nobody_is_let_in(clusters, tmp_path):
     """libzmq then lets everybody in. The broker ends as soon as it sees that; this one is made not to see it."""
     script = tmp_path / "broker.py"
@@ -352,11 +360,7 @@ def test_when_the_authenticator_is_dead_nobody_is_let_in(clusters, tmp_path):
         Authenticator.stop = lambda self: None
         main(["broker", "--name", "deaf", "--listen", "--until-eof", "--ready-fd", "1", "--log-level", "warning"])
     """))
-    broker = subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONMALLOC": "malloc"},
-    )  # fmt: skip
-    with broker:
+    with started(script) as broker:
         assert broker.stdout.readline()
         file = from_afar(ConnectionFile.load(cluster_dir("deaf") / "connection.json"))
         public, secret = sockets.key_pair()
@@ -387,11 +391,7 @@ def test_a_broker_ends_when_its_authenticator_is_dead(clusters, tmp_path):
         Authenticator.stop = lambda self: None
         main(["broker", "--name", "doomed", "--listen", "--until-eof", "--ready-fd", "1"])
     """))
-    broker = subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env={**os.environ, "PYTHONMALLOC": "malloc"},
-    )  # fmt: skip
-    with broker:
+    with started(script) as broker:
         assert broker.stdout.readline()
         file = from_afar(ConnectionFile.load(cluster_dir("doomed") / "connection.json"))
         ctx = sockets.context()

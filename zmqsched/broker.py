@@ -65,7 +65,7 @@ from .lookout import Lookout
 from .monitor import Monitor
 from .protocol import ChangeKeys, Envelope, KeyReport, No
 from .shell import Relay, Starter, StopSignals, log, return_memory, tune_garbage_collection
-from .version import __version__
+from .version import PYTHON, __version__
 
 MAX_MESSAGES_PER_TURN = 200
 LINGER_MS = 1_000
@@ -130,7 +130,7 @@ class Broker:
             settings = Settings(
                 name=name,
                 epoch=secrets.randbits(48),
-                python=".".join(platform.python_version_tuple()[:2]),
+                python=PYTHON,
                 policy=policy,
                 beat_interval_s=beat_interval_s,
                 suspect_after_s=suspect_after_s,
@@ -231,8 +231,8 @@ class Broker:
                         silent_at = monotonic() + give_up_after_s
                 if monotonic() >= silent_at:
                     silent_at = math.inf
-                    why_left = f"nothing was heard of its starter for {give_up_after_s:g} s"
-                    self._core.handle(Leave(False, why_left), monotonic())
+                    reason = f"nothing was heard of its starter for {give_up_after_s:g} s"
+                    self._core.handle(Leave(False, reason), monotonic())
                 if self._authenticator and not self._authenticator.alive:
                     why = "the authenticator died: nobody new could be let in"
             log.info("broker ends: %s", why)

@@ -13,7 +13,6 @@ import atexit
 import contextlib
 import itertools
 import os
-import platform
 import sys
 import threading
 import weakref
@@ -41,7 +40,7 @@ from .launch.ssh import MAX_FIRST, ssh_words
 from .options import amounts, boolean, integer, task_tags
 from .readiness import wait_for_nodes
 from .sockets import listen_address
-from .version import __version__
+from .version import PYTHON, __version__
 
 __all__ = ["START_TIMEOUT_S", "STOP_TIMEOUT_S", "Cluster", "LocalCluster", "check_free", "wait_until_ready"]
 
@@ -386,9 +385,8 @@ def broker_preview(wanted: ClusterFile) -> list[str]:
 
 
 def _broker_script(wanted: ClusterFile) -> str:
-    python = ".".join(platform.python_version_tuple()[:2])
     options = [*_broker_options(wanted), "--log-level=error", f"--give-up-after={LEASH_S:g}"]
-    return remote.broker_script(wanted.broker, options, python, __version__)
+    return remote.broker_script(wanted.broker, options, PYTHON, __version__)
 
 
 def _broker_options(wanted: ClusterFile) -> list[str]:

@@ -7,7 +7,6 @@ Python 3; the rest is ``doctor.py``, run there.
 from __future__ import annotations
 
 import json
-import platform
 import socket
 import subprocess
 import time
@@ -21,7 +20,7 @@ import msgspec
 from .config import ConnectionFile
 from .doctor import LIBRARIES, Finding, listening, no_way_back
 from .launch import remote, ssh
-from .version import __version__
+from .version import PYTHON, __version__
 
 REACH_TIMEOUT_S = 4.0
 ANSWER_TIMEOUT_S = 30.0
@@ -119,12 +118,11 @@ def _ask(hop: Hop) -> dict[str, Any] | None:
 
 def _versions(there: dict[str, Any]) -> Iterator[Finding]:
     python, libraries = there["python"], there["libraries"]
-    mine = ".".join(platform.python_version_tuple()[:2])
     listed = ", ".join(f"{name} {number}" for name, number in libraries.items())
     found = f"Python {python} ({there['executable']}), {listed or 'none of the libraries'}"
-    fix = f"install there: python{mine} -m pip install zmqsched=={__version__}; or name another interpreter (--python)"
-    if python.rpartition(".")[0] != mine:
-        raise _Failed(Finding("versions", "failed", f"{found}: tasks need Python {mine}, as here", fix))
+    fix = f"install there: python{PYTHON} -m pip install zmqsched=={__version__}; or name another interpreter (--python)"
+    if python.rpartition(".")[0] != PYTHON:
+        raise _Failed(Finding("versions", "failed", f"{found}: tasks need Python {PYTHON}, as here", fix))
     if libraries.get("zmqsched") != __version__:
         raise _Failed(Finding("versions", "failed", f"{found}: zmqsched {__version__} is needed, as here", fix))
     if missing := [name for name in LIBRARIES if name not in libraries]:

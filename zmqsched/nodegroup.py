@@ -20,8 +20,7 @@ from .shell import log
 @dataclass
 class Member:
     """A node that was asked for. ``leaving``: it was told to. ``cut_off``: the connection to it broke, and the launcher is
-    about to start another in its place. ``unknown_since``: a broker that has followed another does not
-    know it yet."""
+    about to start another in its place. ``unknown_since``: a broker that has followed another does not know it yet."""
 
     launched: Launched
     joined: bool = False

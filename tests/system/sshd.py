@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import psutil
+import pytest
 from conftest import Home, eventually
 
 from zmqsched.launch.remote import dead_tunnels
@@ -36,6 +37,10 @@ def why_not() -> str:
     missing = [program for program in ("ssh", "ssh-keygen", "ip", "unshare") if shutil.which(program) is None]
     missing += [] if SSHD else ["sshd"]
     return f"needs {', '.join(missing)} (Debian: openssh-server, iproute2)" if missing else ""
+
+
+# Of each module that has hosts of its own.
+MARKS = [pytest.mark.system, pytest.mark.skipif(bool(why_not()), reason=why_not())]
 
 
 class Host:

@@ -24,11 +24,7 @@ from zmqsched.clusterfile import BrokerPart, ClusterFile, NodeGroup
 from zmqsched.config import ROLES, cluster_dir, file_name
 from zmqsched.errors import ClusterExists, ClusterLost, StartError
 
-pytestmark = [
-    pytest.mark.system,
-    pytest.mark.skipif(bool(sshd.why_not()), reason=sshd.why_not()),
-    pytest.mark.timeout(240),
-]
+pytestmark = sshd.MARKS
 
 
 @pytest.fixture

@@ -13,10 +13,7 @@ import sshd
 from conftest import Home
 from sshd import Hosts
 
-pytestmark = [
-    pytest.mark.system,
-    pytest.mark.skipif(bool(sshd.why_not()), reason=sshd.why_not()),
-]
+pytestmark = sshd.MARKS
 
 
 @pytest.fixture

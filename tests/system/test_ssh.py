@@ -28,10 +28,7 @@ from zmqsched.launch import remote
 from zmqsched.launch.base import Launched, Site
 from zmqsched.launch.ssh import SSHLauncher
 
-pytestmark = [
-    pytest.mark.system,
-    pytest.mark.skipif(bool(sshd.why_not()), reason=sshd.why_not()),
-]
+pytestmark = sshd.MARKS
 
 
 @pytest.fixture

@@ -18,10 +18,7 @@ from zmqsched import Client, Cluster, SSHCluster
 from zmqsched.clusterfile import BrokerPart, ClusterFile, NodeGroup
 from zmqsched.errors import StartError
 
-pytestmark = [
-    pytest.mark.system,
-    pytest.mark.skipif(bool(sshd.why_not()), reason=sshd.why_not()),
-]
+pytestmark = sshd.MARKS
 NAMES = ("alpha", "beta", "gamma")
 
 

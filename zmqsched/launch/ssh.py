@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import re
 import secrets
 import subprocess
@@ -39,7 +38,7 @@ from ..clusterfile import NodeGroup
 from ..config import TUNNEL_SCHEME, Addresses, ConnectionFile, split_tcp
 from ..errors import BrokerUnreachable, StartError, ZmqschedError
 from ..shell import log
-from ..version import __version__
+from ..version import PYTHON, __version__
 from . import remote
 from .base import Launched, Launcher, Site
 from .children import STOP_TIMEOUT_S, Children, running
@@ -150,8 +149,7 @@ class SSHLauncher(Launcher):
         targets = {role: f"BROKER:{role.upper()}" for role in remote.ROLES}
         for label, host in zip(labels, cycle(self.group.hosts), strict=False):
             there = _Remote(host, "TOKEN")
-            python = ".".join(platform.python_version_tuple()[:2])
-            script = remote.node_script(self.group, label, there.token, python, __version__)
+            script = remote.node_script(self.group, label, there.token, PYTHON, __version__)
             lines += [f"# {label}, fed over standard input, and behind it the connection file:"]
             lines += [f"#   {text}" for text in script.splitlines()]
             lines += [join(self._command(there, targets))]
