@@ -292,7 +292,9 @@ class Client(Shown, Tasks):
         elif all(future.done() for future in futures) and self._is_idle:
             self._close()
         else:
-            threading.Thread(target=self._close_when_done, name="zmqsched shutdown", daemon=True).start()
+            closing = threading.Thread(target=self._close_when_done, name="zmqsched shutdown", daemon=True)
+            with contextlib.suppress(RuntimeError):  # CPython 3.12 starts none while the program ends; that closes it too
+                closing.start()
 
     @property
     def last_map(self) -> Map[Any] | None:

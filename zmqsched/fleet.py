@@ -421,8 +421,12 @@ class Fleet:
         self._news()
         for group in self.groups.values():
             closing = threading.Thread(target=self._close_group, args=(group,), name="zmqsched close", daemon=True)
-            closing.start()
-            self._closings.append(closing)
+            try:
+                closing.start()
+            except RuntimeError:  # CPython 3.12 starts no thread while the program ends
+                self._close_group(group)
+            else:
+                self._closings.append(closing)
 
     def close(self) -> None:
         """Return when they have ended, or after some seconds say who has not."""

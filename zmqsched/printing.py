@@ -311,8 +311,10 @@ class Printer:
             self._busy = True
             self._changed.notify_all()
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="zmqsched output", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="zmqsched output", daemon=True)
+                with contextlib.suppress(RuntimeError):  # CPython 3.12 starts none while the program ends: see join()
+                    thread.start()
+                    self._thread = thread
 
     def settle(self) -> None:
         """Wait until all lines are written, but ``SETTLE_S`` at most, and not again before the screen has caught up."""
@@ -330,6 +332,8 @@ class Printer:
         """Wait until all is shown, or ``CLOSE_S`` seconds."""
         if self._thread is not None:
             self._thread.join(CLOSE_S)
+        elif self._closed:
+            self._run()
 
     def _run(self) -> None:
         closed = False
