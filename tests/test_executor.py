@@ -137,7 +137,7 @@ def test_who_waits_is_woken_by_a_cancel(client, busy):
 
     thread = threading.Thread(target=ask)
     thread.start()
-    eventually(lambda: waiting._condition._waiters)
+    eventually(lambda: waiting._waiters)
     assert waiting.cancel()
     thread.join(60)
     assert told

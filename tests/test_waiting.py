@@ -462,7 +462,7 @@ def test_an_interrupt_that_wakes_another_thread_is_seen_soon(owner, waits):
 
     def interrupt() -> None:
         begins.wait()
-        eventually(lambda: sys._current_frames()[me].f_code.co_name in ("wait", "_arrived"))
+        eventually(lambda: sys._current_frames()[me].f_code.co_name in ("sleep", "wait", "_arrived"))
         signal.pthread_kill(threading.get_ident(), signal.SIGINT)
 
     interrupter = threading.Thread(target=interrupt)

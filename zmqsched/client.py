@@ -194,7 +194,8 @@ class Client(Shown, Tasks):
             self._dealer = sockets.connect_dealer(self._ctx, file.reachable("work"), sockets.Keys.of(file), timeout)
             incarnation = nesting.incarnation() if self._nested else secrets.token_bytes(16)
             self._core = Requests(ClientHello(incarnation, 1, where(), self._nested))
-            has = (weakref.ref(self), self._core, self._dealer, self._ctx, os.dup(self._wake), self._printer)
+            self._waiter = sockets.Waiter(self._dealer)
+            has = (weakref.ref(self), self._core, self._dealer, self._waiter, self._ctx, os.dup(self._wake), self._printer)
             self._thread = threading.Thread(target=_serve, args=has, name="zmqsched client", daemon=True)
             self._thread.start()
             self.cluster_name = self._wait_until_begun(file, timeout)
@@ -571,29 +572,33 @@ class Client(Shown, Tasks):
 
     # --- the I/O thread ------------------------------------------------------------------------------------------------
 
-    def _turn(self, connections: sockets.Connections | None, *, nudged: bool, readable: bool) -> bool:
-        """Take in, act, send; False when it is time to go. ``connections``: if there is news of them."""
+    def _turn(self, connections: sockets.Connections | None, *, nudged: bool, readable: bool) -> float | None:
+        """Take in, decide, act. Returns when the next turn is due; None when it is time to go. ``connections``: if there is
+        news of them."""
         now = time.monotonic()
+        actions: list[ClientAction] = []
         if connections is not None:
             self._look_at(connections, now)
         if nudged:
             os.eventfd_read(self._wake)
         self._awake = False  # before the inbox is read: who finds it raised has put its item in before that
         if self._inbox:
-            self._take_inbox(now)
-        for frames in sockets.receive_all(self._dealer, MAX_MESSAGES_PER_TURN) if readable else ():
+            actions += self._take_inbox(now)
+        for frames in self._waiter.receive(MAX_MESSAGES_PER_TURN) if readable else ():
             try:
-                envelope = decode([frame.buffer for frame in frames])
+                event: ClientEvent = events.Reached(decode([frame.buffer for frame in frames]))
             except ProtocolError as error:
-                self._perform(self._core.handle(events.Unreadable(str(error)), now))
-                continue
-            self._perform(self._core.handle(events.Reached(envelope), now))
-        if self._core.next_deadline() <= now:
-            self._perform(self._core.handle(_TICK, now))
+                event = events.Unreadable(str(error))
+            actions += self._core.handle(event, now)
+        if (deadline := self._core.next_deadline()) <= now:
+            actions += self._core.handle(_TICK, now)
+            deadline = self._core.next_deadline()
         if self._blocked and self._waiting < MAX_WAITING_BYTES:
             with self._lock:
                 self._room.notify_all()
-        return not self._parted and self._broken is None
+        # Last: whoever waits for an answer wakes up when nothing but going to sleep is left to do here, which frees the GIL.
+        self._perform(actions)
+        return None if self._parted or self._broken is not None else deadline
 
     def _look_at(self, connections: sockets.Connections, now: float) -> None:
         try:
@@ -602,7 +607,8 @@ class Client(Shown, Tasks):
         except Refused as error:
             self._break(error)
 
-    def _take_inbox(self, now: float) -> None:
+    def _take_inbox(self, now: float) -> list[ClientAction]:
+        actions: list[ClientAction] = []
         tasks: list[events.Asked] = []
         functions: dict[bytes, Payload] = {}
         values: dict[bytes, Payload] = {}
@@ -618,11 +624,12 @@ class Client(Shown, Tasks):
                     values.update(values_of(item.inputs))
                 continue
             if tasks:
-                self._perform(self._core.handle(events.Ask(tasks, functions, values), now))
+                actions += self._core.handle(events.Ask(tasks, functions, values), now)
                 tasks, functions, values = [], {}, {}
-            self._perform(self._core.handle(item, now))
+            actions += self._core.handle(item, now)
         if tasks:
-            self._perform(self._core.handle(events.Ask(tasks, functions, values), now))
+            actions += self._core.handle(events.Ask(tasks, functions, values), now)
+        return actions
 
     def _fails_at_once(self, item: Submission) -> bool:
         """An argument has failed since the call was packed: nothing is submitted."""
@@ -667,7 +674,7 @@ class Client(Shown, Tasks):
                     with contextlib.suppress(OSError, RuntimeError):  # the worker ends
                         worker.tell(fence)
                 case events.UseKeys(public, secret):
-                    sockets.use_keys(self._dealer, public, secret)
+                    self._waiter.use_keys(public, secret)
                 case events.Quit():
                     self._parted = True
                 case events.Began(welcome):
@@ -683,7 +690,7 @@ class Client(Shown, Tasks):
     def _send(self, envelope: Envelope) -> None:
         frames = encode(envelope)
         try:
-            sockets.send(self._dealer, frames)
+            self._waiter.send(frames)
         except zmq.Again:
             pass  # no connection now; the link sends again what is not acknowledged
 
@@ -753,12 +760,12 @@ def _serve(
     reference: weakref.ref[Client],
     core: Requests,
     dealer: zmq.Socket[bytes],
+    waiter: sockets.Waiter,
     ctx: zmq.Context[zmq.Socket[bytes]],
     wake: int,
     printer: Printer | None,
 ) -> None:
     """The I/O thread. It does not keep its client: one that nobody can use any more says goodbye, and the thread ends."""
-    waiter = sockets.Waiter(dealer)
     waiter.add(wake)
     connections = sockets.Connections(dealer)
     waiter.add(connections.descriptor)
@@ -767,11 +774,13 @@ def _serve(
         while not dealer.poll(100, zmq.POLLOUT) and not _is_closed(reference):
             continue
         ready = {waiter.socket}
-        while (client := reference()) is not None and client._turn(
-            connections if connections.descriptor in ready else None, nudged=wake in ready, readable=waiter.socket in ready
-        ):
+        while (client := reference()) is not None:
+            news = connections if connections.descriptor in ready else None
+            deadline = client._turn(news, nudged=wake in ready, readable=waiter.socket in ready)
+            if deadline is None:
+                break
             del client
-            ready = waiter.wait(core.next_deadline())
+            ready = waiter.wait(deadline)
         if client is None:
             _say_goodbye(core, dealer)
     except Exception as error:

@@ -14,8 +14,10 @@ Rules
   the task cancels the task, also if it runs.
 * As an argument of a call it stands for what its task returns (``arguments.py``); then the packed form is kept.
 * What of the standard looks into a future finds there what it knows: ``_state``, ``_waiters``, ``_condition``. The condition
-  is made when somebody wants it, for it costs half as much as all else of a submission and most futures are done by then.
+  is made when somebody wants it, for it costs half as much as all else of a submission and most futures never need one.
   As long as there is none, the state changes under the lock under which it would be made; then under the condition alone.
+* A thread that waits for a result is a waiter too, with a lock of its own to sleep on. It enters itself without the
+  condition, and looks at the state after that: whoever changes the state looks for waiters after that.
   ``concurrent.futures.wait`` asks for exceptions while it holds the locks of all its futures: then the verdict answers.
 """
 
@@ -28,7 +30,7 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Generator
-from concurrent.futures._base import _STATE_TO_DESCRIPTION_MAP, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING
+from concurrent.futures._base import _STATE_TO_DESCRIPTION_MAP, CANCELLED_AND_NOTIFIED, FINISHED, PENDING, RUNNING, _Waiter
 from contextlib import nullcontext
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -54,6 +56,27 @@ unpackers: dict[int, tuple[int]] = {}
 # Held for an instant, while a state changes or a condition is made. A signal's handler may cancel what it has interrupted.
 _settling = threading.RLock()
 os.register_at_fork(after_in_child=_settling._at_fork_reinit)  # type: ignore[attr-defined]  # as the standard's pools do
+
+
+class Sleeper(_Waiter):
+    """A thread that waits until there is news of a future."""
+
+    lends = True  # the slot of a task; it sees to that itself
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def sleep(self, seconds: float) -> None:
+        self._lock.acquire(timeout=seconds)
+
+    def add_result(self, future: concurrent.futures.Future[Any]) -> None:
+        try:
+            self._lock.release()
+        except RuntimeError:  # it is awake already
+            pass
+
+    add_exception = add_cancelled = add_result
 
 
 class Owner(Protocol):
@@ -139,7 +162,7 @@ class Future(Shown, concurrent.futures.Future[T]):
         """What the task raised, or the :class:`~zmqsched.errors.ResultDecodeError`; None if it returned. Waits, and is
         interrupted, as :meth:`result`."""
         final = self._final
-        if final is not None and self._condition._is_owned():  # type: ignore[attr-defined]
+        if final is not None and self._made is not None and self._made._is_owned():  # type: ignore[attr-defined]
             return None if final.verdict == "ok" else errors.TaskError("not unpickled yet")
         try:
             self._await_answer(timeout)
@@ -250,24 +273,30 @@ class Future(Shown, concurrent.futures.Future[T]):
     def _end(self, state: str, final: Final | None, error: BaseException | None, states: tuple[str, ...]) -> bool:
         """It is over, unless it is in none of these states: say so, and tell who waits."""
         with _settling:
-            if self._made is None:
+            if (made := self._made) is None:
                 if self._state not in states:
                     return False
                 self._final, self._exception, self._state = final, error, state
-                return True
-        with self._made:
+        if made is None:
+            if self._waiters:
+                self._tell_waiters()
+            return True
+        with made:
             if self._state not in states:
                 return False
             self._final, self._exception, self._state = final, error, state
-            for waiter in self._waiters:
-                if state == CANCELLED_AND_NOTIFIED:
-                    waiter.add_cancelled(self)
-                elif final is not None and final.verdict == "ok":
-                    waiter.add_result(self)
-                else:
-                    waiter.add_exception(self)
-            self._made.notify_all()
+            self._tell_waiters()
         return True
+
+    def _tell_waiters(self) -> None:
+        final = self._final
+        for waiter in list(self._waiters):  # some may be leaving
+            if self._state == CANCELLED_AND_NOTIFIED:
+                waiter.add_cancelled(self)
+            elif final is not None and final.verdict == "ok":
+                waiter.add_result(self)
+            else:
+                waiter.add_exception(self)
 
     def log(self) -> str:
         """The end of what the task has printed so far, at most 64 KiB: standard output and error, of all its attempts. Where
@@ -349,32 +378,33 @@ class Future(Shown, concurrent.futures.Future[T]):
             if unpackers.get(id(self)) is mine:
                 del unpackers[id(self)]
                 if self._wanted:
-                    with self._condition:
-                        self._condition.notify_all()
+                    for waiter in list(self._waiters):
+                        if isinstance(waiter, Sleeper):
+                            waiter.add_result(self)
 
     def _wait_for_turn(self, mine: tuple[int], timeout: float | None) -> Final | None:
         """Wait until there is an answer for this thread to unpack (its own unpacking may have asked for it), or nothing to
         unpack."""
         until = None if timeout is None else time.monotonic() + timeout
-        with self._condition, nesting.waiting() if self._state in _OPEN else nullcontext():
-            while True:
-                if self._state not in _OPEN:
-                    if self._final is None or unpackers.setdefault(id(self), mine) == mine:
-                        return self._final
-                    if not self._wanted:
-                        self._wanted = True  # and look again: it may have ended before this could be seen
-                        continue
-                self._wait(until)
-
-    def _wait(self, until: float | None) -> None:
-        """Until something has changed. The standard's futures, too, take a timeout that is no number for none at all."""
-        if until is None:
-            self._condition.wait(ALERT_S)
-        elif (left := until - time.monotonic()) > 0:
-            self._condition.wait(min(left, ALERT_S))
-        else:
-            raise TimeoutError
-
+        sleeper = Sleeper()
+        self._waiters.append(sleeper)
+        try:
+            with nesting.waiting() if self._state in _OPEN else nullcontext():
+                while True:
+                    if self._state not in _OPEN:
+                        if self._final is None or unpackers.setdefault(id(self), mine) == mine:
+                            return self._final
+                        if not self._wanted:
+                            self._wanted = True  # and look again: it may have ended before this could be seen
+                            continue
+                    # The standard's futures, too, take a timeout that is no number for none at all.
+                    if not (left := ALERT_S if until is None else until - time.monotonic()) > 0:
+                        raise TimeoutError
+                    sleeper.sleep(min(left, ALERT_S))
+        except BaseException:
+            with self._condition:  # for who changes the state goes through the waiters
+                self._waiters.remove(sleeper)
+            raise
 
 def _unpacked(final: Final) -> tuple[Any, BaseException | None]:
     """Result and exception that this answer stands for.

@@ -313,11 +313,12 @@ class Waiter:
     In place of ``zmq.Poller``, which asks libzmq several times about each socket whenever it is called. The rule for a
     ZeroMQ socket's own descriptor: it signals an edge, once, and any call on the socket may swallow it. So the socket that
     is sent on is asked itself (``EVENTS``) after everything else was done and before going to sleep; one that is only read
-    from, and read empty, keeps its edge.
+    from, and read empty, keeps its edge. So does the one that is sent on while it is only used through :meth:`receive`.
     """
 
     def __init__(self, sending: Socket, reading: Socket | None = None) -> None:
         self._sending = sending
+        self._emptied = False  # it was read empty, and nothing was done with it since
         self._poll = select.poll()
         self.socket = descriptor(sending)
         self.add(self.socket)
@@ -330,10 +331,26 @@ class Waiter:
     def remove(self, descriptor: int) -> None:
         self._poll.unregister(descriptor)
 
+    def receive(self, limit: int) -> list[list[zmq.Frame]]:
+        """As :func:`receive_all`, from the socket that is sent on: then it is to be used by these methods alone."""
+        messages = receive_all(self._sending, limit)
+        self._emptied = len(messages) < limit
+        return messages
+
+    def send(self, frames: list[Buffer]) -> None:
+        """As the function of that name."""
+        self._emptied = False
+        send(self._sending, frames)
+
+    def use_keys(self, public: str, secret: str) -> None:
+        """As the function of that name."""
+        self._emptied = False
+        use_keys(self._sending, public, secret)
+
     def wait(self, deadline: float) -> set[int]:
         """The descriptors that can be read, after sleeping until the deadline (monotonic) if there are none. Without
         ``socket`` among them there is nothing to receive from the socket that is sent on."""
-        if not deadline or _readable(self._sending):
+        if not deadline or (not self._emptied and _readable(self._sending)):
             return {self.socket, *[descriptor for descriptor, _ in self._poll.poll(0)]}
         # Rounded up: a millisecond early would only mean another turn.
         timeout = max(0, math.ceil((deadline - time.monotonic()) * 1000))
