@@ -16,9 +16,9 @@ Rules
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Callable, Sequence
+from math import isfinite, isnan
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -34,28 +34,35 @@ from .protocol import (
     Dispatch,
     Done,
     Envelope,
+    Final,
     Finals,
+    Function,
     Functions,
+    Input,
     Inputs,
-    Message,
     NodeHello,
+    Order,
+    Outcome,
     Output,
     Payload,
     PipeMessage,
     Record,
-    RecordMessage,
     Results,
     Run,
+    Shape,
     Submit,
+    TaskSpec,
 )  # fmt: skip
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer as Buffer
 
-_encoder = msgspec.msgpack.Encoder()
-_envelopes = msgspec.msgpack.Decoder(Envelope)
-_pipe_messages = msgspec.msgpack.Decoder(PipeMessage)
-_records = msgspec.msgpack.Decoder(Record)
+_encode = msgspec.msgpack.Encoder().encode
+_decode_envelope = msgspec.msgpack.Decoder(Envelope).decode
+_decode_pipe_message = msgspec.msgpack.Decoder(PipeMessage).decode
+_decode_record = msgspec.msgpack.Decoder(Record).decode
+# What msgspec raises for bytes that are no message.
+_MALFORMED = (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError)
 _PREFIX = MAGIC + bytes((MAJOR, MINOR))
 
 # Which messages carry payloads: (field of the message or "" for itself, field of the item).
@@ -73,13 +80,13 @@ _CARRIES: dict[type, tuple[tuple[str, str], ...]] = {
 
 def encode(envelope: Envelope) -> list[Buffer]:
     """One message as frames: the header, then bulk frames in order."""
-    bulk: list[Buffer] = []
     body = envelope.body
-    if type(body) in _CARRIES:
-        slim = _without_bulk(body, bulk)
-        if slim is not body:
-            envelope = Envelope(envelope.session, envelope.seq, envelope.ack, slim)
-    return [_PREFIX + _encoder.encode(envelope), *bulk]
+    has_bulk = _HAS_BULK.get(type(body))
+    if has_bulk is None or not has_bulk(body):
+        return [_PREFIX + _encode(envelope)]
+    bulk: list[Buffer] = []
+    slim = _without_bulk(body, bulk)
+    return [_PREFIX + _encode(Envelope(envelope.session, envelope.seq, envelope.ack, slim)), *bulk]
 
 
 def decode(frames: Sequence[Buffer]) -> Envelope:
@@ -95,30 +102,39 @@ def decode(frames: Sequence[Buffer]) -> Envelope:
     header = memoryview(frames[0])
     if header.nbytes > MAX_HEADER:
         raise ProtocolError(f"header of {header.nbytes} bytes is over the limit of {MAX_HEADER}")
-    prefix = bytes(header[:4])
-    if len(prefix) < 4 or prefix[:2] != MAGIC:
-        raise ProtocolError("not a zmqsched message")
-    if prefix[2] != MAJOR:
-        raise VersionMismatch(f"the peer speaks protocol {prefix[2]}.{prefix[3]}, this side {MAJOR}.{MINOR}")
-    envelope: Envelope = _decoded(_envelopes, header[4:])
-    _check(envelope.body)
-    _fill_bulk(envelope.body, frames)
+    if header[:4] != _PREFIX:
+        _check_prefix(bytes(header[:4]))
+    try:
+        envelope: Envelope = _decode_envelope(header[4:])
+    except _MALFORMED as error:
+        raise ProtocolError(f"malformed message: {error}") from None
+    body = envelope.body
+    if (check := _CHECKS.get(type(body))) is not None:
+        check(body)
+    has_bulk = _HAS_BULK.get(type(body))
+    if len(frames) > 1 or (has_bulk is not None and has_bulk(body)):
+        _fill_bulk(body, frames)
     return envelope
 
 
 def encode_pipe(message: PipeMessage) -> list[Buffer]:
-    if _is_small(message):
-        return [_encoder.encode(message)]
+    has_bulk = _HAS_BULK.get(type(message))
+    if has_bulk is None or not has_bulk(message):
+        return [_encode(message)]
     bulk: list[Buffer] = []
     message = _without_bulk(message, bulk)
-    return [_encoder.encode(message), *bulk]
+    return [_encode(message), *bulk]
 
 
 def decode_pipe(frames: Sequence[Buffer]) -> PipeMessage:
     if not frames:
         raise ProtocolError("a message has at least one frame")
-    message: PipeMessage = _decoded(_pipe_messages, frames[0])
-    if len(frames) > 1 or not _is_small(message):
+    try:
+        message: PipeMessage = _decode_pipe_message(frames[0])
+    except _MALFORMED as error:
+        raise ProtocolError(f"malformed message: {error}") from None
+    has_bulk = _HAS_BULK.get(type(message))
+    if len(frames) > 1 or (has_bulk is not None and has_bulk(message)):
         _fill_bulk(message, frames)
     return message
 
@@ -127,34 +143,77 @@ def encode_record(record: Record) -> list[Buffer]:
     bulk: list[Buffer] = []
     if type(record.body) in _CARRIES:
         record = Record(record.owner, _without_bulk(record.body, bulk))
-    return [_encoder.encode(record), *bulk]
+    return [_encode(record), *bulk]
 
 
 def decode_record(frames: Sequence[Buffer]) -> Record:
     if not frames:
         raise ProtocolError("a record has at least one frame")
-    record: Record = _decoded(_records, frames[0])
-    _check(record.body)
+    try:
+        record: Record = _decode_record(frames[0])
+    except _MALFORMED as error:
+        raise ProtocolError(f"malformed message: {error}") from None
+    if (check := _CHECKS.get(type(record.body))) is not None:
+        check(record.body)
     _fill_bulk(record.body, frames)
     return record
 
 
-def _decoded(decoder: Any, data: Buffer) -> Any:
-    try:
-        return decoder.decode(data)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, OverflowError) as error:
-        raise ProtocolError(f"malformed message: {error}") from None
+def _check_prefix(prefix: bytes) -> None:
+    """It is not this version's; another minor one will do."""
+    if len(prefix) < 4 or prefix[:2] != MAGIC:
+        raise ProtocolError("not a zmqsched message")
+    if prefix[2] != MAJOR:
+        raise VersionMismatch(f"the peer speaks protocol {prefix[2]}.{prefix[3]}, this side {MAJOR}.{MINOR}")
 
 
-def _is_small(message: PipeMessage) -> bool:
-    """It has no bulk, as most; a look costs a tenth of what taking it apart does."""
-    if type(message) is Run:
-        function, call = message.function, message.call
-        whole = type(function) is bytes and type(call) is bytes and not message.inputs
-        return whole and len(function) <= INLINE_MAX and len(call) <= INLINE_MAX
-    if type(message) is Done:
-        return type(message.value) is bytes and len(message.value) <= INLINE_MAX
-    return True
+def _has_bulk_value(items: Sequence[Outcome | Final | Input]) -> bool:
+    for item in items:
+        value = item.value
+        if type(value) is not bytes or len(value) > INLINE_MAX:
+            return True
+    return False
+
+
+def _has_bulk_call(items: Sequence[TaskSpec | Order]) -> bool:
+    for item in items:
+        call = item.call
+        if type(call) is not bytes or len(call) > INLINE_MAX:
+            return True
+    return False
+
+
+def _has_bulk_blob(functions: list[Function]) -> bool:
+    for function in functions:
+        blob = function.blob
+        if type(blob) is not bytes or len(blob) > INLINE_MAX:
+            return True
+    return False
+
+
+def _run_has_bulk(run: Run) -> bool:
+    function, call = run.function, run.call
+    if type(function) is not bytes or type(call) is not bytes or len(function) > INLINE_MAX or len(call) > INLINE_MAX:
+        return True
+    return bool(run.inputs) and _has_bulk_value(run.inputs)
+
+
+def _done_has_bulk(done: Done) -> bool:
+    return type(done.value) is not bytes or len(done.value) > INLINE_MAX
+
+
+# Whether any payload is not in the header, or is not to be: one look at each, for all of most messages are small. Taking a
+# message apart by the table above costs several times as much.
+_HAS_BULK: dict[type, Callable[[Any], bool]] = {
+    Submit: lambda body: _has_bulk_call(body.tasks) or _has_bulk_blob(body.functions),
+    Functions: lambda body: _has_bulk_blob(body.functions),
+    Dispatch: lambda body: _has_bulk_call(body.orders) or _has_bulk_blob(body.functions),
+    Results: lambda body: _has_bulk_value(body.outcomes),
+    Finals: lambda body: _has_bulk_value(body.finals),
+    Inputs: lambda body: _has_bulk_value(body.finals),
+    Run: _run_has_bulk,
+    Done: _done_has_bulk,
+}
 
 
 def _without_bulk(message: Any, bulk: list[Buffer]) -> Any:
@@ -207,27 +266,34 @@ def _fill_bulk(message: Any, frames: Sequence[Buffer]) -> None:
         raise ProtocolError(f"{len(frames) - taken} bulk frames that the header does not name")
 
 
-def _check(body: Message | RecordMessage) -> None:
-    """What msgspec cannot state: indices within the message, and NaN, which passes every comparison it makes."""
-    kind = type(body)
-    if kind is Submit or kind is Dispatch:
-        items = body.tasks if isinstance(body, Submit) else cast(Dispatch, body).orders
-        shapes = cast(Submit, body).shapes
-        if items and max([item.shape for item in items]) >= len(shapes):
-            raise ProtocolError("a task names a shape that the message does not have")
-        for shape in shapes:
-            _check_amounts(shape.options.resources)
-            if not math.isfinite(shape.options.backoff + shape.options.timeout):
-                raise ProtocolError("a task's seconds must be finite numbers")
-    elif kind is Output:
-        if any(math.isnan(advance.fraction) for advance in cast(Output, body).advances):
-            raise ProtocolError("how far a task has come must be a number")
-    elif kind is NodeHello or kind is ClientHello:
-        _check_names(cast(NodeHello | ClientHello, body))
-        if isinstance(body, NodeHello):
-            _check_amounts(body.resources)
-            if not math.isfinite(body.leaves_in_s):
-                raise ProtocolError("a node's seconds must be a finite number")
+def _check_submit(body: Submit) -> None:
+    _check_shapes(body.shapes, [each.shape for each in body.tasks])
+
+
+def _check_dispatch(body: Dispatch) -> None:
+    _check_shapes(body.shapes, [each.shape for each in body.orders])
+
+
+def _check_shapes(shapes: list[Shape], named: list[int]) -> None:
+    if named and max(named) >= len(shapes):
+        raise ProtocolError("a task names a shape that the message does not have")
+    for shape in shapes:
+        options = shape.options
+        _check_amounts(options.resources)
+        if not isfinite(options.backoff + options.timeout):
+            raise ProtocolError("a task's seconds must be finite numbers")
+
+
+def _check_output(body: Output) -> None:
+    if any(isnan(advance.fraction) for advance in body.advances):
+        raise ProtocolError("how far a task has come must be a number")
+
+
+def _check_node_hello(body: NodeHello) -> None:
+    _check_names(body)
+    _check_amounts(body.resources)
+    if not isfinite(body.leaves_in_s):
+        raise ProtocolError("a node's seconds must be a finite number")
 
 
 def _check_names(hello: ClientHello | NodeHello) -> None:
@@ -242,7 +308,17 @@ def _check_names(hello: ClientHello | NodeHello) -> None:
 
 def _check_amounts(resources: tuple[tuple[str, float], ...]) -> None:
     for _, amount in resources:
-        if not math.isfinite(amount):
+        if not isfinite(amount):
             raise ProtocolError("resource amounts must be finite numbers")
     if len(resources) > 1 and len({name for name, _ in resources}) < len(resources):
         raise ProtocolError("a resource is named twice")
+
+
+# What msgspec cannot state: indices within the message, and NaN, which passes every comparison it makes.
+_CHECKS: dict[type, Callable[[Any], None]] = {
+    Submit: _check_submit,
+    Dispatch: _check_dispatch,
+    Output: _check_output,
+    ClientHello: _check_names,
+    NodeHello: _check_node_hello,
+}
