@@ -25,7 +25,6 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import zmq
-from msgspec import Struct
 from msgspec.structs import replace
 
 from . import errors, lifetime, nesting, sockets, worker
@@ -98,14 +97,11 @@ MAX_WAITING_BYTES = 64 * 1024 * 1024
 _TICK = events.Tick()
 
 
-class Submission(Struct, frozen=True):
-    """A packed call on its way to the I/O thread."""
+class Submission(events.Asked, gc=True):  # type: ignore[misc]  # frozen is inherited, which mypy does not know
+    """A packed call on its way to the I/O thread. ``arguments``: the futures whose tasks are its inputs."""
 
-    task: bytes
-    shape: Shape
-    call: Payload
-    function: Payload
-    inputs: tuple[Future[Any], ...] = ()
+    function: Payload = b""
+    arguments: tuple[Future[Any], ...] = ()
 
 
 class Client(Shown, Tasks):
@@ -350,7 +346,7 @@ class Client(Shown, Tasks):
         *, accepted: bool = False,
     ) -> Future[T]:  # fmt: skip
         """``accepted``: part of what was asked for before a shutdown."""
-        if not self.usable:
+        if self._closed or self._broken is not None:
             self._check_usable(accepted=accepted)
         if self._nested:
             self._keep_order()
@@ -362,26 +358,26 @@ class Client(Shown, Tasks):
             future._cell = self._cell()
         try:
             call = pack_call(args, kwargs)
-            inputs = inputs_of(found, self) if (found := references()) is not None else ()
+            arguments = inputs_of(found, self) if (found := references()) is not None else ()
             digest, blob = self._functions.pack(fn, retry_on if options.retries else b"", call)
         except errors.TaskError as error:
             self._fail_groups(task, Shape(b"", options, short_form(fn)), str(error))
             future.set_running_or_notify_cancel()
             future.set_exception(error)
             return future
-        held = groups()[:MAX_HELD]
-        if inputs and (argument := first_failed(inputs)) is not None:
+        if arguments and (argument := first_failed(arguments)) is not None:
             self._fail_groups(task, Shape(digest, options, short_form(fn)), "an input has failed")
             fail(future, argument)
             return future
-        if held:
+        if held := groups():
             self._owing = self._nested
-            options = replace(options, holds=held, parent=nesting.attempt())
+            options = replace(options, holds=held[:MAX_HELD], parent=nesting.attempt())
         shape = self._shape
         if shape.function != digest or shape.options is not options:  # than the last task's
             shape = self._shape = Shape(digest, options, short_form(fn))
+        inputs = tuple([each._task for each in arguments]) if arguments else ()
         with self._lock:
-            if not self.usable:
+            if self._closed or self._broken is not None:
                 self._check_usable(accepted=accepted)
             if self._waiting >= MAX_WAITING_BYTES and threading.current_thread() is not self._thread:
                 self._wait_for_room(accepted=accepted)
@@ -390,7 +386,7 @@ class Client(Shown, Tasks):
             lifetime.needed.add(self)
             if options.job:
                 self._kept.add(task)
-            self._inbox.append(Submission(task, shape, call, blob, inputs))
+            self._inbox.append(Submission(task, shape, call, inputs, blob, arguments))
         if not self._awake:
             self._nudge()
         return future
@@ -615,13 +611,14 @@ class Client(Shown, Tasks):
         for _ in range(len(self._inbox)):
             item = self._inbox.popleft()
             if isinstance(item, Submission):
-                if item.inputs and self._fails_at_once(item):
+                if not item.arguments:
+                    tasks.append(item)
+                elif self._fails_at_once(item):
                     continue
-                inputs = tuple([each._task for each in item.inputs]) if item.inputs else ()
-                tasks.append(events.Asked(item.task, item.shape, item.call, inputs))
+                else:  # without the futures, which are their owner's to keep
+                    tasks.append(events.Asked(item.task, item.shape, item.call, item.inputs))
+                    values.update(values_of(item.arguments))
                 functions[item.shape.function] = item.function
-                if item.inputs:
-                    values.update(values_of(item.inputs))
                 continue
             if tasks:
                 actions += self._core.handle(events.Ask(tasks, functions, values), now)
@@ -633,7 +630,7 @@ class Client(Shown, Tasks):
 
     def _fails_at_once(self, item: Submission) -> bool:
         """An argument has failed since the call was packed: nothing is submitted."""
-        argument = first_failed(item.inputs)
+        argument = first_failed(item.arguments)
         if argument is None:
             return False
         with self._lock:

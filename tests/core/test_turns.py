@@ -72,7 +72,7 @@ def test_a_lone_task_costs_the_client_few_calls():
         brain.handle(Reached(answer), now)
         assert brain.next_deadline() > now, "nothing is to be ticked for"
 
-    assert calls(turns) <= 66
+    assert calls(turns) <= 59
 
 
 def test_a_task_costs_the_scheduler_few_calls():

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from itertools import islice
 from typing import Literal, TypeAlias, TypeGuard
 
 from ..config import BEAT_INTERVAL_S, CLIENT_LEASE_S, CLUSTER_LOST_AFTER_S
 from ..protocol import (
+    BATCH_BYTES,
     BATCH_ITEMS,
     MAX_ITEMS,
     Cancel,
@@ -68,6 +69,7 @@ from ..protocol import (
     Unknown,
     Welcome,
     batches,
+    payload_bytes,
     shape_bytes,
     tag_of,
     wire_bytes,
@@ -101,7 +103,7 @@ from .events import (
 from .fences import Fences
 from .functions import FunctionStore, function_bytes
 from .ledger import final_bytes
-from .load import call_bytes
+from .load import INPUT_BYTES, RECORD_BYTES
 from .offences import Strikes
 from .uplink import Uplink
 
@@ -195,7 +197,7 @@ class Requests:
 
     def sanity_check(self) -> None:
         assert self._fresh.keys() <= self._open.keys(), "a task to submit is not open"
-        assert self.waiting == sum(map(_bytes, self._fresh.values())), "bytes that wait are off"
+        assert self.waiting == _bytes(self._fresh.values()), "bytes that wait are off"
         assert self._window + sum(self._on_the_way) == WINDOW_BYTES, "bytes on the way are off"
         assert self._fresh or self._doubts or not self._behind, "what waits behind tasks waits behind none"
         assert all(map(self._awaits, self._withdrawn)), "a task that was answered is withdrawn"
@@ -218,14 +220,13 @@ class Requests:
 
     def _ask(self, tasks: list[Asked], functions: Mapping[bytes, Payload], values: Mapping[bytes, Payload]) -> None:
         named: dict[bytes, int] = {}
-        size = 0
         for entry in tasks:
             self._open[entry.task] = self._fresh[entry.task] = entry
             if entry.inputs:
                 self._inputs.need(entry.task, entry, entry.inputs)
-            size += call_bytes(entry.call, entry.inputs)
             function = entry.shape.function
             named[function] = named.get(function, 0) + 1
+        size = _bytes(tasks)
         self.waiting += size
         self.taken += size
         for task, value in values.items():
@@ -355,7 +356,7 @@ class Requests:
         again = {entry.task: entry for entry in entries if entry.task not in self._fresh}
         self._lacked -= again.keys()
         self._fresh = {**again, **self._fresh}
-        self.waiting += sum(map(_bytes, again.values()))
+        self.waiting += _bytes(again.values())
 
     def _give_inputs(self, tasks: list[bytes]) -> None:
         """What the broker lacks we have been answered; or shall be, with an answer that is on its way; or shall submit. Of
@@ -439,32 +440,33 @@ class Requests:
         passed_on: set[bytes] = set()
         while answers:
             final = answers.popleft()
-            withdrawn = self._withdrawn.pop(final.task, None) is not None
-            if final.task in self._lapsed and final.task not in passed_on:
-                shape = self._lapsed.pop(final.task)
+            task = final.task
+            withdrawn = self._withdrawn.pop(task, None) is not None
+            if task in self._lapsed and task not in passed_on:
+                shape = self._lapsed.pop(task)
                 if final.verdict == "NotAccepted":
-                    self._fail_groups(final.task, shape, final.text)
-            entry = self._open.pop(final.task, None)
+                    self._fail_groups(task, shape, final.text)
+            entry = self._open.pop(task, None)
             if entry is not None:
-                fresh = self._fresh.pop(final.task, None) is not None
+                shape = entry.shape
+                fresh = self._fresh.pop(task, None) is not None
                 if fresh:
-                    self.waiting -= _bytes(entry)
-                if entry.shape.options.holds and (final.verdict == "NotAccepted" or final.task in passed_on):
+                    self.waiting -= _bytes([entry])
+                if shape.options.holds and (final.verdict == "NotAccepted" or task in passed_on):
                     self._fail_groups_of(entry, final, fresh=fresh)
                 if entry.inputs:
-                    self._inputs.release(entry.task, entry.inputs)
-                function = entry.shape.function
-                released[function] = released.get(function, 0) + 1
+                    self._inputs.release(task, entry.inputs)
+                released[shape.function] = released.get(shape.function, 0) + 1
                 news.append(final)
-            elif self._awaits(final.task):
+            elif self._awaits(task):
                 news.append(final)
                 for tasks in self._jobs.values():
-                    tasks.discard(final.task)
+                    tasks.discard(task)
             else:
                 continue
-            if final.task in self._inputs or final.task in self._lacked:
+            if task in self._inputs or task in self._lacked:
                 if withdrawn and final.verdict == "ok":
-                    final = Final(final.task, "cancelled", text="it had started when it was cancelled")
+                    final = Final(task, "cancelled", text="it had started when it was cancelled")
                 failed = self._pass_on(final, None if entry is None else entry.shape)
                 passed_on.update(each.task for each in failed)
                 answers.extend(failed)
@@ -523,15 +525,41 @@ class Requests:
         if len(self._sent) > MAX_SENT_FUNCTIONS:
             self._sent.clear()
         while self._fresh and self._may_submit:
-            batch = next(batches(list(islice(self._fresh.values(), BATCH_ITEMS)), self._sizes()))
-            for entry in batch:
-                del self._fresh[entry.task]
-            size = sum(map(_bytes, batch))
-            self.waiting -= size
-            self._window -= size
-            self._on_the_way.append(size)
-            self._uplink.send(self._submission(batch))
+            self._submit_batch()
         self._send_what_waits()
+
+    def _submit_batch(self) -> None:
+        """One message with the first of the fresh ones, as many as it may hold."""
+        batch: list[Asked] = []
+        specs: list[TaskSpec] = []
+        shapes: dict[Shape, tuple[int, int]] = {}  # its number in the message, and what it adds to each task's bytes
+        functions: dict[bytes, Function] = {}
+        room = BATCH_BYTES
+        for entry in islice(self._fresh.values(), BATCH_ITEMS):
+            shape, call, inputs = entry.shape, entry.call, entry.inputs
+            number, size = shapes.get(shape) or (len(shapes), shape_bytes(shape))
+            room -= size + (len(call) if type(call) is bytes else wire_bytes(call)) + 20 * len(inputs)
+            if number == len(shapes):
+                digest = shape.function
+                lacks = digest not in self._sent and digest not in functions
+                if lacks:
+                    room -= wire_bytes(self._functions[digest])
+            if room < 0 and batch:
+                break
+            if number == len(shapes):
+                shapes[shape] = number, size
+                if lacks:
+                    functions[digest] = Function(digest, self._functions[digest])
+            batch.append(entry)
+            specs.append(TaskSpec(entry.task, number, call, inputs))
+        for entry in batch:
+            del self._fresh[entry.task]
+        size = _bytes(batch)
+        self.waiting -= size
+        self._window -= size
+        self._on_the_way.append(size)
+        self._sent |= functions.keys()
+        self._uplink.send(Submit(list(shapes), specs, list(functions.values())))
 
     def _send_what_waits(self) -> None:
         if self._behind and not self._fresh and not self._doubts:
@@ -545,30 +573,6 @@ class Requests:
             self._behind.append(message)
         else:
             self._uplink.send(message)
-
-    def _sizes(self) -> Callable[[Asked], int]:
-        """What each task takes in a message: with its function, the first time that is named."""
-        named: set[bytes] = set()
-        shapes: dict[Shape, int] = {}  # of many tasks there are few
-
-        def size(entry: Asked) -> int:
-            shape = entry.shape
-            if (taken := shapes.get(shape)) is None:
-                taken = shapes[shape] = shape_bytes(shape)
-            taken += wire_bytes(entry.call) + 20 * len(entry.inputs)
-            if shape.function not in self._sent and shape.function not in named:
-                named.add(shape.function)
-                taken += wire_bytes(self._functions[shape.function])
-            return taken
-
-        return size
-
-    def _submission(self, tasks: list[Asked]) -> Submit:
-        index: dict[Shape, int] = {}
-        specs = [TaskSpec(each.task, index.setdefault(each.shape, len(index)), each.call, each.inputs) for each in tasks]
-        new = {shape.function for shape in index} - self._sent
-        self._sent |= new
-        return Submit(list(index), specs, [Function(digest, self._functions[digest]) for digest in sorted(new)])
 
     def _watch(self, now: float) -> None:
         gap = 0.0 if self._ticked_at is None else now - self._ticked_at
@@ -593,8 +597,14 @@ class Requests:
         self._out.append(Broken("refused" if code == "refused" else "lost", reason))
 
 
-def _bytes(entry: Asked) -> int:
-    return call_bytes(entry.call, entry.inputs)
+def _bytes(entries: Collection[Asked]) -> int:
+    """As ``call_bytes``, of all of them together."""
+    total = RECORD_BYTES * len(entries)
+    for each in entries:
+        total += len(each.call) if type(each.call) is bytes else payload_bytes(each.call)
+        if each.inputs:
+            total += INPUT_BYTES * len(each.inputs)
+    return total
 
 
 def _is_addition(message: Message) -> bool:

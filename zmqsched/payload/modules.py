@@ -128,11 +128,12 @@ class _Set:
     def has_changed(self, now: float) -> bool:
         if now < self.due:
             return False
-        self.due = now + LOOK_S * len(self.entries)
         changed = False
         for entry, then in self.entries:
             entry.look(now)
             changed |= entry.digest is not then  # others look at the same entries
+        if not changed:  # until then nobody else is to take it for looked at
+            self.due = now + LOOK_S * len(self.entries)
         return changed
 
 
@@ -175,6 +176,12 @@ class Modules:
         NotSerializable
             One of them is no Python, as it is now.
         """
+        found = self._sets.get(names)
+        if found is None or found.due <= monotonic():
+            found = self._looked_at(names)
+        return found.bundle if found.bundle.blob else None
+
+    def _looked_at(self, names: frozenset[str]) -> _Set:
         with self._lock:
             now = monotonic()
             found = self._sets.get(names)
@@ -185,7 +192,7 @@ class Modules:
                 if len(self._sets) >= _MAX_SETS:
                     self._sets.clear()
                 found = self._sets[names] = self._made(names, now)
-            return found.bundle if found.bundle.blob else None
+            return found
 
     def _look_around(self) -> None:
         """Which of the imported modules are the user's own."""
