@@ -98,11 +98,11 @@ MUTANTS = {
     ),
     "the attempt that a result names is not looked at": _one(
         "book",
-        "current = task is not None and task.node == node.id and task.attempt == outcome.attempt",
-        "current = task is not None and task.node == node.id",
+        "current = (task.node == node.id and task.attempt == outcome.attempt)",
+        "current = task.node == node.id",
     ),
     "an error of an attempt that was given up decides": _one(
-        "book", "if task is None or not (current or outcome.ok):", "if task is None:"
+        "book", "if task is None or not outcome.ok:", "if task is None:"
     ),
     "a retry is counted on the WaitGroup again": _one(
         "book",

@@ -46,7 +46,7 @@ class Floor:
             self.tasks.append(task)
 
     def place(self) -> list[tuple[Task, Node]]:
-        pairs = self.placement.place(0.0)
+        pairs = [(task, node) for node, run in self.placement.place(0.0) for task in run]
         self.placed += [node.id for _, node in pairs]
         self.placement.sanity_check()
         self.placement.check_nothing_waits(0.0)

@@ -76,8 +76,8 @@ def test_a_lone_task_costs_the_client_few_calls():
 
 
 def test_a_task_costs_the_scheduler_few_calls():
-    assert _of_the_scheduler(1) <= 157
-    assert _of_the_scheduler(4) - _of_the_scheduler(3) <= 42, "one more in the same messages"
+    assert _of_the_scheduler(1) <= 150
+    assert _of_the_scheduler(4) - _of_the_scheduler(3) <= 25, "one more in the same messages"
 
 
 def _of_the_scheduler(number: int) -> int:

@@ -210,25 +210,26 @@ class Book:
         """``client``: who submits it, be the owner a job. ``waits``: its function is not here."""
         self._seq += 1
         inputs = tuple(dict.fromkeys(spec.inputs)) if spec.inputs else ()
-        task = self.tasks[spec.task] = Task(spec.task, owner, kind, spec.call, self._seq, inputs)
+        state = WAITING if waits or inputs else QUEUED
+        task = self.tasks[spec.task] = Task(spec.task, owner, kind, spec.call, self._seq, inputs, state)
         self.load.tasks += task.held_bytes
         owner.open += 1
         if not kind.open:
             self.functions.hold(kind.shape.function)
         kind.open += 1
-        if kind.options.group:
-            self.counting.answer(self.counting.groups.begin(kind.options.group))
-        if kind.options.holds:
+        options = kind.options
+        if options.group:
+            self.counting.answer(self.counting.groups.begin(options.group))
+        if options.holds:
             self.counting.hold(task)
+        if state is QUEUED:
+            self.placement.enqueue(task)
+            return task
         if waits:
             self.waiting.setdefault(kind.shape.function, {})[task.id] = task
         if inputs:
             self.dependencies.begin(task, client)
-        if waits or inputs:
-            self.queue_if_ready(task)
-        else:
-            task.move(QUEUED)
-            self.placement.enqueue(task)
+        self.queue_if_ready(task)
         return task
 
     def queue_if_ready(self, task: Task) -> None:
@@ -395,19 +396,19 @@ class Book:
     def results(self, node: Node, outcomes: list[Outcome]) -> None:
         for outcome in outcomes:
             task = self.tasks.get(outcome.task)
-            current = task is not None and task.node == node.id and task.attempt == outcome.attempt
-            self.offers.pop(outcome.task, None)
-            current = current or outcome.task in self.limbo
+            if self.offers:
+                self.offers.pop(outcome.task, None)
             if task is not None:
                 task.kind.took(outcome.ran_s)
-            if not current:
+                current = (task.node == node.id and task.attempt == outcome.attempt) or outcome.task in self.limbo
+            if task is None or not current:
                 self.counts["zombie results"] += 1
-            if task is None or not (current or outcome.ok):
-                self.counting.over(outcome.task, node.incarnation)
-                continue
-            if outcome.ok:
-                if not current and task.node:  # a newer attempt elsewhere is no longer wanted
+                if task is None or not outcome.ok:
+                    self.counting.over(outcome.task, node.incarnation)
+                    continue
+                if task.node:  # a newer attempt elsewhere is no longer wanted
                     self._call_back(task, force=False)
+            if outcome.ok:
                 if task.debts is not None:
                     self.counting.runs_at(task, node.incarnation)
                 self.finish(task, Final(task.id, "ok", outcome.value))
@@ -565,23 +566,22 @@ class Book:
             self.dependencies.ended(task, final)
 
     def end(self, task: Task, final: Final) -> None:
-        debts = task.debts
+        debts, owner, group = task.debts, task.owner, task.kind.options.group
         self.close(task)
         self.counts[final.verdict] += 1
-        wanted = self.owners.knows(task.owner)
+        wanted = self.owners.knows(owner)
         if wanted:
-            self._keep(task.owner, final)
-        if task.kind.options.group:
-            self.counting.answer(self.counting.groups.end(task.kind.options.group))
+            self._keep(owner, final)
+        if group:
+            self.counting.answer(self.counting.groups.end(group))
         if debts is not None:
             self.counting.finish(task, debts, final, wanted=wanted)
 
     def close(self, task: Task) -> None:
         """The record of the task is over."""
-        kind = task.kind
+        kind, owner = task.kind, task.owner
         if task.node:
-            node = self.nodes[task.node]
-            self.let_go(task, node)
+            self.let_go(task, self.nodes[task.node])
         elif task.state is QUEUED:
             self.placement.withdraw(task)
         elif task.state is WAITING:
@@ -597,9 +597,9 @@ class Book:
         if not kind.open:
             self.functions.release(kind.shape.function)
             self.placement.retire(kind)
-        task.owner.open -= 1
-        if not task.owner.open:
-            task.owner.quiet_since = self.now
+        owner.open -= 1
+        if not owner.open:
+            owner.quiet_since = self.now
 
     def _stop_waiting(self, task: Task) -> None:
         if self.limbo.pop(task.id, None) is not None:
@@ -634,8 +634,9 @@ class Book:
         """The answer is as safe as it will be; it is kept until it is acknowledged."""
         owner.answers[final.task] = final
         for session in owner.sessions:
+            if not session.finals:
+                self.sessions.touch(session)
             session.finals.append(final)
-            self.sessions.touch(session)
 
     def delivered(self, session: Session) -> None:
         """Answers were acknowledged. Those of a job are kept for others."""

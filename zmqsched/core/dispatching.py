@@ -34,8 +34,8 @@ class Dispatching:
         if not book.placement.pending or book.load.unread:
             return
         orders: dict[str, list[Task]] = {}
-        for task, node in book.placement.place(book.now):
-            orders.setdefault(node.id, []).append(task)
+        for node, run in book.placement.place(book.now):
+            orders.setdefault(node.id, []).extend(run)
         for node_id, tasks in orders.items():
             node = book.nodes[node_id]
             if len(node.functions) > MAX_NODE_FUNCTIONS:

@@ -113,15 +113,22 @@ class Node:
             raise IllegalMove(f"node {self.id}: {self.state} to {state}")
         self.state = state
 
-    def fits(self, demand: Demand) -> bool:
-        """Room for one more such task. Prefetched tasks wait for a slot, so they may overbook ``cpu`` and nothing else."""
+    def room(self, demand: Demand) -> float:
+        """For how many more such tasks. Prefetched tasks wait for a slot, so they may overbook ``cpu`` and nothing else."""
+        room = math.inf
         for name, amount in demand:
             limit = self.total.get(name, 0.0) + 1e-9
-            if self.used.get(name, 0.0) + amount > limit and (
-                name != "cpu" or amount > limit or self.used[name] + amount > limit + self.credit - self.slots
-            ):
-                return False
-        return True
+            if name == "cpu" and amount <= limit and self.credit > self.slots:
+                limit += self.credit - self.slots
+            spare = limit - self.used.get(name, 0.0)
+            if amount > spare:
+                return 0
+            if amount:
+                room = min(room, spare // amount)
+        return room
+
+    def fits(self, demand: Demand) -> bool:
+        return self.room(demand) > 0
 
     def lasts(self, seconds: float, now: float) -> bool:
         """A task that takes so long would end here."""
@@ -132,13 +139,13 @@ class Node:
         return _holds(self.total, demand)
 
     def take(self, task: Task, turn: int) -> None:
+        """To be called with a new ``version``, one for all tasks that it takes at once."""
         assert len(self.tasks) < self.credit, f"{self.id} would exceed its credit"
         self.tasks[task.id] = task
         for name, amount in task.kind.options.resources:
             if amount:
                 self.used[name] += amount
         self.turn = turn
-        self.version += 1
 
     def drop(self, task: Task) -> None:
         if task.lent:
@@ -201,6 +208,7 @@ class Pool:
         self._nesting: dict[str, Node] = {}  # those that take tasks of tasks alone, or did
         self._count = itertools.count()
         self._last = 0.0  # the rank of the node found last
+        self._next = math.inf  # and at which rank another's turn may come
 
     def suits(self, node: Node | Prospect) -> bool:
         return self.tags <= node.tags and all(node.total.get(name, 0.0) > 0 for name in self.names)
@@ -218,9 +226,10 @@ class Pool:
         """Enter the node at its present rank; to be called after each change of it."""
         if node.lent and node.takes_nested:
             self._nesting[node.id] = node
-        if not node.open:
-            return
-        entry = self._entry(node)
+        if node.open:
+            self._enter(self._entry(node))
+
+    def _enter(self, entry: tuple[float, int, int, Node]) -> None:
         for heap in self._heaps.values():
             heapq.heappush(heap, entry)
             if len(heap) > 64 + 4 * len(self.nodes):
@@ -241,6 +250,7 @@ class Pool:
         heap = self._heaps[lane.step]
         skipped = []
         found = None
+        self._next = math.inf
         while heap:
             rank, _, version, node = heap[0]
             gone = version != node.version or not node.open or node.id not in self.nodes
@@ -250,11 +260,24 @@ class Pool:
             if node.fits(lane.demand) and (node.reserved is None or lane.may_pass(node.reserved)):
                 found = node
                 self._last = rank
+                if len(heap) > 1:
+                    self._next = min(heap[1:3])[0]
                 break
             skipped.append(heapq.heappop(heap))
         for entry in skipped:
             heapq.heappush(heap, entry)
         return found or (self._find_nesting(lane, now) if lane.nested else None)
+
+    def finds_again(self, node: Node) -> bool:
+        """The node that was found last has got a task: whether it is the best nevertheless. Else it is entered."""
+        if self._next == math.inf:
+            return True
+        entry = self._entry(node)
+        if entry[0] < self._next:
+            self._last = entry[0]
+            return True
+        self._enter(entry)
+        return False
 
     def _find_nesting(self, lane: Lane, now: float) -> Node | None:
         """A node that takes nothing but what its tasks may wait for; few are ever there."""

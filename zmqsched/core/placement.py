@@ -10,7 +10,9 @@ Rules
   node is *reserved*: it takes nothing else of that priority or below until the task is placed.
 * Nodes that are to end at some time get no task that takes longer. While there are such, lanes are divided by how long their
   tasks take (``Kind.step``); what turns out to be longer, or shorter, than was thought is moved when its turn comes.
-* The cost per task is one heap step among the nodes of a pool and one among the lanes that are ready.
+* A node that was found takes the lane's tasks in one *run*, until it has no room or another lane's or another node's turn
+  has come. So where there is nobody to choose from a task costs no step of a heap, else one among the nodes of a pool and
+  one among the lanes that are ready.
 """
 
 from __future__ import annotations
@@ -99,8 +101,9 @@ class Placement:
                 self._drop_if_unused(lane.pool)
 
     def enqueue(self, task: Task, *, first: bool = False) -> None:
-        lane = task.kind.lane
-        self._push(task, self._lane_of(task.kind) if self._ending or lane.step else lane, first=first)
+        kind = task.kind
+        lane = kind.lane
+        self._push(task, self._lane_of(kind) if self._ending or lane.step else lane, first=first)
         if self._reserved:
             self._reconsider()
 
@@ -137,20 +140,20 @@ class Placement:
         """The node may have room that it had not."""
         self._changed[node.id] = node
 
-    def place(self, now: float) -> list[tuple[Task, Node]]:
-        """Assign all that can be assigned now: each pair is a new attempt."""
+    def place(self, now: float) -> list[tuple[Node, list[Task]]]:
+        """Assign all that can be assigned now: each task is a new attempt."""
         self._enter_changed()
-        pairs: list[tuple[Task, Node]] = []
-        moves = self._place_ready(pairs, now, MAX_MOVES)
+        runs: list[tuple[Node, list[Task]]] = []
+        moves = self._place_ready(runs, now, MAX_MOVES)
         while self._ready and 0 < moves < MAX_MOVES:  # else it goes on in the next turn
-            if not (more := self._place_ready(pairs, now, MAX_MOVES - moves)):
+            if not (more := self._place_ready(runs, now, MAX_MOVES - moves)):
                 break
             moves += more
-        if pairs and self._reserved:
+        if runs and self._reserved:
             self._reconsider()
-        return pairs
+        return runs
 
-    def _place_ready(self, pairs: list[tuple[Task, Node]], now: float, most: int) -> int:
+    def _place_ready(self, runs: list[tuple[Node, list[Task]]], now: float, most: int) -> int:
         """Returns how many tasks were moved to other lanes, at most so many; they are not looked at yet."""
         moved = 0
         heap = []
@@ -179,23 +182,48 @@ class Placement:
             if node.reserved is lane:
                 self._release(node)
             lane.passed_over_since = None
-            task = lane.tasks.pop()
-            self.queued -= 1
-            task.move(ASSIGNED)
-            task.attempt += 1
-            self._newest_placed = max(self._newest_placed, task.seq)
-            task.node = node.id
-            self._turn += 1
-            node.take(task, self._turn)
-            for pool in node.pools:
-                pool.offer(node)
-            pairs.append((task, node))
+            others = min(heap[1:3]) if len(heap) > 1 else None
+            runs.append((node, self._run(lane, node, others)))
             if not lane.tasks:
                 heapq.heappop(heap)
-            elif len(heap) > 1:
+            elif others is not None:
                 head = lane.tasks.head()
                 heapq.heapreplace(heap, (-head.kind.rank, head.seq, lane))
         return moved
+
+    def _run(self, lane: Lane, node: Node, others: tuple[int, int, Lane] | None) -> list[Task]:
+        """Assign the lane's first tasks to the node that was found for it, as long as it would be found again. ``others``:
+        the best first task of another lane."""
+        queue = lane.tasks
+        most = min(node.room(lane.demand), node.credit - len(node.tasks), queue.count)
+        if self._ending or node.reserved is not None:
+            most = 1  # whether the node may take the next one, too, depends on that
+        run: list[Task] = []
+        entered = None
+        node.version += 1
+        while True:
+            task = queue.pop()
+            task.move(ASSIGNED)
+            task.attempt += 1
+            task.node = node.id
+            self._turn += 1
+            node.take(task, self._turn)
+            run.append(task)
+            if len(run) >= most:
+                break
+            if others is not None:
+                head = queue.head()
+                if (-head.kind.rank, head.seq) > others[:2]:
+                    break
+            if not lane.pool.finds_again(node):
+                entered = lane.pool
+                break
+        self.queued -= len(run)
+        self._newest_placed = max(self._newest_placed, *[task.seq for task in run])
+        for pool in node.pools:
+            if pool is not entered:
+                pool.offer(node)
+        return run
 
     def _better_lane(self, lane: Lane, node: Node | None, now: float) -> Lane | None:
         """Where the first task of this lane belongs, as is known by now, if it matters: it would not end at the node that
@@ -215,6 +243,7 @@ class Placement:
         task.node = node.id
         node.credit = max(node.credit, node.assigned + 1)  # it did not count what it ran for nobody
         self._turn += 1
+        node.version += 1
         node.take(task, self._turn)
         self.changed(node)
 

@@ -44,22 +44,29 @@ class PriorityQueue(Generic[Item]):
 
     def pop(self) -> Item:
         priority = self._priorities[-1]
-        item = self._queues[priority].popitem(last=False)[1]
-        self._dropped(priority)
+        queue = self._queues[priority]
+        item = queue.popitem(last=False)[1]
+        self.count -= 1
+        if not queue:
+            self._end(priority)
         return item
 
     def pop_last(self) -> Item:
         priority = self._priorities[0]
-        item = self._queues[priority].popitem()[1]
-        self._dropped(priority)
+        queue = self._queues[priority]
+        item = queue.popitem()[1]
+        self.count -= 1
+        if not queue:
+            self._end(priority)
         return item
 
     def remove(self, key: bytes, priority: int) -> None:
-        del self._queues[priority][key]
-        self._dropped(priority)
-
-    def _dropped(self, priority: int) -> None:
+        queue = self._queues[priority]
+        del queue[key]
         self.count -= 1
-        if not self._queues[priority]:
-            del self._queues[priority]
-            self._priorities.remove(priority)
+        if not queue:
+            self._end(priority)
+
+    def _end(self, priority: int) -> None:
+        del self._queues[priority]
+        self._priorities.remove(priority)

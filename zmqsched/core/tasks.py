@@ -11,6 +11,7 @@ States
 
     and from each of them to FINISHED
 
+* A task is WAITING when it is accepted, or QUEUED if it waits for nothing.
 * WAITING: its function has not arrived, or the result of a task that it has as an argument; or it may have run when the
   broker died, and must not run twice: what its node says decides. QUEUED: in its lane. ASSIGNED: one attempt lies at one
   node. RUNNING: that node said that a worker has it. DELAYED: it failed and is retried after a while. FINISHED: answered;
@@ -81,7 +82,14 @@ class Task:
     )  # fmt: skip
 
     def __init__(
-        self, task_id: bytes, owner: Owner, kind: Kind, call: Payload, seq: int, inputs: tuple[bytes, ...] = ()
+        self,
+        task_id: bytes,
+        owner: Owner,
+        kind: Kind,
+        call: Payload,
+        seq: int,
+        inputs: tuple[bytes, ...] = (),
+        state: TaskState = TaskState.WAITING,
     ) -> None:
         self.id = task_id
         self.owner = owner
@@ -93,7 +101,7 @@ class Task:
         self.lacks = 0
         self.lent = False
         self.seq = seq
-        self.state = WAITING
+        self.state = state
         self.attempt = 0
         self.node = ""
         self.failures = 0
@@ -189,4 +197,6 @@ class Kind:
 
 def task_bytes(task: Task) -> int:
     """What the task takes in a message, without its function."""
-    return wire_bytes(task.call) + task.kind.bytes + 60 * len(task.inputs)
+    call = task.call
+    size = len(call) if type(call) is bytes else wire_bytes(call)  # of nearly all a call less
+    return size + task.kind.bytes + 60 * len(task.inputs)
