@@ -423,13 +423,13 @@ class AroundAgent(World):
         if rolled < 0.25 and pipe:
             run = pipe.pop(0)
             took = self.random.choice([0.0, 0.0, 0.001, 0.1])
-            return events.Said(worker, Done(run.task, run.attempt, rolled < 0.2, b"value", took))
+            return events.Said(worker, [Done(run.task, run.attempt, rolled < 0.2, b"value", took)])
         if rolled < 0.35 and self.pipes:
             message = self.maker.message((Done, Done, protocol.GroupAdd))
             if isinstance(message, Done):  # what takes long would put an end to batches
                 message = msgspec.structs.replace(message, seconds=self.random.choice([0.0, 0.0, message.seconds]))
             try:
-                return events.Said(worker, decode_pipe(encode_pipe(message)))
+                return events.Said(worker, [decode_pipe(encode_pipe(message))])
             except ProtocolError as error:
                 self.counts[f"codec: {reason_of(error)}"] += 1
                 return None
@@ -457,9 +457,10 @@ class AroundAgent(World):
             case events.Start(worker):
                 self.pipes[worker] = []
                 self.handle(events.Born(worker, 1000 + worker))
-            case events.Give(worker, run):
-                decode_pipe([bytes(frame) for frame in encode_pipe(run)])
-                self.pipes[worker].append(run)
+            case events.Give(worker, runs):
+                for run in runs:
+                    decode_pipe([bytes(frame) for frame in encode_pipe(run)])
+                self.pipes[worker].extend(runs)
             case events.TakeBack(worker):
                 untaken = self.pipes[worker][1:]
                 del self.pipes[worker][1:]

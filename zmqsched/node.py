@@ -188,8 +188,8 @@ class Node:
 
     def _act(self, action: AgentAction) -> None:
         match action:
-            case events.Give():
-                self._give(action.worker, action.run)
+            case events.Give(worker, runs):
+                self._give(worker, runs)
             case events.ToBroker():
                 self._send(action.envelope)
             case events.TakeBack(worker):
@@ -223,14 +223,17 @@ class Node:
         self._waiter.add(wires.pipe.fileno())
         self._listener.add(worker, wires.streams)
 
-    def _give(self, worker: int, run: Run) -> None:
-        try:
-            if self._wires[worker].pipe.send(encode_pipe(run), wait=False):
-                return
-        except BrokenPipeError:  # it is dying; its exit is about to be reported
-            self._unsent.setdefault(worker, []).append(run)
+    def _give(self, worker: int, runs: list[Run]) -> None:
+        pipe = self._wires[worker].pipe
+        for number, run in enumerate(runs):
+            try:
+                if pipe.send(encode_pipe(run), wait=False):
+                    continue
+            except BrokenPipeError:  # it is dying; its exit is about to be reported
+                self._unsent.setdefault(worker, []).extend(runs[number:])
+            else:
+                self._step(events.TakenBack(worker, runs[number:]))
             return
-        self._step(events.TakenBack(worker, [run]))
 
     def _ask_stack(self, worker: int) -> None:
         """Have a live worker write where it is, even inside C code that holds the GIL; :meth:`_stack_of` then tells.
@@ -258,15 +261,21 @@ class Node:
     def _read_worker(self, worker: int, limit: int = MAX_ANSWERS_PER_TURN, *, to_the_end: bool = False) -> None:
         """What it has said. Unless ``to_the_end``, who has answered all it was given is not asked in vain for more: if there
         is, its pipe stays readable."""
+        if messages := self._received(worker, limit, math.inf if to_the_end else self._agent.unanswered(worker)):
+            self._step(Said(worker, messages))
+
+    def _received(self, worker: int, limit: int, answers: float) -> list[FromTask]:
+        """So many messages at most, or so many answers."""
         pipe, _, box, _ = self._wires[worker]
+        messages: list[FromTask] = []
         for _ in range(limit):
             try:
                 frames = pipe.receive(wait=False)
                 if frames is None:
-                    return
+                    break
                 message = decode_pipe(frames)
             except BlockingIOError:
-                return
+                break
             except ProtocolError as error:
                 log.warning("worker %d sent what is no message: %s", worker, error)
                 continue
@@ -274,9 +283,10 @@ class Node:
                 self._listener.answered(worker, message)
                 if box.asked:
                     box.clear()  # or it would be told of the next task when that kills the worker
-                self._step(Said(worker, message))
-                if self._agent.has_answered(worker) and not to_the_end:
-                    return
+                messages.append(message)
+                answers -= 1
+                if answers <= 0:
+                    break
                 continue
             if isinstance(message, Waits) and not self._nests:
                 self._nests = True
@@ -284,7 +294,8 @@ class Node:
             elif isinstance(message, Advanced):
                 self._listener.advanced(worker, monotonic())
             if isinstance(message, FromTask):
-                self._step(Said(worker, message))
+                messages.append(message)
+        return messages
 
     def _untaken(self, worker: int) -> list[Run]:
         """The runs that lie in the worker's pipe, taken out again."""

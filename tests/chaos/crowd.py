@@ -49,8 +49,8 @@ class Member:
                     self.step(events.Born(worker, os.getpid()))
                 case events.TakeBack(worker):
                     self.step(events.TakenBack(worker, []))
-                case events.Give(worker, run):
-                    self.step(events.Said(worker, self._done(run)))
+                case events.Give(worker, runs):
+                    self.step(events.Said(worker, [self._done(run) for run in runs]))
                 case events.Quit():
                     self.ended = True
 

@@ -718,14 +718,14 @@ class Workplace:
     def declines(self, label: str) -> None:
         """The worker takes it from the pipe and does not begin it."""
         worker = next(worker for worker in self.pipes if self.running(worker) == label)
-        self.step(Said(worker, Declined(self.pipes[worker].pop(0).task)))
+        self.step(Said(worker, [Declined(self.pipes[worker].pop(0).task)]))
         self.turn()
 
     def finishes(self, label: str, *, took: float = 0.0, ok: bool = True) -> None:
         """The worker that runs it is done with it; the clock is the caller's business."""
         worker = next(worker for worker in self.pipes if self.running(worker) == label)
         run = self.pipes[worker].pop(0)
-        self.step(Said(worker, Done(run.task, run.attempt, ok, b"value", took)))
+        self.step(Said(worker, [Done(run.task, run.attempt, ok, b"value", took)]))
         self.turn()
 
     def dies(self, worker: int, how: str = "killed by SIGKILL", remains: Remains = NOTHING_LEFT) -> None:
@@ -751,7 +751,7 @@ class Workplace:
         self.says(self.worker_of(label), GoesOn(task_id(label)))
 
     def says(self, worker: int, message: FromTask) -> None:
-        self.step(Said(worker, message))
+        self.step(Said(worker, [message]))
         self.turn()
 
     def gives_back(self, worker: int) -> None:
@@ -819,10 +819,10 @@ class Workplace:
                     if self.workers_start:
                         self.pids[worker] = 1000 + worker
                         self.step(Born(worker, 1000 + worker))
-                case Give(worker, run):
-                    self.pipes[worker].append(run)
-                    self.given.append((worker, label_of(run.task)))
-                    self.runs[label_of(run.task)] = run
+                case Give(worker, runs):
+                    self.pipes[worker].extend(runs)
+                    self.given.extend((worker, label_of(run.task)) for run in runs)
+                    self.runs.update((label_of(run.task), run) for run in runs)
                 case TakeBack(worker):
                     if not self.sloth:
                         untaken = self.pipes[worker][1:]

@@ -76,8 +76,8 @@ def test_the_last_fence_is_told_again_in_a_new_session():
 def test_a_node_passes_it_on_behind_what_it_was_told():
     place = Workplace(slots=1)
     place.broker_orders("a")
-    place.step(Said(1, GroupAdd([(token("g"), 1)])))
-    place.step(Said(1, fence(1)))
+    place.step(Said(1, [GroupAdd([(token("g"), 1)])]))
+    place.step(Said(1, [fence(1)]))
     place.turn()
     assert [type(message) for message in place.told if isinstance(message, GroupAdd | Fence)] == [GroupAdd, Fence]
     place.cut = True

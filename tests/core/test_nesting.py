@@ -103,8 +103,8 @@ def test_only_what_running_takes_is_lent():
 def test_a_wait_that_is_over_at_once_is_not_told_of():
     place = Workplace(slots=1, workers=True)
     place.broker_orders("parent")
-    place.step(Said(1, Waits(task_id("parent"))))
-    place.step(Said(1, GoesOn(task_id("parent"))))
+    place.step(Said(1, [Waits(task_id("parent"))]))
+    place.step(Said(1, [GoesOn(task_id("parent"))]))
     place.turn()
     assert (told(place, "waiting"), told(place, "resumed")) == ([], [])
 

@@ -281,7 +281,7 @@ def test_what_an_old_session_has_stopped_is_not_told_to_the_new_one():
     place.cut = True
     place.passes(LIMIT_S + LOOK_S + SOON)
     run = place.pipes[1].pop(0)
-    place.step(Said(1, Done(run.task, run.attempt, False, b"error", 0.0)))
+    place.step(Said(1, [Done(run.task, run.attempt, False, b"error", 0.0)]))
     place.broker_forgets()
     place.cut = False
     place.broker_welcomes()

@@ -46,7 +46,7 @@ def test_a_lone_task_costs_the_agent_few_calls():
         agent.handle(Tick(), now)
         agent.next_deadline()
         worker = next(worker.id for worker in agent._workers.values() if worker.runs)
-        agent.handle(Said(worker, Done(task_id("a"), 1, True, b"value", 0.001)), now)
+        agent.handle(Said(worker, [Done(task_id("a"), 1, True, b"value", 0.001)]), now)
         actions = agent.handle(Tick(), now)
         agent.next_deadline()
         assert len(actions) == 1, "the result"

@@ -178,7 +178,7 @@ class Agent:
             self._look_at = 0.0
         match event:
             case Said():
-                self._said(event.worker, event.message, now)
+                self._said(self._workers[event.worker], event.messages, now)
             case Reached():
                 if (received := self._uplink.receive(event.envelope, now)) is not None:
                     self._message(received, now)
@@ -237,9 +237,9 @@ class Agent:
         """All workers have enough to do for a while."""
         return self._queue.count > 0 and self._giving.has_plenty
 
-    def has_answered(self, worker: int) -> bool:
-        """This worker has nothing to do."""
-        return not self._workers[worker].runs
+    def unanswered(self, worker: int) -> int:
+        """How much this worker still has to do."""
+        return len(self._workers[worker].runs)
 
     @property
     def ready(self) -> bool:
@@ -261,8 +261,9 @@ class Agent:
                 if functions:
                     self._learn(functions)
                 coming = set(follow)
+                kinds = [(shape, shape.options.rank, [shape.function]) for shape in shapes]
                 for order in orders:
-                    self._ordered(order, shapes[order.shape], coming)
+                    self._ordered(order, *kinds[order.shape], coming)
             case Functions(functions):
                 self._learn(functions)
             case Revoke(attempts, force):
@@ -359,25 +360,34 @@ class Agent:
                 if self._workers[held.worker].waits:
                     self._reports.waiting.append(attempt)
 
-    def _ordered(self, order: Order, shape: Shape, coming: set[bytes]) -> None:
-        held = self._held.get(order.task)
-        if held is not None:  # it is here still, from an attempt that was given up: that one answers for both
-            held.attempt = order.attempt
-            held.revoked = held.unwanted = False
-            held.limit_s = held.options.timeout or math.inf
-            self._orphans -= held.orphan
-            held.orphan = False
-            held.reported = False
-            self._look_at = 0.0
+    def _ordered(self, order: Order, shape: Shape, rank: int, needs: list[bytes], coming: set[bytes]) -> None:
+        """``needs``: the shape's function."""
+        task, attempt, inputs = order.task, order.attempt, order.inputs
+        if task in self._held:
+            self._ordered_again(self._held[task], attempt)
             return
+        if inputs:
+            needs = list(dict.fromkeys([*needs, *[name for _, name in inputs]]))
         self._ordered_so_far += 1
-        held = self._held[order.task] = Held(order, shape, self._ordered_so_far)
-        for name in held.needs:
-            self._functions.hold(name)
-        lacking = [name for name in held.needs if name not in self._functions]
-        if not lacking:
-            self._queue.push(held.task, held, held.options.rank)
-            return
+        limit_s = shape.options.timeout or math.inf
+        held = Held(self._ordered_so_far, task, attempt, order.call, shape, shape.options, rank, limit_s, needs, inputs)
+        self._held[task] = held
+        if lacking := [name for name in needs if not self._functions.hold(name)]:
+            self._lacks(held, lacking, coming)
+        else:
+            self._queue.push(task, held, rank)
+
+    def _ordered_again(self, held: Held, attempt: int) -> None:
+        """It is here still, from an attempt that was given up: that one answers for both."""
+        held.attempt = attempt
+        held.revoked = held.unwanted = False
+        held.limit_s = held.options.timeout or math.inf
+        self._orphans -= held.orphan
+        held.orphan = False
+        held.reported = False
+        self._look_at = 0.0
+
+    def _lacks(self, held: Held, lacking: list[bytes], coming: set[bytes]) -> None:
         held.lacks = len(lacking)
         if wanted := [name for name in lacking if name not in self._lacking and name not in coming]:
             for batch in batches(wanted, len):
@@ -391,7 +401,7 @@ class Agent:
             for held in self._lacking.pop(function.digest, []):
                 held.lacks -= 1
                 if not held.lacks:
-                    self._queue.push(held.task, held, held.options.rank)
+                    self._queue.push(held.task, held, held.rank)
 
     def _revoke(self, attempt: Attempt, *, force: bool) -> None:
         held = self._held.get(attempt.task)
@@ -410,13 +420,25 @@ class Agent:
 
     # --- from the workers --------------------------------------------------------------------------------------------
 
-    def _said(self, number: int, message: FromTask, now: float) -> None:
-        worker = self._workers[number]
-        if not isinstance(message, Done):
-            self._look_at = 0.0
+    def _said(self, worker: Worker, messages: list[FromTask], now: float) -> None:
+        done = 0
+        for message in messages:
+            if type(message) is Done:
+                done += self._done(worker, message, now)
+            else:
+                self._look_at = 0.0
+                self._said_otherwise(worker, message, now)
+        if done:
+            self._crew.has_done(worker, done)
+            if worker.runs and self._look_at > now + STUCK_AFTER_S:  # else it is looked at soon enough
+                self._expect(worker)
+
+    def _said_otherwise(self, worker: Worker, message: FromTask, now: float) -> None:
         match message:
-            case Done() | Declined():
-                self._answered(worker, message, now)
+            case Declined(task):
+                if self._has_ended(worker, task, now):
+                    worker.functions.discard(worker.runs[task].shape.function)
+                    self._take_from(worker, task, now)
             case GroupAdd():
                 running = next(iter(worker.runs), b"")
                 if running:
@@ -431,22 +453,15 @@ class Agent:
                 if not worker.runs and worker.ending.over:
                     worker.ending = None
 
-    def _answered(self, worker: Worker, message: Done | Declined, now: float) -> None:
-        if message.task != next(iter(worker.runs), None):  # a task can write to its worker's pipe, and anything
+    def _has_ended(self, worker: Worker, task: bytes, now: float) -> bool:
+        """Whether this is what the worker was running, as it says. A task can write to its worker's pipe, and anything."""
+        if task != next(iter(worker.runs), None):
             self._offences.note("answer to what is not running", f"worker {worker.id}")
-            return
+            return False
         worker.since = now
         if worker.waits:
             self._reclaim(worker, now)
-        if isinstance(message, Declined):
-            worker.functions.discard(worker.runs[message.task].shape.function)
-            self._take_from(worker, message.task, now)
-        else:
-            self._done(worker, message, now)
-        if worker.ending is not None and worker.ending.over:
-            worker.ending = None
-        if worker.runs and self._look_at > now + STUCK_AFTER_S:  # else it is looked at soon enough
-            self._expect(worker)
+        return True
 
     def _measured(self, sizes: dict[int, int]) -> None:
         self._out.extend(self._crew.measured(sizes))
@@ -493,20 +508,25 @@ class Agent:
         self._crew.lent -= 1
         self._room.reclaim(worker)
 
-    def _done(self, worker: Worker, message: Done, now: float) -> None:
-        held = worker.runs.pop(message.task)
-        self._crew.has_done(worker)
-        self._giving.took(max(0.0, message.seconds - worker.waited_s))
+    def _done(self, worker: Worker, done: Done, now: float) -> bool:
+        if not self._has_ended(worker, done.task, now):
+            return False
+        held = worker.runs.pop(done.task)
+        self._giving.took(max(0.0, done.seconds - worker.waited_s))
         worker.waited_s = 0.0
-        if worker.ending is not None and worker.ending.interrupted and not message.ok:
-            self._reports.stopped.append(self._stop_report(worker, held, worker.ending))
+        ending = worker.ending
+        if ending is not None and ending.interrupted and not done.ok:
+            self._reports.stopped.append(self._stop_report(worker, held, ending))
             self._reports.no_longer_counts(held)
         else:
-            outcome = Outcome(held.task, held.attempt, message.ok, message.value, worker.id, message.retry, message.seconds)
+            outcome = Outcome(done.task, held.attempt, done.ok, done.value, worker.id, done.retry, done.seconds)
             self._reports.outcomes.append(outcome)
+        if ending is not None and ending.over:
+            worker.ending = None
         self._forget(held)
         if not worker.runs:
             self._idle(worker, now)
+        return True
 
     def _exited(self, worker: Worker, exited: Exited, now: float) -> None:
         pid, how, untaken, remains = exited.pid, exited.how, exited.untaken, exited.remains
@@ -564,7 +584,7 @@ class Agent:
         while self._queue.count and self._queue.head().number <= last:
             front.append(self._queue.pop())
         for held in sorted(front, key=lambda held: held.number, reverse=True):
-            self._queue.push(held.task, held, held.options.rank, first=True)
+            self._queue.push(held.task, held, held.rank, first=True)
 
     def _take_from(self, worker: Worker, task: bytes, now: float) -> None:
         """This run was given to the worker and has not begun."""
@@ -576,7 +596,7 @@ class Agent:
             self._forget(held)
             self._reports.returned.append(Attempt(held.task, held.attempt))
         else:
-            self._queue.push(held.task, held, held.options.rank, first=True)
+            self._queue.push(held.task, held, held.rank, first=True)
         if not worker.runs:
             self._idle(worker, now)
 
@@ -740,7 +760,7 @@ class Agent:
     def _drop(self, held: Held) -> None:
         """It waits here, unstarted; no longer."""
         if not held.lacks:
-            self._queue.remove(held.task, held.options.rank)
+            self._queue.remove(held.task, held.rank)
         for name in held.needs if held.lacks else ():
             if held in (lacking := self._lacking.get(name, [])):
                 lacking.remove(held)

@@ -110,9 +110,9 @@ class Crew:
         self._spares += 1
         return Retire(worker.id)
 
-    def has_done(self, worker: Worker) -> None:
-        worker.done += 1
-        worker.left -= 1
+    def has_done(self, worker: Worker, tasks: int) -> None:
+        worker.done += tasks
+        worker.left -= tasks
         if worker.left <= 0:
             self._worn[worker.id] = worker
         self._early_deaths = 0

@@ -204,8 +204,10 @@ FromTask: TypeAlias = Done | Declined | GroupAdd | Interrupted | Waits | GoesOn 
 
 
 class Said(_Event):
+    """What a worker has said, in its order."""
+
     worker: int
-    message: FromTask
+    messages: list[FromTask]
 
 
 class Stood(_Event):
@@ -242,8 +244,10 @@ class Start(_Event):
 
 
 class Give(_Event):
+    """Put these into the worker's pipe, in this order."""
+
     worker: int
-    run: Run
+    runs: list[Run]
 
 
 class TakeBack(_Event):

@@ -37,8 +37,10 @@ class FunctionStore:
         self._cap = cap_bytes
         self._evict()
 
-    def hold(self, digest: bytes, times: int = 1) -> None:
+    def hold(self, digest: bytes, times: int = 1) -> bool:
+        """Keep it from now on, also when it is yet to come. Returns whether it is here."""
         self._held[digest] = self._held.get(digest, 0) + times
+        return digest in self._blobs
 
     def release(self, digest: bytes, times: int = 1) -> None:
         left = self._held[digest] - times

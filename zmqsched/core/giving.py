@@ -119,17 +119,18 @@ class Giving:
         ready = [*idle[: max(0, free)], *sorted(others, key=_length)]
         given = []
         for index, worker in enumerate(ready):
-            had = len(worker.runs)
             share = -(-self.queue.count // (len(ready) - index))
-            most = min(depth, worker.left)
-            while self.queue.count and share and len(worker.runs) < most:
-                if not self._may_run(self.queue.head(), worker):
-                    break
-                self._start(self.queue.pop(), worker, now, until)
-                share -= 1
-            if len(worker.runs) > had:
+            most = min(share, min(depth, worker.left) - len(worker.runs))
+            if runs := self._runs_for(worker, most, now, until):
+                self._out.append(Give(worker.id, runs))
                 given.append(worker)
         return given
+
+    def _runs_for(self, worker: Worker, most: float, now: float, until: float) -> list[Run]:
+        runs: list[Run] = []
+        while len(runs) < most and self.queue.count and self._may_run(self.queue.head(), worker):
+            runs.append(self._start(self.queue.pop(), worker, now, until))
+        return runs
 
     def _depth(self) -> int:
         """How many runs a worker's pipe may hold: a batch of short ones; of longer ones the next, so that the worker
@@ -140,33 +141,38 @@ class Giving:
 
     def _may_run(self, held: Held, worker: Worker) -> bool:
         demand = held.options.resources
-        if worker.runs:
-            joins = demand == worker.uses and _is_plain(demand) and self._size(held) <= MAX_BATCHED_BYTES
-            return joins and not worker.taking_back
-        return self._room.fits(demand)
+        if not worker.runs:
+            return self._room.fits(demand)
+        joins = worker.plain and demand == worker.uses and not worker.taking_back
+        return joins and self._size(held) <= MAX_BATCHED_BYTES
 
     def _size(self, held: Held) -> int:
         size = payload_bytes(held.call)
         return size + sum([payload_bytes(self._functions[name]) for _, name in held.inputs]) if held.inputs else size
 
-    def _start(self, held: Held, worker: Worker, now: float, until: float) -> None:
+    def _start(self, held: Held, worker: Worker, now: float, until: float) -> Run:
+        options = held.options
         if not worker.runs:
             worker.since = now
             worker.late = False
-            self._room.take(worker, held.options.resources)
+            worker.plain = _is_plain(options.resources)
+            self._room.take(worker, options.resources)
         held.worker = worker.id
         worker.runs[held.task] = held
-        fresh = len(worker.functions) >= MAX_WORKER_FUNCTIONS
-        if fresh:
-            worker.functions.clear()
         digest = held.shape.function
-        function: Payload = b"" if digest in worker.functions else self._functions[digest]
-        worker.functions.add(digest)
+        function: Payload = b""
+        fresh = False
+        if digest not in worker.functions:
+            function = self._functions[digest]
+            fresh = len(worker.functions) >= MAX_WORKER_FUNCTIONS
+            if fresh:
+                worker.functions.clear()
+            worker.functions.add(digest)
         env = (("CUDA_VISIBLE_DEVICES", ",".join(worker.gpus)),) if worker.gpus else ()
         inputs = [Input(task, self._functions[each]) for task, each in held.inputs] if held.inputs else []
-        name = held.options.name
-        run = Run(held.task, held.attempt, digest, function, held.call, fresh, env, until, name, inputs, held.options.depth)
-        self._out.append(Give(worker.id, run))
+        return Run(
+            held.task, held.attempt, digest, function, held.call, fresh, env, until, options.name, inputs, options.depth,
+        )  # fmt: skip
 
 
 def _length(worker: Worker) -> int:

@@ -6,42 +6,41 @@ import math
 from collections import OrderedDict
 from typing import Literal
 
-from ..protocol import LENT, Options, Order, Payload, Shape
+from msgspec import Struct
+
+from ..protocol import LENT, Options, Payload, Shape
 from .stops import Ending
 
 REPORT_AFTER_S = 0.05  # a task that runs this long is reported as running
 
 
-class Held:
-    """A task at this node. ``number``: in the order they came; ``worker`` is 0 while it waits here; ``orphan``: the session
-    that ordered it is over; ``revoked``: it is not wanted any more; ``unwanted``: not here, unless it runs; ``limit_s``: how
-    long it may run. ``inputs``: whose results are its arguments, and their names among the functions; with its own
-    function they are what it ``needs``, and of these it ``lacks`` so many."""
+class Held(Struct, eq=False, gc=False):
+    """A task at this node. ``number``: in the order they came; ``limit_s``: how long it may run.
 
-    __slots__ = (
-        "attempt", "call", "counted", "inputs", "lacks", "limit_s", "needs", "number", "options", "orphan", "reported",
-        "revoked", "shape", "task", "too_many", "unwanted", "worker",
-    )  # fmt: skip
+    ``inputs``: whose results are its arguments, and their names among the functions; with its own function they are what it
+    ``needs``, and of these it ``lacks`` so many. ``worker`` is 0 while it waits here; ``reported``: as running;
+    ``counted``: on a WaitGroup; ``orphan``: the session that ordered it is over; ``revoked``: it is not wanted any more;
+    ``unwanted``: not here, unless it runs; ``too_many`` wait for others.
+    """
 
-    def __init__(self, order: Order, shape: Shape, number: int) -> None:
-        self.number = number
-        self.task = order.task
-        self.attempt = order.attempt
-        self.shape = shape
-        self.options: Options = shape.options
-        self.call: Payload = order.call
-        self.counted = False  # on a WaitGroup
-        self.inputs = order.inputs
-        function = shape.function
-        self.needs = list(dict.fromkeys([function, *[name for _, name in order.inputs]])) if order.inputs else [function]
-        self.lacks = 0
-        self.worker = 0
-        self.reported = False
-        self.orphan = False
-        self.revoked = False
-        self.unwanted = False
-        self.too_many = False  # that wait for others
-        self.limit_s = self.options.timeout or math.inf
+    number: int
+    task: bytes
+    attempt: int
+    call: Payload
+    shape: Shape
+    options: Options
+    rank: int
+    limit_s: float
+    needs: list[bytes]
+    inputs: tuple[tuple[bytes, bytes], ...]
+    lacks: int = 0
+    worker: int = 0
+    reported: bool = False
+    counted: bool = False
+    orphan: bool = False
+    revoked: bool = False
+    unwanted: bool = False
+    too_many: bool = False
 
 
 class Worker:
@@ -49,11 +48,12 @@ class Worker:
     its task is brought to an end, or was, and the worker is not fit for another yet. ``waiting_since``: since when its task
     waits for others, if it does; ``waited_s``: how long it has in all; ``late``: it has gone on, perhaps beyond the slots;
     ``spare``: it is to end, for it is not needed. ``left``: how many more tasks it may take; ``worn``: none, for it
-    has taken much memory; ``over``: how much, when it is killed for that."""
+    has taken much memory; ``over``: how much, when it is killed for that. ``plain``: its task takes what any slot has, so
+    that others like it may lie behind it."""
 
     __slots__ = (
-        "done", "ending", "functions", "gpus", "id", "idle_since", "late", "left", "over", "pid", "runs", "since", "spare",
-        "taking_back", "uses", "waited_s", "waiting_since", "worn",
+        "done", "ending", "functions", "gpus", "id", "idle_since", "late", "left", "over", "pid", "plain", "runs", "since",
+        "spare", "taking_back", "uses", "waited_s", "waiting_since", "worn",
     )  # fmt: skip
 
     def __init__(self, number: int, left: float = math.inf) -> None:
@@ -67,6 +67,7 @@ class Worker:
         self.since = 0.0
         self.functions: set[bytes] = set()
         self.uses: tuple[tuple[str, float], ...] = ()
+        self.plain = False
         self.gpus: tuple[str, ...] = ()
         self.taking_back = False
         self.ending: Ending | None = None

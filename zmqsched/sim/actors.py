@@ -296,7 +296,7 @@ class SimWorker:
     def next(self) -> None:
         world = self.node.world
         while self.pipe and world.now > self.pipe[0].until:
-            self.node.post(Said(self.number, Declined(self.pipe.popleft().task)))
+            self.node.post(Said(self.number, [Declined(self.pipe.popleft().task)]))
         if not self.pipe:
             return
         run = self.running = self.pipe.popleft()
@@ -323,7 +323,7 @@ class SimWorker:
 
     def _turns(self, run: Run, message: Waits | GoesOn) -> None:
         if self.alive and self.node.alive and run is self.running:
-            self.node.post(Said(self.number, message))
+            self.node.post(Said(self.number, [message]))
 
     def finish(self, run: Run, plan: Plan) -> None:
         if not self.alive or not self.node.alive or run is not self.running:
@@ -346,7 +346,7 @@ class SimWorker:
         for delta in deltas:
             if delta < 0:
                 self.node.world.counted_down.add(run.task)
-            self.node.post(Said(self.number, GroupAdd([(plan.group, delta)])))
+            self.node.post(Said(self.number, [GroupAdd([(plan.group, delta)])]))
 
     def interrupt(self) -> None:
         """SIGINT is on its way, and meant for what runs now."""
@@ -376,7 +376,7 @@ class SimWorker:
         run = self.running
         if run is not None and run is not meant:
             raise SimulationFailed(f"an interrupt was meant for another task and hit {run.task.hex()}")
-        self.node.post(Said(self.number, Interrupted()))
+        self.node.post(Said(self.number, [Interrupted()]))
         if run is not None:
             plan = msgspec.msgpack.decode(_joined(run.call), type=Plan)
             if not plan.stubborn:
@@ -393,7 +393,7 @@ class SimWorker:
         self.running = None
         self.node.post(Printed([Words(run.task, run.attempt, self.number, 1, 0, 0, b"%d\n" % plan.number)], []))
         done = Done(run.task, run.attempt, ok, value, plan.seconds, retry=plan.retried)
-        self.node.post(Said(self.number, done))
+        self.node.post(Said(self.number, [done]))
         self.next()
 
     def die(self, how: str) -> None:
@@ -501,12 +501,14 @@ class SimNode(Peer):
             case Start(number):
                 worker = self.workers[number] = SimWorker(self, number, 1000 + number)
                 self.world.at(0.005, lambda: self.post(Born(number, worker.pid)))
-            case Give(number, run):
-                self._gives(run)
-                if (worker := self.workers[number]).alive:
-                    worker.give(run)
-                else:  # it died while this was on its way: the pipe still holds it
-                    worker.pipe.append(run)
+            case Give(number, runs):
+                worker = self.workers[number]
+                for run in runs:
+                    self._gives(run)
+                    if worker.alive:
+                        worker.give(run)
+                    else:  # it died while this was on its way: the pipe still holds it
+                        worker.pipe.append(run)
             case TakeBack(number):
                 runs = list(self.workers[number].pipe)
                 self.workers[number].pipe.clear()
