@@ -339,7 +339,7 @@ def test_those_who_wait_are_told(client):
         completed = waiters.submit(lambda: list(concurrent.futures.as_completed([future], 30)))
         results = waiters.submit(future.result, 30)
         others = waiters.submit(future.exception, 30)
-        eventually(lambda: len(future._waiters) == 3)
+        eventually(lambda: len(future._waiters) == 5)
         assert future.cancel(force=True)
         assert [wait.result(60).done for wait in waits] == [{future}] * 2
         assert completed.result(60) == [future]
