@@ -158,7 +158,7 @@ class Placement:
         moved = 0
         heap = []
         for lane in self._ready.values():
-            if lane.tasks:
+            if lane.tasks.count:
                 head = lane.tasks.head()
                 heap.append((-head.kind.rank, head.seq, lane))
         heapq.heapify(heap)
@@ -184,7 +184,7 @@ class Placement:
             lane.passed_over_since = None
             others = min(heap[1:3]) if len(heap) > 1 else None
             runs.append((node, self._run(lane, node, others)))
-            if not lane.tasks:
+            if not lane.tasks.count:
                 heapq.heappop(heap)
             elif others is not None:
                 head = lane.tasks.head()
