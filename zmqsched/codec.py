@@ -109,10 +109,8 @@ def decode(frames: Sequence[Buffer]) -> Envelope:
     except _MALFORMED as error:
         raise ProtocolError(f"malformed message: {error}") from None
     body = envelope.body
-    if (check := _CHECKS.get(type(body))) is not None:
-        check(body)
-    has_bulk = _HAS_BULK.get(type(body))
-    if len(frames) > 1 or (has_bulk is not None and has_bulk(body)):
+    check = _CHECKS.get(type(body))
+    if (check is not None and check(body)) or len(frames) > 1:
         _fill_bulk(body, frames)
     return envelope
 
@@ -133,8 +131,8 @@ def decode_pipe(frames: Sequence[Buffer]) -> PipeMessage:
         message: PipeMessage = _decode_pipe_message(frames[0])
     except _MALFORMED as error:
         raise ProtocolError(f"malformed message: {error}") from None
-    has_bulk = _HAS_BULK.get(type(message))
-    if len(frames) > 1 or (has_bulk is not None and has_bulk(message)):
+    check = _CHECKS.get(type(message))
+    if (check is not None and check(message)) or len(frames) > 1:
         _fill_bulk(message, frames)
     return message
 
@@ -202,8 +200,8 @@ def _done_has_bulk(done: Done) -> bool:
     return type(done.value) is not bytes or len(done.value) > INLINE_MAX
 
 
-# Whether any payload is not in the header, or is not to be: one look at each, for all of most messages are small. Taking a
-# message apart by the table above costs several times as much.
+# Whether any payload is not for the header: one look at each, for all of most messages are small. Taking a message apart by
+# the table above costs several times as much.
 _HAS_BULK: dict[type, Callable[[Any], bool]] = {
     Submit: lambda body: _has_bulk_call(body.tasks) or _has_bulk_blob(body.functions),
     Functions: lambda body: _has_bulk_blob(body.functions),
@@ -266,34 +264,56 @@ def _fill_bulk(message: Any, frames: Sequence[Buffer]) -> None:
         raise ProtocolError(f"{len(frames) - taken} bulk frames that the header does not name")
 
 
-def _check_submit(body: Submit) -> None:
-    _check_shapes(body.shapes, [each.shape for each in body.tasks])
-
-
-def _check_dispatch(body: Dispatch) -> None:
-    _check_shapes(body.shapes, [each.shape for each in body.orders])
-
-
-def _check_shapes(shapes: list[Shape], named: list[int]) -> None:
-    if named and max(named) >= len(shapes):
-        raise ProtocolError("a task names a shape that the message does not have")
+# As it is decoded, a message's payload may still be a count, which its type does not say: hence Any.
+def _check_tasks(items: Sequence[Any], shapes: list[Shape]) -> bool:
     for shape in shapes:
         options = shape.options
         _check_amounts(options.resources)
         if not isfinite(options.backoff + options.timeout):
             raise ProtocolError("a task's seconds must be finite numbers")
+    known = len(shapes)
+    bulk = False
+    for item in items:
+        if item.shape >= known:
+            raise ProtocolError("a task names a shape that the message does not have")
+        if type(item.call) is int:
+            bulk = True
+    return bulk
 
 
-def _check_output(body: Output) -> None:
+def _counts_blobs(functions: Sequence[Any]) -> bool:
+    for function in functions:
+        blob = function.blob
+        if type(blob) is int:
+            return True
+    return False
+
+
+def _counts_values(items: Sequence[Any]) -> bool:
+    for item in items:
+        value = item.value
+        if type(value) is int:
+            return True
+    return False
+
+
+def _check_output(body: Output) -> bool:
     if any(isnan(advance.fraction) for advance in body.advances):
         raise ProtocolError("how far a task has come must be a number")
+    return False
 
 
-def _check_node_hello(body: NodeHello) -> None:
+def _check_client_hello(body: ClientHello) -> bool:
+    _check_names(body)
+    return False
+
+
+def _check_node_hello(body: NodeHello) -> bool:
     _check_names(body)
     _check_amounts(body.resources)
     if not isfinite(body.leaves_in_s):
         raise ProtocolError("a node's seconds must be a finite number")
+    return False
 
 
 def _check_names(hello: ClientHello | NodeHello) -> None:
@@ -314,11 +334,18 @@ def _check_amounts(resources: tuple[tuple[str, float], ...]) -> None:
         raise ProtocolError("a resource is named twice")
 
 
-# What msgspec cannot state: indices within the message, and NaN, which passes every comparison it makes.
-_CHECKS: dict[type, Callable[[Any], None]] = {
-    Submit: _check_submit,
-    Dispatch: _check_dispatch,
+# What msgspec cannot state: indices within the message, and NaN, which passes every comparison it makes. Each says whether
+# the message names bulk frames: most have none, and need not be searched for their places.
+_CHECKS: dict[type, Callable[[Any], bool]] = {
+    Submit: lambda body: _check_tasks(body.tasks, body.shapes) or _counts_blobs(body.functions),
+    Functions: lambda body: _counts_blobs(body.functions),
+    Dispatch: lambda body: _check_tasks(body.orders, body.shapes) or _counts_blobs(body.functions),
+    Results: lambda body: _counts_values(body.outcomes),
+    Finals: lambda body: _counts_values(body.finals),
+    Inputs: lambda body: _counts_values(body.finals),
     Output: _check_output,
-    ClientHello: _check_names,
+    ClientHello: _check_client_hello,
     NodeHello: _check_node_hello,
+    Run: lambda run: type(run.function) is int or type(run.call) is int or _counts_values(run.inputs),
+    Done: lambda done: type(done.value) is int,
 }

@@ -100,7 +100,7 @@ class Pipe:
             return None
         form = self._buffer[0]
         if form == 0:
-            return [bytes(self._buffer[1:size])]
+            return [self._buffer[1:size].tobytes()]
         if form == 1:
             sizes, at = _sizes(self._buffer[1:size])
             return _copied(self._buffer[1 + at : size], sizes)

@@ -118,8 +118,7 @@ def run_worker(pipe: Pipe, stack: int, voice: Voice) -> None:
             message = decode_pipe(frames)
             if not isinstance(message, Run):
                 raise ProtocolError(f"a worker is sent runs, not {type(message).__name__}")
-            functions.accept(message)
-            if monotonic() > message.until or not functions.has(message.digest):
+            if not functions.accept(message) or monotonic() > message.until:
                 pipe.send(encode_pipe(Declined(message.task)))
                 continue
             if not faulthandler.is_enabled():
@@ -152,15 +151,16 @@ class _Functions:
         self._loaded: dict[bytes, tuple[Callable[..., Any], Shipped | None]] = {}
         self._pickled: dict[bytes, Payload] = {}
 
-    def accept(self, run: Run) -> None:
+    def accept(self, run: Run) -> bool:
+        """Keep what has come with it. False: its function is not here."""
         if run.fresh:
             self._loaded.clear()
             self._pickled.clear()
-        if run.function and run.digest not in self._loaded:
+        if run.digest in self._loaded:
+            return True
+        if run.function:
             self._pickled[run.digest] = run.function
-
-    def has(self, digest: bytes) -> bool:
-        return digest in self._loaded or digest in self._pickled
+        return run.digest in self._pickled
 
     def get(self, digest: bytes) -> Callable[..., Any]:
         """Ready to be called: its modules are those that imports find."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 from collections.abc import Mapping
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
 from ..errors import NotSerializable, ResultDecodeError, ResultNotSerializable
 from ..protocol import Payload
@@ -50,11 +50,14 @@ def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
 
 def unpack_call(payload: Payload, inputs: Mapping[bytes, Payload] | None = None) -> Call:
     """Arguments and keywords; ``inputs``: results of the tasks that it refers to. Raises whatever unpickling them raises."""
+    call: Call
     if inputs is None:
-        return cast(Call, unpack(payload))
+        call = unpack(payload)
+        return call
     thread.values = inputs
     try:
-        return cast(Call, unpack(payload))
+        call = unpack(payload)
+        return call
     finally:
         thread.values = {}
         thread.unpacked.clear()
