@@ -69,7 +69,7 @@ MUTANTS = {
     ),
     "a client does not ask again what it waits for": _one("requests", "[*again, *self._asked.values(),", "[*again,"),
     "a client hands out an answer twice": _one(
-        "requests", "entry = self._open.pop(final.task, None)", "entry = self._open.get(final.task)"
+        "requests", "entry = self._open.pop(task, None)", "entry = self._open.get(task)"
     ),
     "a function that a node has forgotten is not sent again": _one(
         "scheduler", "known = [Function(d, functions[d]) for d in digests if d in functions]", "known = []"
