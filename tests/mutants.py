@@ -194,7 +194,7 @@ MUTANTS = {
         "nodes", "if gone or not node.lasts(lane.length_s, now):", "if gone:"
     ),
     "a worker is given more tasks than it may run": _one(
-        "giving", "most = min(depth, worker.left)", "most = depth"
+        "giving", "min(depth, worker.left) - len", "depth - len"
     ),
     "a worker that has run all it may is not replaced": _one(
         "crew", "in self._worn.values() if", "in self._worn.values() if False and"
@@ -216,7 +216,7 @@ MUTANTS = {
     "a worker that ignores its interrupt is not killed": _one("stops", "return [Kill(worker)]", "return []"),
     "a time limit is forgotten": _one("agent", "if age >= first.limit_s and worker.ending is None:", "if False:"),
     "an interrupted task's error is its own": _one(
-        "agent", "if worker.ending is not None and worker.ending.interrupted and not message.ok:", "if False:"
+        "agent", "if ending is not None and ending.interrupted and not done.ok:", "if False:"
     ),
     "a retry that is waited for is forgotten": _one(
         "book", "self.delayed.set(task.id, self.now + wait_s", "(task.id, self.now + wait_s"
