@@ -6,7 +6,7 @@ import pytest
 
 from zmqsched.core.agent import HEARD_S, LEASE_S, REPORT_AFTER_S
 from zmqsched.core.crew import RESTART_BACKOFF_S
-from zmqsched.core.events import Born, Exited
+from zmqsched.core.events import Born, Exited, Said
 from zmqsched.core.giving import BATCH_S, MAX_BATCH, STUCK_AFTER_S
 from zmqsched.protocol import (
     Done,
@@ -14,6 +14,7 @@ from zmqsched.protocol import (
     Envelope,
     Function,
     Functions,
+    GoesOn,
     Goodbye,
     GroupAdd,
     NeedFunctions,
@@ -24,6 +25,7 @@ from zmqsched.protocol import (
     Remains,
     Results,
     Stop,
+    Waits,
     Workers,
 )  # fmt: skip
 
@@ -609,6 +611,26 @@ def test_an_answer_to_what_was_never_given_is_ignored():
     place.says(1, Done(task_id("nothing"), 1, True, b"", 0.0))
     assert place.results == []
     assert place.agent.counts == {"dropped: answer to what is not running": 1}
+
+
+def test_answers_that_lay_in_a_pipe_together_are_as_if_they_had_come_one_by_one():
+    place = Workplace()
+    place.broker_orders("warm")
+    place.finishes("warm", took=0.0001)
+    place.broker_orders("a", "b", "c", "d")
+    a, b, c, d = place.pipes[1]
+    place.pipes[1] = [d]
+    stray = Done(task_id("nothing"), 1, True, b"", 0.0)
+    answers = [Done(run.task, run.attempt, True, b"value", 0.0001) for run in (a, b, c)]
+    adds = GroupAdd([(token("g"), -1)])
+    place.step(Said(1, [answers[0], stray, adds, answers[1], Waits(c.task), GoesOn(c.task), answers[2]]))
+    place.turn()
+    assert place.results == ["warm", "a", "b", "c"]
+    assert place.all(GroupAdd) == [GroupAdd([(token("g"), -1)], 1, task_id("b"))]
+    assert place.agent.counts == {"dropped: answer to what is not running": 1}
+    assert place.agent.unanswered(1) == 1, "the one that it runs"
+    place.finishes("d")
+    assert place.results == ["warm", "a", "b", "c", "d"]
 
 
 def test_beats_go_out_at_the_brokers_pace_and_are_numbered():

@@ -51,7 +51,7 @@ def test_a_lone_task_costs_the_agent_few_calls():
         agent.next_deadline()
         assert len(actions) == 1, "the result"
 
-    assert calls(turns) <= 97
+    assert calls(turns) <= 96
 
 
 def test_a_lone_task_costs_the_client_few_calls():
