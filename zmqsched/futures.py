@@ -406,6 +406,7 @@ class Future(Shown, concurrent.futures.Future[T]):
                 self._waiters.remove(sleeper)
             raise
 
+
 def _unpacked(final: Final) -> tuple[Any, BaseException | None]:
     """Result and exception that this answer stands for.
 

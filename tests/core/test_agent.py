@@ -7,7 +7,7 @@ import pytest
 from zmqsched.core.agent import HEARD_S, LEASE_S, REPORT_AFTER_S
 from zmqsched.core.crew import RESTART_BACKOFF_S
 from zmqsched.core.events import Born, Exited, Said
-from zmqsched.core.giving import BATCH_S, MAX_BATCH, STUCK_AFTER_S
+from zmqsched.core.giving import BATCH_S, HAND_BACK_S, MAX_BATCH, STUCK_AFTER_S
 from zmqsched.protocol import (
     Done,
     Draining,
@@ -291,6 +291,23 @@ def test_what_would_start_last_is_handed_back_first():
         place.passes(0.001)
     assert 1 <= len(place.returned) < 5
     assert place.returned == ["high", "one", "two", "three", "low"][-len(place.returned) :]
+
+
+def test_what_has_just_come_is_not_handed_back_at_once():
+    """What was answered elsewhere and still runs here takes no slot in the broker's books, and there may be no other node:
+    the two would send each other the next one as fast as they can."""
+    place = Workplace()
+    place.broker_orders("warm")
+    place.finishes("warm")
+    place.broker_orders("long")
+    place.passes(1.0)
+    place.broker_revokes("long")
+    for times in range(3):
+        place.broker_orders("next")
+        place.passes(HAND_BACK_S / 2)
+        assert place.returned == ["next"] * times
+        place.passes(HAND_BACK_S)
+        assert place.returned == ["next"] * (times + 1)
 
 
 # --- the lease -------------------------------------------------------------------------------------------------------

@@ -260,6 +260,7 @@ class Agent:
             case Dispatch(shapes, orders, functions, follow):
                 if functions:
                     self._learn(functions)
+                self._giving.came_at = now
                 coming = set(follow)
                 kinds = [(shape, shape.options.rank, [shape.function]) for shape in shapes]
                 for order in orders:

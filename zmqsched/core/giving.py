@@ -25,6 +25,7 @@ from .room import Demand, Room
 from .workers import Held, Worker
 
 LOOKAHEAD_S = 0.02
+HAND_BACK_S = 2 * LOOKAHEAD_S  # what has waited here so long, and is beyond what is worth prefetching, is handed back
 BATCH_S = 0.002
 TASK_OVERHEAD_S = 20e-6  # what a task costs a worker besides the call itself
 MAX_BATCH = 64  # a pipe holds about 270 small runs
@@ -36,11 +37,12 @@ MAX_WORKER_FUNCTIONS = 512
 
 class Giving:
     """``queue``: tasks that wait here, and lack nothing. ``task_s``: how long a task takes, smoothed; None until one was
-    timed."""
+    timed. ``came_at``: when the last tasks came; the broker may have nowhere else to send them."""
 
     def __init__(self, crew: Crew, room: Room, functions: FunctionStore, out: list[AgentAction]) -> None:
         self.queue: PriorityQueue[Held] = PriorityQueue()
         self.task_s: float | None = None
+        self.came_at = -math.inf
         self._crew = crew
         self._room = room
         self._functions = functions
@@ -71,7 +73,7 @@ class Giving:
 
     def excess(self, now: float) -> int:
         """How many of those that wait here will not start for long."""
-        if not self.queue.count or (stall := self.stall(now)) < 2 * LOOKAHEAD_S:
+        if not self.queue.count or now < self.came_at + HAND_BACK_S or (stall := self.stall(now)) < HAND_BACK_S:
             return 0
         return self.queue.count - self.prefetch(stall)
 
@@ -81,7 +83,8 @@ class Giving:
         since = self._since()
         if len(since) < self._crew.slots:
             return math.inf
-        return max(since) + max(2 * LOOKAHEAD_S, self._crew.slots * LOOKAHEAD_S / self.queue.count + 0.001)
+        stalled_at = max(since) + max(HAND_BACK_S, self._crew.slots * LOOKAHEAD_S / self.queue.count + 0.001)
+        return max(stalled_at, self.came_at + HAND_BACK_S)
 
     def _since(self) -> list[float]:
         """Since when each of those that take a slot has had its present task."""
