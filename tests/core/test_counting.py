@@ -298,6 +298,32 @@ def test_a_result_of_a_task_that_is_submitted_again_brings_what_was_counted_whil
     assert not broker.scheduler.book.open_counts()
 
 
+@pytest.mark.parametrize("journal", [False, True])
+@pytest.mark.parametrize("crash", [False, True])
+def test_what_an_attempt_had_counted_before_its_task_was_forgotten_comes_back_with_its_result(crash, journal):
+    broker = Broker(client_lease_s=5.0, journal=journal)
+    node = broker.node()
+    client = owing(broker, "a")
+    node.counts("a", -1)
+    client.freezes()
+    node.freezes()
+    broker.passes(8)
+    if crash and journal:
+        broker.dies()
+    node.thaws()
+    node.orders.clear()
+    node.comes_back()
+    client.thaws()
+    client.comes_back()
+    client.submits("a", holds=["g"])
+    ends(node, "a", 1, ok=True)
+    assert client.answers == {"a": "ok"}
+    waits(client, 2)
+    assert told(client) == ["", ""], "before, and now"
+    broker.passes(2)
+    assert not broker.scheduler.book.open_counts()
+
+
 # --- a task that ends without done() -------------------------------------------------------------------------------
 
 

@@ -231,7 +231,11 @@ class Counting:
     def finish(self, task: Task, debts: Debts, final: Final, *, wanted: bool) -> None:
         """The task is answered; ``wanted``: to somebody."""
         if not wanted:
+            over = debts.live
+            self._taken_back(task.id, over, debts.added.get(over, _NOTHING))
             self.release(task, debts)
+            debts.added.pop(over, None)
+            self.keep(task.id, debts)
             return
         for_good = self._handed_on(task, debts)
         for kept in _steps(for_good.items()):
@@ -244,6 +248,11 @@ class Counting:
         """It counts for nothing."""
         self._now_counts(task, debts, b"")
         self._leave(task, debts)
+
+    def keep(self, task_id: bytes, debts: Debts) -> None:
+        """Its owner may come back and submit it again, and one of its attempts have a result."""
+        for incarnation, added in debts.added.items():
+            self._keep(incarnation, GroupAdd(list(added.items()), task=task_id))
 
     def _leave(self, task: Task, debts: Debts) -> None:
         if debts.parent in self._book.tasks:

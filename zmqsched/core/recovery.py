@@ -107,6 +107,8 @@ def _replay(book: Book, owner_id: bytes, body: RecordMessage, once: set[bytes]) 
                 book.owners.forget(gone)
                 for task in [task for task in book.tasks.values() if task.owner is gone]:
                     _forget(book, task.id)
+                    if task.debts is not None:
+                        book.counting.keep(task.id, task.debts)
         case GroupAdd():
             book.counting.add(owner_id, body, from_node=bool(body.task))
         case Charged(task_id, attempt, failures, deaths):
