@@ -64,4 +64,4 @@ def answer_of(future: Future[Any], *, job: bool) -> Outcome | bytes | BaseExcept
 
 def _as_outcome(future: Future[Any]) -> Outcome | BaseException:
     error = future.exception()
-    return error or Outcome(pickle.dumps([as_entry(future.result())]), [], 1, 0.0)
+    return error or Outcome(pickle.dumps([as_entry(future.result())]), [], 1, 0.0, plain=False)

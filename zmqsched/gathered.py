@@ -14,7 +14,7 @@ import math
 import pickle
 import threading
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,6 @@ from .errors import ResultDecodeError, TaskError
 from .payload import (
     Origin,
     Outcome,
-    all_plain,
     entries_of,
     opened,
     origin_of,
@@ -42,13 +41,14 @@ NOT_KEPT = object()  # instead of an item
 
 @dataclass
 class Part:
-    """Results of ``count`` items from ``first`` on: the entries of ``piece`` from ``offset`` on. ``failed``: errors and
-    items of some of them, by position. ``error``: of the only one."""
+    """Results of ``count`` items from ``first`` on: the entries of ``piece`` from ``offset`` on, if ``plain`` the values
+    themselves. ``failed``: errors and items of some of them, by position. ``error``: of the only one."""
 
     first: int
     count: int
     piece: Piece
     offset: int = 0
+    plain: bool = False
     failed: Piece | None = None
     error: BaseException | None = None
 
@@ -93,7 +93,7 @@ class Gathered:
         for stop in [*again, outcome.begun]:
             if stop > start:
                 piece.users += 1
-                self.ready[first + start] = Part(first + start, stop - start, piece, start, errors)
+                self.ready[first + start] = Part(first + start, stop - start, piece, start, outcome.plain, errors)
             start = stop + 1
         self._shelf.drop(piece)  # it is the parts' from here on
         self.make_room()
@@ -144,12 +144,16 @@ class Gathered:
             self._changed.notify_all()  # there is room
         return part
 
-    def values(self, part: Part, stop: Callable[[], None]) -> Generator[Any, None, None]:
+    def values(self, part: Part, stop: Callable[[], None]) -> Iterable[Any]:
         """Of a part that was taken off. ``stop``: the map is to end, for what is read is an error."""
         entries, errors = self._entries(part)
-        if not errors and self._plan.limit == math.inf and all_plain(entries):
-            yield from entries
-            return
+        if part.plain and self._plan.limit == math.inf:
+            return entries
+        return self._values(part, entries, errors, stop)
+
+    def _values(
+        self, part: Part, entries: list[Any], errors: dict[int, BaseException], stop: Callable[[], None]
+    ) -> Generator[Any, None, None]:
         for position, entry in enumerate(entries, part.first):
             if self._plan.limit < math.inf:
                 with self._lock:

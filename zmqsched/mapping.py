@@ -26,7 +26,7 @@ import random
 import threading
 import time
 import weakref
-from collections.abc import Generator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from msgspec.structs import replace
@@ -435,13 +435,15 @@ class Run:
 
     # --- reading ---------------------------------------------------------------------------------------------------------
 
-    def read(self) -> Generator[Any, None, None]:
-        """The results; behind them whatever keeps the map from going on."""
-        while (part := self._next_part()) is not None:
-            yield from self._gathered.values(part, self.stop)
+    def next_values(self) -> Iterable[Any] | None:
+        """The next results, which it waits for; None behind the last. Raises whatever keeps the map from going on."""
+        part = self._next_part()
+        if part is not None:
+            return self._gathered.values(part, self.stop)
         with self.lock:
             if self.ended and not self._stopped:
                 self._gathered.forget_what_was_read()
+        return None
 
     def _next_part(self) -> Part | None:
         self._check_process()

@@ -131,7 +131,8 @@ class Map(Shown, Iterator[T], Generic[T]):
 
 def _results(run: Run, bar: Bar | None) -> Generator[Any, None, None]:
     try:
-        yield from run.read()
+        while (values := run.next_values()) is not None:
+            yield from values
     except GeneratorExit:
         bar = None  # this may be the garbage collector's thread; the bar ends with the run
         raise

@@ -18,6 +18,8 @@ Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]
 # Nothing in these can be by value, out of band or too large, or refer to anything. Most tiny tasks take and return such.
 _SIMPLE = frozenset({int, float, bool, type(None)})
 _NONE = pickle.dumps(None, 5)
+# To look at more arguments, one by one, costs more than what it saves.
+_FEW = 32
 
 
 def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
@@ -29,7 +31,7 @@ def pack_call(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Payload:
         Naming the argument, and the part of it, that cannot be pickled.
     PayloadTooLarge
     """
-    if not kwargs and _SIMPLE.issuperset(map(type, args)):
+    if not kwargs and len(args) <= _FEW and _SIMPLE.issuperset(map(type, args)):
         thread.noted = thread.captured = None
         return pickle.dumps((args, kwargs), 5)
     outer, thread.noting, thread.captured = thread.noting, None, None

@@ -11,6 +11,7 @@ Rules
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from collections.abc import Sequence
@@ -65,12 +66,13 @@ class Failure(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """``entries``: one for each of the items that were ``begun`` (:func:`entries_of`)."""
+    """``entries``: one for each item that was ``begun`` (:func:`entries_of`). ``plain``: each is the value itself."""
 
     entries: Enclosed
     failures: list[Failure]
     begun: int
     seconds: float
+    plain: bool
 
 
 class Chunk(Wrapper):
@@ -84,17 +86,20 @@ class Chunk(Wrapper):
         if not told.alone:
             return self._run(unpack_call(opened(items))[0], told, began)
         entry = as_entry(self._call(items, told.indices[0], told))
-        return Outcome(enclosed(pack([entry])), [], 1, perf_counter() - began)
+        return Outcome(enclosed(pack([entry])), [], 1, perf_counter() - began, is_plain(entry))
 
     def _run(self, items: Sequence[Any], how: How, began: float) -> Outcome:
-        fn, spread, plain, until, forked = self.fn, how.spread, how.seed is None, began + how.budget_s, _forked
+        fn, arguments, forked = self.fn, iter(items), _forked
+        if how.spread or how.seed is not None:
+            fn, arguments = lambda each: self._call(each[0], each[1], how), zip(items, how.indices, strict=True)
+        limited, until = how.budget_s < math.inf, began + how.budget_s  # to look at the clock costs more than a short item
         forked.clear()
         entries: list[Any] = []
         failures: list[Failure] = []
         room = RESULT_BYTES
-        for number, item in zip(how.indices, items, strict=True):
+        for each in arguments:
             try:
-                value = (fn(*item) if spread else fn(item)) if plain else self._call(item, number, how)
+                value = fn(each)
                 if type(value) not in _TINY:
                     value = as_entry(value)
                     room -= _bytes(value)
@@ -107,9 +112,10 @@ class Chunk(Wrapper):
                     break
             if forked:  # a child that the item forked came back from it; there must be one answer
                 os._exit(0)
-            if room < 0 or perf_counter() >= until:
+            if room < 0 or (limited and perf_counter() >= until):
                 break
-        return Outcome(enclosed(pack(entries)), failures, len(entries), perf_counter() - began)
+        plain = room == RESULT_BYTES  # what does not stand for itself takes some of it
+        return Outcome(enclosed(pack(entries)), failures, len(entries), perf_counter() - began, plain)
 
     def _call(self, item: Any, number: int, how: How) -> Any:
         keywords = {} if how.seed is None else {"rng": generator(how.seed, number)}
@@ -157,9 +163,9 @@ def entries_of(part: Enclosed) -> list[Any]:
     return entries
 
 
-def all_plain(entries: list[Any]) -> bool:
-    """Each of these entries is the value itself."""
-    return _PACKED.isdisjoint(map(type, entries))
+def is_plain(entry: Any) -> bool:
+    """This entry is the value itself."""
+    return type(entry) not in _PACKED
 
 
 def value_of(entry: Any) -> Any:
@@ -169,11 +175,11 @@ def value_of(entry: Any) -> Any:
     ------
     ResultDecodeError
     """
-    return unpack_value(opened(entry)) if type(entry) in _PACKED else entry
+    return entry if is_plain(entry) else unpack_value(opened(entry))
 
 
 def _bytes(entry: Any) -> int:
-    return payload_bytes(opened(entry)) if type(entry) in _PACKED else 0
+    return 0 if is_plain(entry) else payload_bytes(opened(entry))
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
