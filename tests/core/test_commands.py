@@ -267,7 +267,7 @@ def test_when_its_time_is_up_a_retired_node_goes_and_what_runs_is_no_death():
     place.passes(9.9)
     assert place.quit is None
     place.passes(0.2)
-    assert place.quit == "told by the broker; 1 tasks are run elsewhere"
+    assert place.quit == "told by the broker; 1 task is run elsewhere"
     assert place.all(Goodbye)
     assert (place.deaths, place.stopped) == ([], {})
 

@@ -206,6 +206,20 @@ def test_a_cancelled_wide_task_gives_its_reservation_back():
     assert len(node.holds) == 2
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
+@pytest.mark.parametrize("parts", [3, 7, 10, 49])
+def test_shares_that_make_a_whole_fit_and_one_more_does_not(parts, one_by_one):
+    """1 // 0.1 is 9, and 0.1 ten times is not 1."""
+    broker = Broker()
+    client, node = broker.client(), broker.node(slots=100, resources={"gpu": 1})
+    labels = [f"t{number}" for number in range(parts + 1)]
+    for some in ([[label] for label in labels] if one_by_one else [labels]):
+        client.submits(*some, resources={"gpu": 1 / parts})
+    assert len(node.holds) == parts
+    node.finishes(*node.holds)
+    assert len(node.holds) == 1
+
+
 def test_a_share_of_a_gpu_can_be_asked_for():
     broker = Broker()
     client, node = broker.client(), broker.node(slots=4, resources={"gpu": 1})

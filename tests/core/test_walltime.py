@@ -132,7 +132,7 @@ def test_what_is_handed_back_at_the_end_is_no_death():
     broker = Broker(max_deaths=1)
     client, node = broker.client(), broker.node(leaves_in_s=10.0)
     client.submits("a")
-    node.says(Goodbye("its time here is over; 1 tasks are run elsewhere"))
+    node.says(Goodbye("its time here is over; 1 task is run elsewhere"))
     second = broker.node("second")
     assert second.attempts == [("a", 2)]
     second.finishes("a")
@@ -163,7 +163,7 @@ def test_it_drains_before_its_end_and_hands_back_what_runs_then():
     place.passes(DRAIN_BEFORE_S - 0.2)
     assert place.quit is None
     place.passes(0.2)
-    assert place.quit == "its time here is over; 1 tasks are run elsewhere"
+    assert place.quit == "its time here is over; 1 task is run elsewhere"
     assert place.all(Goodbye)
     assert (place.deaths, place.stopped) == ([], {})
 
@@ -185,7 +185,7 @@ def test_when_the_batch_system_ends_it_early_what_runs_is_handed_back_before_it_
     place.passes(stays_s - 0.5)
     assert place.quit is None
     place.passes(1.0)
-    assert place.quit == "SIGTERM; 1 tasks are run elsewhere"
+    assert place.quit == "SIGTERM; 1 task is run elsewhere"
 
 
 def test_a_node_without_an_end_drains_as_long_as_it_takes():

@@ -743,7 +743,8 @@ class Agent:
         """When nothing is left to do, go as soon as the broker has the last results, or is not there to take them. What
         still runs when the time is up the broker gives to others: nobody is charged with it."""
         if now >= self._leave_by:
-            self._end(f"{self._leaving}; {len(self._held)} tasks are run elsewhere")
+            left = len(self._held)
+            self._end(f"{self._leaving}; {'1 task is' if left == 1 else f'{left} tasks are'} run elsewhere")
             return
         self._look_at = min(self._look_at, self._leave_by)
         if self._held:  # or again: what was under way to this node when it said that it drains
