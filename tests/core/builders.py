@@ -920,11 +920,12 @@ class Desk:
 
     # the broker
 
-    def broker_welcomes(self, *answered: str) -> None:
+    def broker_welcomes(self, *answered: str, remembered: bool = False) -> None:
         """The answers that it has are right behind the welcome."""
         self.session += 1
         self.link = Link(self.session)
-        self._arrive(Envelope(self.session, 0, 0, Welcome(self.session, self.hellos[-1].life, 1, "cluster", 1.0)))
+        welcome = Welcome(self.session, self.hellos[-1].life, 1, "cluster", 1.0, remembered=remembered)
+        self._arrive(Envelope(self.session, 0, 0, welcome))
         if answered:
             self.link.send(Finals([Final(task_id(label), "ok", b"value") for label in answered]))
             for envelope in self.link.flush(self.now):

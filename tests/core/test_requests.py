@@ -25,7 +25,9 @@ from zmqsched.protocol import (
     Query,
     Report,
     Running,
+    StillOpen,
     Submit,
+    Unknown,
 )  # fmt: skip
 
 from .builders import Desk, blob, digest, task_id, token
@@ -435,3 +437,16 @@ def test_a_client_that_leaves_does_not_wait_for_ever(drain, after_s):
     assert not desk.brain._ended or not drain
     desk.passes(1.0)
     assert desk.brain._ended
+
+
+def test_what_the_broker_lacks_is_submitted_before_what_is_new():
+    """In the order of the calls: a broker that is full of tasks with inputs holds back who has yet to submit those."""
+    desk = Desk()
+    desk.asks("input", "known")
+    desk.broker_forgets()
+    desk.broker_welcomes(remembered=True)
+    desk.asks("needs it")
+    assert [list(message.tasks) for message in desk.all(StillOpen)] == [[task_id("input"), task_id("known")]]
+    assert desk.submitted == ["input", "known"], "nothing in this session"
+    desk.broker_says(Unknown([task_id("input")]))
+    assert desk.submitted[2:] == ["input", "needs it"]

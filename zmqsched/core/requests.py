@@ -519,7 +519,9 @@ class Requests:
 
     @property
     def _may_submit(self) -> bool:
-        return self._uplink.link is not None and not self._held and self._window > 0
+        """Not before it is known what the broker lacks of what was submitted: that comes first. Or the broker might fill
+        with tasks that need the results of those, and hold back the client that has them."""
+        return self._uplink.link is not None and not self._held and not self._doubts and self._window > 0
 
     def _submit(self) -> None:
         if len(self._sent) > MAX_SENT_FUNCTIONS:
