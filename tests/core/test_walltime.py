@@ -6,7 +6,7 @@ import pytest
 
 from zmqsched.core import placement
 from zmqsched.core.agent import DRAIN_BEFORE_S, TERM_GRACE_S
-from zmqsched.protocol import Draining, Goodbye, Progress
+from zmqsched.protocol import Draining, Goodbye, Progress, Stop
 
 from .builders import Broker, Client, Workplace
 
@@ -186,6 +186,16 @@ def test_when_the_batch_system_ends_it_early_what_runs_is_handed_back_before_it_
     assert place.quit is None
     place.passes(1.0)
     assert place.quit == "SIGTERM; 1 task is run elsewhere"
+
+
+def test_one_that_was_told_to_drain_goes_when_its_time_is_over_all_the_same():
+    place = Workplace(leaves_in_s=100.0)
+    place.broker_orders("a")
+    place.broker_says(Stop(drain=True))
+    place.passes(99.5)
+    assert place.quit is None
+    place.passes(1.0)
+    assert place.quit == "told by the broker; 1 task is run elsewhere"
 
 
 def test_a_node_without_an_end_drains_as_long_as_it_takes():

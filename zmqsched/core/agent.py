@@ -205,7 +205,7 @@ class Agent:
                 self._exited(self._workers[worker], event, now)
             case Leave(drain, reason):
                 limited = self._leaves_at < math.inf
-                self._leave(drain=drain, reason=reason, by=min(self._leaves_at, now + TERM_GRACE_S) if limited else math.inf)
+                self._leave(drain=drain, reason=reason, by=now + TERM_GRACE_S if limited else math.inf)
         out = self._out.copy()
         self._out.clear()
         return out
@@ -635,7 +635,7 @@ class Agent:
             self._beat(now)
         self._notice_silence(now)
         if now >= self._drain_at:
-            self._leave(drain=True, reason="its time here is over", by=self._leaves_at)
+            self._leave(drain=True, reason="its time here is over", by=math.inf)
         self._report_terminated(now)
         waits = [until for until, _, _ in self._terminated[:1]]
         self._look_at = min(self._beat_at, self._drain_at, *self._crew.deadlines(), *waits)
@@ -730,11 +730,11 @@ class Agent:
         return math.inf if self._leaving else self._leaves_at - DRAIN_BEFORE_S
 
     def _leave(self, *, drain: bool, reason: str, by: float) -> None:
-        """``by``: when to go even if something still runs."""
+        """``by``: when to go even if something still runs, or earlier if this node's time is over."""
         if not drain:
             self._end(reason)
             return
-        self._leave_by = min(self._leave_by, by)
+        self._leave_by = min(self._leave_by, by, self._leaves_at)
         if not self._leaving:
             self._leaving = reason
             self._uplink.send(Draining())
