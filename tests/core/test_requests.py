@@ -19,8 +19,11 @@ from zmqsched.protocol import (
     GroupAdd,
     GroupDone,
     GroupWait,
+    Hold,
+    Inputs,
     JobTasks,
     NeedFunctions,
+    NeedInputs,
     Notice,
     Query,
     Report,
@@ -450,3 +453,16 @@ def test_what_the_broker_lacks_is_submitted_before_what_is_new():
     assert desk.submitted == ["input", "known"], "nothing in this session"
     desk.broker_says(Unknown([task_id("input")]))
     assert desk.submitted[2:] == ["input", "needs it"]
+
+
+def test_a_broker_that_is_full_is_sent_what_it_waits_for():
+    desk = Desk()
+    desk.broker_says(Hold(True))
+    desk.asks("other", "input", "another")
+    assert desk.submitted == []
+    desk.broker_says(NeedInputs([task_id("input")]))
+    assert desk.submitted == ["input"]
+    desk.broker_answers("input")
+    assert not desk.all(Inputs), "it has been that task's result itself"
+    desk.broker_says(Hold(False))
+    assert desk.submitted == ["input", "other", "another"]

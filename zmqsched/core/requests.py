@@ -119,7 +119,7 @@ class Requests:
         self._uplink = Uplink(hello, BEAT_INTERVAL_S, CLIENT_LEASE_S)
         self._open: dict[bytes, Asked] = {}
         self._inputs: inputs.Inputs[Asked] = inputs.Inputs()
-        self._lacked: set[bytes] = set()  # inputs that the broker asks for and we have no answer to either
+        self._lacked: dict[bytes, None] = {}  # inputs that the broker asks for and we have no answer to either
         self._withdrawn: dict[bytes, bool] = {}  # not answered, and not wanted any more; True: by force
         self._lapsed: dict[bytes, Shape] = {}  # answered here, may be known to the broker or not, and owe to WaitGroups
         self._fresh: dict[bytes, Asked] = {}  # asked for, not yet submitted
@@ -191,7 +191,7 @@ class Requests:
     def next_deadline(self) -> float:
         if self._ended:
             return math.inf
-        if (self._fresh and self._may_submit) or (self._leave_by < math.inf and self._delivered):
+        if self._due or (self._leave_by < math.inf and self._delivered):
             return 0.0
         return min(self._uplink.deadline(), self._warn_at(), self._leave_by)
 
@@ -354,7 +354,6 @@ class Requests:
     def _wait_again(self, entries: Iterable[Asked]) -> None:
         """To be submitted, with the next tick: this broker does not have them."""
         again = {entry.task: entry for entry in entries if entry.task not in self._fresh}
-        self._lacked -= again.keys()
         self._fresh = {**again, **self._fresh}
         self.waiting += _bytes(again.values())
 
@@ -367,8 +366,8 @@ class Requests:
                 finals.append(Final(task, "ok", value))
             elif not self._awaits(task):
                 finals.append(Final(task, "cancelled", text="its client does not know it any more"))
-            elif task not in self._fresh:
-                self._lacked.add(task)
+            else:
+                self._lacked[task] = None
         for batch in batches(finals, final_bytes):
             self._uplink.send(Inputs(batch))
 
@@ -479,7 +478,7 @@ class Requests:
     def _pass_on(self, final: Final, shape: Shape | None) -> list[Final]:
         """A task is answered that others have as an argument: their answers, if it failed."""
         if final.task in self._lacked:
-            self._lacked.remove(final.task)
+            del self._lacked[final.task]
             self._uplink.send(Inputs([final]))
         if final.verdict == "ok":
             self._inputs.arrive(final.task, final.value)
@@ -518,26 +517,30 @@ class Requests:
         return not self._fresh and link is not None and not link.unfinished()
 
     @property
-    def _may_submit(self) -> bool:
-        """Not before it is known what the broker lacks of what was submitted: that comes first. Or the broker might fill
-        with tasks that need the results of those, and hold back the client that has them."""
-        return self._uplink.link is not None and not self._held and not self._doubts and self._window > 0
+    def _due(self) -> Collection[Asked]:
+        """What may be submitted now. Nothing before it is known what the broker lacks of what was submitted: that is first.
+        A broker that is full may be so of tasks that need the results of others: these go out all the same."""
+        if self._uplink.link is None or self._doubts:
+            return ()
+        if self._held:
+            return [self._fresh[task] for task in self._lacked if task in self._fresh]
+        return self._fresh.values() if self._window > 0 else ()
 
     def _submit(self) -> None:
         if len(self._sent) > MAX_SENT_FUNCTIONS:
             self._sent.clear()
-        while self._fresh and self._may_submit:
-            self._submit_batch()
+        while due := self._due:
+            self._submit_batch(due)
         self._send_what_waits()
 
-    def _submit_batch(self) -> None:
-        """One message with the first of the fresh ones, as many as it may hold."""
+    def _submit_batch(self, due: Iterable[Asked]) -> None:
+        """One message with the first of these, as many as it may hold."""
         batch: list[Asked] = []
         specs: list[TaskSpec] = []
         shapes: dict[Shape, tuple[int, int]] = {}  # its number in the message, and what it adds to each task's bytes
         functions: dict[bytes, Function] = {}
         room = BATCH_BYTES
-        for entry in islice(self._fresh.values(), BATCH_ITEMS):
+        for entry in islice(due, BATCH_ITEMS):
             shape, call, inputs = entry.shape, entry.call, entry.inputs
             number, size = shapes.get(shape) or (len(shapes), shape_bytes(shape))
             room -= size + (len(call) if type(call) is bytes else wire_bytes(call)) + 20 * len(inputs)
@@ -556,6 +559,9 @@ class Requests:
             specs.append(TaskSpec(entry.task, number, call, inputs))
         for entry in batch:
             del self._fresh[entry.task]
+        if self._lacked:
+            for entry in batch:
+                self._lacked.pop(entry.task, None)
         size = _bytes(batch)
         self.waiting -= size
         self._window -= size
