@@ -116,7 +116,7 @@ MUTANTS = {
         "counting", "        changes.update(debts.counted)\n", ""
     ),
     "a task that ended without counting down owes for ever": _one(
-        "counting", "for group, text, debts in self.groups.overdue():", "for group, text, debts in ():"
+        "counting", "for group, text, overdue in self.groups.overdue():", "for group, text, overdue in ():"
     ),
     "what a task has added is owed for ever when it ended without counting that down": _one(
         "counting", "return max(0, self.counted", "return self.counted.get(group, 0) >= 0 and max(0, 0 * self.counted"
@@ -125,6 +125,16 @@ MUTANTS = {
         "counting",
         "            self.answer(self.groups.lose(group, text, debts))\n\n",
         "            self.answer(self.groups.lose(group, text, debts) + self.groups.lose(group, text, debts))\n\n",
+    ),
+    # tasks that have tasks
+    "what a task submits does not wait for what it has counted": _one(
+        "fences", "        self._behind.append(event)\n        return True", "        return False"
+    ),
+    "what a task's tasks have counted counts though its attempt died": _one(
+        "counting", "*(self._debts(child).counted for child, _ in orphans)", ""
+    ),
+    "a child that has failed is counted down for good, though its parent is run again": _one(
+        "counting", "            debts = self._charge_parents(group, text, overdue)\n", "            debts = overdue\n"
     ),
     "a cancelled task is queued again and runs": _one(
         "book",

@@ -31,7 +31,10 @@ from zmqsched.protocol import (
     Welcome,
 )  # fmt: skip
 from zmqsched.sim import simulate
-from zmqsched.sim.actors import FUNCTIONS, Plan, SimBroker, SimClient, SimNode
+from zmqsched.sim.clients import SimClient
+from zmqsched.sim.nodes import SimNode
+from zmqsched.sim.peers import SimBroker
+from zmqsched.sim.plans import FUNCTIONS, Plan
 from zmqsched.sim.tally import MOST_EXECUTIONS, Tally, run_many
 from zmqsched.sim.world import DELAY_S, Deliver, Way, World
 

@@ -409,7 +409,7 @@ class GroupAdd(_Wire, tag=26):
     No deltas and a task: its attempt at that node is over, without a result.
 
     ``failed``: a task that held these groups has ended without counting down; which, and why. What deltas mean with it is in
-    ``core/counting.py``.
+    ``core/counting.py``. If a client says so, ``task`` is the one that it is in.
     """
 
     deltas: Annotated[list[tuple[Token, Annotated[int, Meta(ge=-MAX_DELTA, le=MAX_DELTA)]]], Meta(max_length=MAX_ITEMS)]

@@ -22,7 +22,7 @@ from zmqsched.protocol import (
 )  # fmt: skip
 
 from .builders import Broker, Client, Node, label_of, task_id, token
-from .test_nesting import nested
+from .test_nesting import has, nested
 
 
 def waits(client: Client, request: int = 1) -> None:
@@ -705,14 +705,14 @@ def goes_well(node: Node, label: str, *counts: int) -> None:
 
 
 def test_a_parent_that_dies_when_its_child_has_counted_down_does_it_all_again():
-    broker, node, other, client, inside = family()
+    broker, node, other, client, _ = family()
     goes_well(other, "child", -1)
     assert counter(broker) == 1
     node.loses_a_worker(running="parent")
     assert (counter(broker), told(client)) == (1, [])
     running = node if node.holds else other
     running.counts("parent", 1)
-    child(inside, "again", "parent", 2)
+    child(nested(broker, running, 2), "again", "parent", 2)
     goes_well(other if "again" in other.holds else node, "again", -1)
     assert (counter(broker), told(client)) == (1, [])
     goes_well(running, "parent", -1)
@@ -780,3 +780,232 @@ def test_a_child_that_an_earlier_attempt_has_submitted_and_that_arrives_late_cou
     at = other if "late" in other.holds else node
     goes_well(at, "late", -1)
     assert (counter(broker), told(client)) == (1, [])
+
+
+def test_a_childs_failure_that_its_parent_was_told_of_is_taken_back_with_its_parents_attempt():
+    broker, node, other, client, inside = family()
+    client.says(GroupAdd([(token("g"), 1)]))
+    node.counts("parent", -1)
+    inside.says(GroupWait(9, token("g"), task_id("parent")))
+    client.says(GroupAdd([(token("g"), -1)]))
+    other.fails("child")
+    assert [bool(error) for error in told(inside)] == [True], "the child's debt was counted down: somebody waited"
+    assert counter(broker) == 0
+    node.loses_a_worker(running="parent")
+    assert counter(broker) == 1, "as before the attempt that died"
+    running = node if node.holds else other
+    waits(client, 2)
+    running.counts("parent", 1)
+    child(nested(broker, running, 2), "again", "parent", 2)
+    goes_well(other if "again" in other.holds else node, "again", -1)
+    goes_well(running, "parent", -1)
+    assert told(client)[-1] == ""
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_and_by_the_broker_that_follows():
+    broker = Broker(journal=True)
+    node = broker.node()
+    client = owing(broker, "parent")
+    node.counts("parent", 1)
+    other, inside = broker.node("other"), nested(broker, node, 1)
+    child(inside, "child", "parent")
+    node.counts("parent", -1)
+    inside.says(GroupWait(9, token("g"), task_id("parent")))
+    other.fails("child")
+    assert told(client) == told(inside) != [""]
+    node.freezes()
+    broker.dies()
+    assert counter(broker) == 1, "nobody knows yet whether the parent is alive"
+    client.comes_back()
+    broker.passes(4)
+    waits(client, 2)
+    other.comes_back()
+    goes_well(other, "parent", -1)
+    assert told(client)[-1] == ""
+
+
+def with_one_that_is_yet_to_be_submitted(**options: object) -> tuple[Broker, Node, Node, Client, Client]:
+    """A family, whose parent's node is given up; the client has added one more."""
+    broker, node, other, client, inside = family(**options)
+    client.says(GroupAdd([(token("g"), 1)]))
+    node.freezes()
+    broker.passes(6)
+    assert (counter(broker), told(client)) == (2, [])
+    return broker, node, other, client, inside
+
+
+def test_a_child_whose_parent_is_run_again_has_not_failed():
+    broker, _, other, client, _ = with_one_that_is_yet_to_be_submitted()
+    other.finishes("child")
+    goes_well(other, "parent", -1)
+    assert (counter(broker), told(client)) == (1, []), "nothing is taken for the one that is not here"
+    client.submits("last", holds=["g"])
+    goes_well(other, "last", -1)
+    assert told(client) == [""]
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_but_it_has_if_that_attempt_has_the_result_after_all():
+    broker, node, other, client, _ = with_one_that_is_yet_to_be_submitted()
+    other.finishes("child")
+    client.says(GroupAdd([(token("g"), -1)]))
+    node.thaws()
+    node.orders.clear()
+    node.comes_back()
+    node.counts("parent", -1)
+    ends(node, "parent", 1)
+    assert client.answers["parent"] == "ok"
+    assert re.fullmatch(r"a task that .* has ended without done\(\): .*: whoever had submitted it is gone", told(client)[0])
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_a_child_that_comes_when_another_attempt_has_answered_for_its_parent_counts_for_nothing():
+    _, node, other, client, inside = world = with_one_that_is_yet_to_be_submitted()
+    other.finishes("child")
+    goes_well(other, "parent", -1)
+    node.thaws()
+    node.orders.clear()
+    node.comes_back()
+    child(inside, "late", "parent")
+    goes_well(other if "late" in other.holds else node, "late", -1)
+    assert (counter(world[0]), told(client)) == (1, [])
+
+
+def test_a_failure_of_an_attempts_child_is_not_the_next_attempts():
+    broker, node, other, client, _ = family()
+    other.fails("child")
+    other.leaves()
+    node.loses_a_worker(running="parent")
+    node.counts("parent", 0)
+    client.says(GroupAdd([(token("g"), 1)]))
+    assert (counter(broker), told(client)) == (2, []), "nothing is taken for the one that is not here"
+
+
+def test_nor_is_that_of_a_childs_child():
+    broker, node, other, client, _ = family()
+    other.counts("child", 1)
+    third, within = broker.node("third"), nested(broker, other, 1)
+    child(within, "grandchild", "child")
+    third.fails("grandchild")
+    goes_well(other, "child", -1)
+    assert (counter(broker), told(client)) == (2, [])
+    node.loses_a_worker(running="parent")
+    client.says(GroupAdd([(token("g"), 1)]))
+    assert (counter(broker), told(client)) == (2, []), "nothing is taken for the one that is not here"
+
+
+def test_a_child_that_comes_when_its_parent_has_failed_counts_for_nothing():
+    broker, node, other, client, inside = family()
+    client.says(GroupAdd([(token("g"), 1)]))
+    goes_well(other, "child", -1)
+    node.fails("parent")
+    assert len(told(client)) == 0
+    before = counter(broker)
+    child(inside, "late", "parent")
+    goes_well(other if "late" in other.holds else node, "late", -1)
+    assert (counter(broker), told(client)) == (before, [])
+
+
+def test_so_does_one_of_a_child_that_has_ended_with_its_parents_worker():
+    broker, node, other, client, _ = family()
+    client.says(GroupAdd([(token("g"), 1)]))
+    within = nested(broker, other, 1)
+    other.counts("child", 1)
+    node.loses_a_worker(running="parent")
+    has(node, 2)
+    other.stops("child", "cancelled")
+    other.is_over("child")
+    assert "child" not in {label_of(task) for task in broker.scheduler.book.tasks}
+    child(within, "late", "child")
+    goes_well(other if "late" in other.holds else node, "late", -1)
+    assert (counter(broker), told(client)) == (2, [])
+
+
+def test_a_child_of_an_attempt_that_was_given_up_and_is_the_present_one_again_counts():
+    """Its node was sent the task anew, and still runs it."""
+    broker = Broker()
+    node = broker.node()
+    client = owing(broker, "parent")
+    inside = nested(broker, node, 1)
+    node.freezes()
+    broker.passes(6)
+    other = broker.node("other")
+    assert other.holds == ["parent"]
+    node.thaws()
+    node.orders.clear()
+    node.comes_back()
+    other.leaves()
+    assert node.holds == ["parent"]
+    node.counts("parent", 1)
+    child(inside, "child", "parent", 1)
+    third = broker.node("third")
+    goes_well(third if third.holds else node, "child", -1)
+    goes_well(node, "parent", -1)
+    assert told(client) == [""]
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_a_child_that_was_not_accepted_has_failed_for_its_parents_attempt_alone():
+    broker, node, other, client, inside = family()
+    goes_well(other, "child", -1)
+    node.counts("parent", 1, -1)
+    inside.says(GroupWait(9, token("g"), task_id("parent")))
+    inside.says(GroupAdd([(token("g"), 0)], task=task_id("parent"), failed="second: the disk is full"))
+    assert [bool(error) for error in told(inside)] == [True]
+    node.loses_a_worker(running="parent")
+    assert counter(broker) == 1, "as before the attempt that died"
+    inside.says(GroupAdd([(token("g"), 0)], task=task_id("parent"), failed="third: the disk is full"))
+    waits(client, 2)
+    running = node if node.holds else other
+    running.counts("parent", 1)
+    child(nested(broker, running, 2), "again", "parent", 2)
+    goes_well(other if "again" in other.holds else node, "again", -1)
+    goes_well(running, "parent", -1)
+    assert told(client)[-1] == ""
+    assert not broker.scheduler.book.open_counts()
+
+
+@pytest.mark.parametrize("queued", [True, False])
+def test_one_that_comes_when_its_parents_attempt_was_given_up_has_failed_if_that_has_the_result_after_all(queued):
+    broker = Broker()
+    node = broker.node()
+    client = owing(broker, "parent")
+    node.counts("parent", 1)
+    inside = nested(broker, node, 1)
+    node.freezes()
+    broker.passes(6)
+    other = None if queued else broker.node("other")
+    child(inside, "child", "parent")
+    assert (counter(broker), told(client)) == (1, [])
+    node.thaws()
+    node.orders.clear()
+    ran = other or broker.node("other")
+    goes_well(ran, "child", -1) if "child" in ran.holds else None
+    node.comes_back()
+    node.counts("parent", -1)
+    ends(node, "parent", 1)
+    assert client.answers["parent"] == "ok"
+    assert re.fullmatch(r"a task that .* has ended without done\(\): .*: whoever had submitted it is gone", told(client)[0])
+
+
+def test_a_child_that_was_lost_with_its_parents_client_has_failed_if_both_come_back():
+    broker = Broker(client_lease_s=5.0)
+    node = broker.node()
+    client = owing(broker, "parent")
+    node.counts("parent", 1, -1)
+    inside = nested(broker, node, 1)
+    child(inside, "child", "parent")
+    client.freezes()
+    node.freezes()
+    broker.passes(8)
+    node.thaws()
+    node.orders.clear()
+    node.comes_back()
+    client.thaws()
+    client.comes_back()
+    client.submits("parent", holds=["g"])
+    ends(node, "parent", 1, ok=True)
+    assert client.answers == {"parent": "ok"}
+    waits(client, 2)
+    assert re.fullmatch(r"a task that .* has ended without done\(\): .*: whoever had submitted it is gone", told(client)[-1])

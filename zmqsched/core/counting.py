@@ -17,6 +17,9 @@ Rules
 * What a task has submitted belongs to its attempt, as far as both hold the WaitGroup: what such a *child* has counted when
   it is answered counts as the attempt does, and if the task is run again its unfinished children count for nothing any more.
   They are not ended for that, unless their worker is. A broker that starts from a journal does not know who is whose child.
+* What a task's children have left that failed, and is counted down while the task waits for it, counts as its attempt does.
+  What those have left that outlive their attempt is owed only if that attempt counts again.
+* A child that comes when its parent's attempt is over counts for nothing.
 * A task stands for one debt of each WaitGroup that it was sent, and for what it has added to any, as far as it has not
   counted that down. If it ends otherwise than with a result, these debts have failed (``groups.py``). Of a task that was
   not submitted, or not accepted, its client says so.
@@ -49,15 +52,18 @@ HEARD = "heard"
 GONE = "whoever had submitted it is gone"
 
 _NOTHING: dict[bytes, int] = {}
+_NO_FAILURES: Counter[tuple[bytes, str]] = Counter()
 
 
 class Debts:
     """What an unfinished task has to do with WaitGroups. ``sent``: those it was sent; ``holds``: those, and what else it has
     counted on. ``added``: what it has added to which, by the incarnation of the node that ran it; ``live``: the one whose
     additions count now, or b"". ``parent``: the unfinished task that has submitted it, or b""; ``children``: those it has
-    submitted, each with the incarnation of the node that ran the attempt. ``void``: it counts for nothing any more."""
+    submitted, each with the incarnation of the node that ran the attempt. ``failures``: debts of children that have failed,
+    by that incarnation, and by group and text. ``ended``: by that, too, the last attempt that is over there. ``void``: it
+    counts for nothing any more."""
 
-    __slots__ = ("added", "children", "holds", "live", "parent", "sent", "void")
+    __slots__ = ("added", "children", "ended", "failures", "holds", "live", "parent", "sent", "void")
 
     def __init__(self, sent: tuple[bytes, ...]) -> None:
         self.sent = sent
@@ -66,6 +72,8 @@ class Debts:
         self.live = b""
         self.parent = b""
         self.children: dict[bytes, bytes] = {}
+        self.ended: dict[bytes, int] = {}
+        self.failures: dict[bytes, Counter[tuple[bytes, str]]] = {}
         self.void = False
 
     @property
@@ -82,8 +90,8 @@ class Counting:
         self._book = book
         self.groups = Groups()
         self.counted: OrderedDict[bytes, int] = OrderedDict()  # the last addition, by incarnation
-        # Of tasks that are not here: by task, and by incarnation of the node that runs it.
-        self._unclaimed: OrderedDict[bytes, dict[bytes, dict[bytes, int]]] = OrderedDict()
+        # Of tasks that are not here.
+        self._unclaimed: OrderedDict[bytes, Debts] = OrderedDict()
 
     # --- what is said ------------------------------------------------------------------------------------------------
 
@@ -97,9 +105,7 @@ class Counting:
             if len(self.counted) > MAX_COUNTED:
                 self.counted.popitem(last=False)
         if not from_node or not message.task:
-            message = GroupAdd(message.deltas, message.number, failed=message.failed)
-            self._book.record(incarnation, message)
-            self._add_for_good(message)
+            self._said_by_client(incarnation, message)
         elif not message.deltas:
             self._book.record(incarnation, GroupAdd([], message.number))
             self.over(message.task, incarnation)
@@ -112,6 +118,20 @@ class Counting:
             self._book.counts["additions of tasks that are over"] += 1
             self._book.record(incarnation, message)
             self._keep(incarnation, message)
+
+    def _said_by_client(self, incarnation: bytes, message: GroupAdd) -> None:
+        """``message.task``: the one in which the client is, and whose children have failed."""
+        above = self._book.tasks.get(message.task) if message.failed else None
+        message = GroupAdd(message.deltas, message.number, failed=message.failed)
+        if above is None or above.debts is None:
+            self._book.record(incarnation, message)
+            self._add_for_good(message)
+        elif where := self._where(above, incarnation):
+            self._book.record(incarnation, message)
+            self._add_for_good(message)
+            self._note_failures(above.debts, where, message.failed, ((group, delta or 1) for group, delta in message.deltas))
+        else:  # of an attempt that does not count
+            self._book.record(incarnation, GroupAdd([], message.number))
 
     def wait(self, session: Session, message: GroupWait) -> None:
         self.answer(self.groups.wait(message.group, Waiter(session.token, message.request, message.task)))
@@ -162,13 +182,17 @@ class Counting:
                 self._apply(task, debts, {group: delta})
 
     def _keep(self, incarnation: bytes, message: GroupAdd) -> None:
-        added = self._unclaimed.setdefault(message.task, {}).setdefault(incarnation, {})
-        self._unclaimed.move_to_end(message.task)
-        if len(self._unclaimed) > MAX_COUNTED:
-            self._unclaimed.popitem(last=False)
+        added = self._kept(message.task).added.setdefault(incarnation, {})
         for group, delta in message.deltas:
             if group in added or len(added) < MAX_HELD:
                 added[group] = added.get(group, 0) + delta
+
+    def _kept(self, task_id: bytes) -> Debts:
+        debts = self._unclaimed.setdefault(task_id, Debts(()))
+        self._unclaimed.move_to_end(task_id)
+        if len(self._unclaimed) > MAX_COUNTED:
+            self._unclaimed.popitem(last=False)
+        return debts
 
     # --- the course of a task, if it has debts -----------------------------------------------------------------------
 
@@ -176,8 +200,11 @@ class Counting:
         task.debts = self._adopted(task, Debts(task.kind.options.holds))
         for group in task.debts.sent:
             self.groups.hold(group, task.id, 1)
-        for incarnation, added in self._unclaimed.pop(task.id, {}).items():
-            task.debts.added[incarnation] = {group: delta for group, delta in added.items() if group in task.debts.holds}
+        if (kept := self._unclaimed.pop(task.id, None)) is not None:
+            task.debts.failures, task.debts.ended = kept.failures, kept.ended
+            for incarnation, added in kept.added.items():
+                mine = {group: delta for group, delta in added.items() if group in task.debts.holds}
+                task.debts.added[incarnation] = mine
 
     def runs_at(self, task: Task, incarnation: bytes) -> None:
         """This node's attempt is the one that counts."""
@@ -193,23 +220,31 @@ class Counting:
     def _now_counts(self, task: Task, debts: Debts, incarnation: bytes) -> None:
         """What was counted in the attempt at this node, and by its open children. In one step: on the way the counter may be
         zero."""
-        orphans = [child for child, where in debts.children.items() if where != incarnation]
-        for child in orphans:  # it grows
-            orphans += self._debts(child).children
+        orphans = [(child, where) for child, where in debts.children.items() if where != incarnation]
+        for child, where in orphans:  # it grows
+            orphans += [(each, where) for each in self._debts(child).children]
         changes: Counter[bytes] = Counter()
-        for counted in (debts.counted, *(self._debts(child).counted for child in orphans)):
+        for counted in (debts.counted, *(self._debts(child).counted for child, _ in orphans)):
             changes.subtract(counted)
+        for (group, text), number in debts.failures.get(debts.live, _NO_FAILURES).items():
+            self.groups.withdraw(group, text, number)
+        if debts.live:
+            debts.added.setdefault(debts.live, {})  # its children are known by it, should one come late
         debts.live = incarnation
+        for (group, text), number in debts.failures.get(incarnation, _NO_FAILURES).items():
+            self.groups.fail(group, text, number)
         changes.update(debts.counted)
         self._apply(task, debts, changes)
-        for child in orphans:
-            self._orphaned(self._book.tasks[child], self._debts(child))
+        for child, where in orphans:
+            self._orphaned(self._book.tasks[child], self._debts(child), debts, where)
 
-    def _orphaned(self, task: Task, debts: Debts) -> None:
+    def _orphaned(self, task: Task, debts: Debts, parents: Debts, where: bytes) -> None:
         """The attempt that has submitted it counts no more. If that ends well after all, this one's debts have failed."""
         for incarnation, added in debts.added.items():
             self._taken_back(task.id, incarnation, added)
-        self._failed(task, debts, GONE)
+            self._kept(task.id).added[incarnation] = {}  # for the same reason
+        left = ((group, number) for group in debts.holds if (number := debts.stands_for(group)))
+        self._note_failures(parents, where, self._failure(task, GONE), left)
         self._leave(task, debts)
         task.debts = _void()
 
@@ -217,12 +252,19 @@ class Counting:
         """The attempt of the task at this node has ended, and the task has not."""
         task = self._book.tasks.get(task_id)
         if task is None:
-            self._unclaimed.get(task_id, {}).pop(incarnation, None)
-        if task is None or task.debts is None:
+            kept = self._unclaimed.get(task_id)
+            if kept is not None and incarnation in kept.added:
+                kept.added[incarnation] = {}
+                kept.failures.pop(incarnation, None)
+            return
+        if task.debts is None:
             return
         if task.debts.live == incarnation or incarnation in task.debts.children.values():
             self.given_up(task)
-        self._taken_back(task_id, incarnation, task.debts.added.pop(incarnation, _NOTHING))
+        self._taken_back(task_id, incarnation, task.debts.added.get(incarnation, _NOTHING))
+        task.debts.added[incarnation] = {}
+        task.debts.ended[incarnation] = task.attempt
+        task.debts.failures.pop(incarnation, None)
 
     def _taken_back(self, task_id: bytes, incarnation: bytes, added: dict[bytes, int]) -> None:
         for back in _steps((group, -delta) for group, delta in added.items()):
@@ -235,6 +277,7 @@ class Counting:
             self._taken_back(task.id, over, debts.added.get(over, _NOTHING))
             self.release(task, debts)
             debts.added.pop(over, None)
+            debts.failures.pop(over, None)
             self.keep(task.id, debts)
             return
         for_good = self._handed_on(task, debts)
@@ -242,6 +285,11 @@ class Counting:
             self._book.record(b"", GroupAdd(kept))
         if final.verdict not in ("ok", "NotAccepted"):
             self._failed(task, debts, "it raised an exception" if final.verdict == "error" else final.text)
+            debts.added[debts.live] = {}  # its children are known by it, should one come late
+        else:
+            debts.added.pop(debts.live, None)
+        debts.failures.pop(debts.live, None)
+        self.keep(task.id, debts)
         self._leave(task, debts)
 
     def release(self, task: Task, debts: Debts) -> None:
@@ -250,9 +298,13 @@ class Counting:
         self._leave(task, debts)
 
     def keep(self, task_id: bytes, debts: Debts) -> None:
-        """Its owner may come back and submit it again, and one of its attempts have a result."""
-        for incarnation, added in debts.added.items():
-            self._keep(incarnation, GroupAdd(list(added.items()), task=task_id))
+        """What its attempts have counted that count for nothing: its owner may come back and submit it again, and one of
+        them have a result; and what comes from them late is known by it."""
+        if debts.added:
+            kept = self._kept(task_id)
+            kept.added.update(debts.added)
+            kept.failures.update(debts.failures)
+            kept.ended.update(debts.ended)
 
     def _leave(self, task: Task, debts: Debts) -> None:
         if debts.parent in self._book.tasks:
@@ -268,18 +320,41 @@ class Counting:
     # --- parents and children ----------------------------------------------------------------------------------------
 
     def _adopted(self, task: Task, debts: Debts) -> Debts:
-        """A child of the attempt that has submitted it, if that goes on; one that is over has no others."""
+        """A child of the attempt that has submitted it, if that goes on. One that has ended well has no others: all are
+        accepted before its result goes out. So these are of an attempt that does not count."""
         parent = task.kind.options.parent
-        above = None if parent is None or task.owner.job else self._book.tasks.get(parent.task)
-        if parent is None or above is None or above.debts is None:
+        if parent is None or task.owner.job:
             return debts
-        if above.debts.void or parent.attempt < above.attempt:
+        above = self._book.tasks.get(parent.task)
+        if above is None:
+            kept = self._unclaimed.get(parent.task)
+            return debts if kept is None else self._outlived(task, debts, kept, parent.attempt, 0)
+        if above.debts is None:
+            return debts
+        if above.debts.void:
             return _void()
-        where = self._incarnation(above)
-        if where and nested_in(where, task.owner.incarnation) is not None:
-            debts.parent = above.id
-            above.debts.children[task.id] = where
+        where = self._where(above, task.owner.incarnation)
+        if not where:
+            return self._outlived(task, debts, above.debts, parent.attempt, above.attempt)
+        # A node that is given up, comes back and is sent the task again still runs it: the old attempt is the new one.
+        if parent.attempt <= above.debts.ended.get(where, 0):
+            return _void()
+        debts.parent = above.id
+        above.debts.children[task.id] = where
         return debts
+
+    def _outlived(self, task: Task, debts: Debts, parents: Debts, attempt: int, latest: int) -> Debts:
+        """A child of an attempt that counts no more, unless it has the result after all; or of none that is known."""
+        client = task.owner.incarnation
+        where = next((each for each in parents.added if nested_in(each, client) is not None), b"")
+        if where and attempt > parents.ended.get(where, 0):
+            self._note_failures(parents, where, self._failure(task, GONE), ((group, 1) for group in debts.sent))
+        return _void() if where or attempt < latest else debts
+
+    def _where(self, task: Task, client: bytes) -> bytes:
+        """The incarnation of the node that runs the task, if this client is in a worker of it; else b""."""
+        where = self._incarnation(task)
+        return where if where and nested_in(where, client) is not None else b""
 
     def _handed_on(self, task: Task, debts: Debts) -> dict[bytes, int]:
         """What it has counted goes on as what its parent's attempt has, its children too. Returns what counts for good: what
@@ -292,6 +367,7 @@ class Counting:
         parents = self._debts(above.id)
         where = parents.children[task.id]
         parents.children.update(dict.fromkeys(debts.children, where))
+        parents.failures.setdefault(where, Counter()).update(debts.failures.get(debts.live, _NO_FAILURES))
         self.runs_at(above, where)
         mine = {group: delta for group, delta in debts.counted.items() if group in parents.holds}
         for step in _steps(mine.items()):
@@ -310,23 +386,58 @@ class Counting:
     # --- debts that have failed --------------------------------------------------------------------------------------
 
     def _failed(self, task: Task, debts: Debts, why: str) -> None:
-        self._fail(task, ((group, debts.stands_for(group)) for group in debts.holds), why)
-
-    def _fail(self, task: Task, debts: Iterable[tuple[bytes, int]], why: str) -> None:
-        options, label = task.kind.options, task.kind.shape.label
-        first_line = why.partition("\n")[0].removeprefix(f"{options.name or label} failed: ")
-        failed = f"{tag_of(task.id, task.kind.shape)}: {first_line[:MAX_REASON]}"
-        for step in _steps(debts):
+        failed = self._failure(task, why)
+        left = {group: number for group in debts.holds if (number := debts.stands_for(group))}
+        for step in _steps(left.items()):
             message = GroupAdd(step, failed=failed)
             self._book.record(b"", message)
             self._add_for_good(message)
+        if debts.parent in self._book.tasks:
+            parents = self._debts(debts.parent)
+            self._note_failures(parents, parents.children[task.id], failed, left.items())
+
+    def _note_failures(self, debts: Debts, where: bytes, failed: str, numbers: Iterable[tuple[bytes, int]]) -> None:
+        """They are of children of the attempt there."""
+        debts.failures.setdefault(where, Counter()).update({(group, failed): number for group, number in numbers})
+
+    def _failure(self, task: Task, why: str) -> str:
+        """As it is told."""
+        options, label = task.kind.options, task.kind.shape.label
+        first_line = why.partition("\n")[0].removeprefix(f"{options.name or label} failed: ")
+        return f"{tag_of(task.id, task.kind.shape)}: {first_line[:MAX_REASON]}"
 
     def settle(self) -> None:
         """Count down the debts that failed tasks have left."""
-        for group, text, debts in self.groups.overdue():
+        for group, text, overdue in self.groups.overdue():
+            debts = self._charge_parents(group, text, overdue)
             for step in _steps([(group, -debts)]):
                 self._book.record(b"", GroupAdd(step, failed=text))
-            self.answer(self.groups.lose(group, text, debts))
+            if debts:
+                self.answer(self.groups.lose(group, text, debts))
+
+    def _charge_parents(self, group: bytes, text: str, overdue: int) -> int:
+        """If they are those of a child, and its parent waits for them, the parent's attempt counts them down. Returns how
+        many are nobody's."""
+        for task_id in self.groups.waiting_in(group):
+            task = self._book.tasks.get(task_id)
+            if task is None or task.debts is None:
+                continue
+            failures = task.debts.failures.get(task.debts.live, _NO_FAILURES)
+            charged = min(overdue, failures[group, text])
+            for step in _steps([(group, -charged)]):
+                failures[group, text] -= charged
+                message = GroupAdd(step, task=task_id, failed=text)
+                self._book.record(task.debts.live, message)
+                self.charge(task_id, task.debts.live, message)
+            overdue -= charged
+        return overdue
+
+    def charge(self, task_id: bytes, incarnation: bytes, message: GroupAdd) -> None:
+        """Debts of a task's children that have failed are counted down as the attempt does."""
+        for group, delta in message.deltas:
+            self.groups.note_lost(group, message.failed, -delta)
+        if (task := self._book.tasks.get(task_id)) is not None:
+            self._add_for_now(task, incarnation, message)
 
     def _apply(self, task: Task, debts: Debts, changes: Mapping[bytes, int]) -> None:
         for group in changes.keys() & debts.holds.keys():

@@ -100,6 +100,11 @@ class Groups:
         if self._total(group) or group in self._holders:
             _count(self._failed, group, text, debts)
 
+    def withdraw(self, group: bytes, text: str, debts: int) -> None:
+        """It does not count that it has ended so."""
+        if text in self._failed.get(group, ()):
+            _count(self._failed, group, text, -debts)
+
     @property
     def has_failures(self) -> bool:
         return bool(self._failed)
@@ -119,10 +124,17 @@ class Groups:
 
     def lose(self, group: bytes, text: str, debts: int) -> list[Answer]:
         """Count down debts that this failure has left; a wait will be told."""
-        if text in self._failed.get(group, ()):
-            _count(self._failed, group, text, -debts)
-        _count(self._lost, group, text, debts)
+        self.note_lost(group, text, debts)
         return self.add(group, -debts)
+
+    def note_lost(self, group: bytes, text: str, debts: int) -> None:
+        """These are about to be counted down."""
+        self.withdraw(group, text, debts)
+        _count(self._lost, group, text, debts)
+
+    def waiting_in(self, group: bytes) -> list[bytes]:
+        """The tasks in which somebody waits."""
+        return list({waiter.task: None for waiter in self._waiters.get(group, []) if waiter.task})
 
     def wait(self, group: bytes, waiter: Waiter) -> list[Answer]:
         if group in self._broken:

@@ -109,6 +109,8 @@ def _replay(book: Book, owner_id: bytes, body: RecordMessage, once: set[bytes]) 
                     _forget(book, task.id)
                     if task.debts is not None:
                         book.counting.keep(task.id, task.debts)
+        case GroupAdd(task=task_id, failed=failed) if task_id and failed:
+            book.counting.charge(task_id, owner_id, body)
         case GroupAdd():
             book.counting.add(owner_id, body, from_node=bool(body.task))
         case Charged(task_id, attempt, failures, deaths):

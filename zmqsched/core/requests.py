@@ -429,8 +429,10 @@ class Requests:
     def _fail_groups(self, task: bytes, shape: Shape, why: str) -> None:
         """The task was not submitted, or not accepted, so what it owes to WaitGroups is lost."""
         if shape.options.holds:
+            parent = shape.options.parent
+            within = b"" if parent is None else parent.task
             failed = f"{tag_of(task, shape)}: {why}"
-            self._send_behind(GroupAdd([(group, 0) for group in shape.options.holds], failed=failed))
+            self._send_behind(GroupAdd([(group, 0) for group in shape.options.holds], task=within, failed=failed))
 
     def _finals(self, finals: list[Final]) -> None:
         news = []

@@ -4,6 +4,8 @@ Rules
 -----
 * Same seed, same run. Everything random comes from one ``random.Random(seed)``.
 * Workers are simulated: a task's call says how long it runs and how it ends.
+* Some tasks have tasks (``families.py``): they count on a WaitGroup, submit children with a client in their worker, behind
+  fences, and wait for them or not. Across a broker's restart nothing is checked of what families have counted.
 * Each seed switches on each of ``runs.FAULTS`` with a chance of one half, and with random strength (all at once would mask
   bugs). A quiet tail follows, in which everything must finish, and both ends must come to agree: safety is not enough.
 * Each process has a clock of its own, which began at a time of its own. Nothing may compare them.
@@ -35,6 +37,7 @@ the answer is the right one; retries are not deaths    ``SimClient``, at each an
 what a task prints comes before its answer             ``SimClient``, at each answer and each line
 a WaitGroup is zero when its tasks are answered        ``SimClient``, at each reply
 no attempt counts twice, no wait outlives its debts    ``Debts``, at each reply; ``runs.Cluster.complaint``, at the end
+a task that waits for its children waits for all       ``Family``, at each reply
 all are answered, nothing is kept, both ends agree     ``runs.Cluster.complaint``, at the end
 no message raises                                      everywhere: an exception of a core ends the run
 nobody talks without end                               ``World.run_until``: the steps of a run are counted

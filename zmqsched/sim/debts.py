@@ -7,18 +7,21 @@ from collections.abc import Callable, Mapping
 from ..core.events import Asked, Tell
 from ..core.groups import NEGATIVE
 from ..protocol import GroupAdd, GroupDone, GroupWait, Options
-from .world import SimulationFailed, World
+from .world import SimulationFailed, World, named
 
-REQUEST = 3
+FIRST_REQUEST = 3
 
 
 class Debts:
     """The client's side. ``forgotten``: a broker that did not know the client may not know what it had counted either."""
 
-    def __init__(self, world: World, client: bytes, post: Callable[[object], None]) -> None:
-        self.group = client.ljust(16, b"_")[:16]
+    def __init__(self, world: World, client: bytes, post: Callable[[object], None], number: int = 0) -> None:
+        self.group = (client + b"_%d" % number).ljust(16, b"_")
+        self.request = FIRST_REQUEST + number
         self.forgotten = False
         self.settled = False
+        # Tasks that have tasks hold it. These may count again when the wait is over, and their parents are.
+        self.families = False
         self._world = world
         self._post = post
         self._sent: list[bytes] = []  # tasks that hold it
@@ -40,11 +43,11 @@ class Debts:
     def wait(self, answers: Mapping[bytes, str]) -> None:
         self._answers = answers
         self._waits_for = list(self._sent)
-        self._post(Tell(GroupWait(REQUEST, self.group)))
+        self._post(Tell(GroupWait(self.request, self.group)))
 
     def replied(self, reply: GroupDone) -> None:
         """It is zero: each task has counted down, or ended without, which is told."""
-        if not self.forgotten:
+        if not self.forgotten and not (self.families and self._world.counts_lost):
             self._check(reply.error)
         if all(task in self._answers for task in self._sent):
             self.settled = True
@@ -55,8 +58,10 @@ class Debts:
         if error == NEGATIVE:
             raise SimulationFailed("an attempt that was run again has counted down twice")
         failed = [task for task in self._waits_for if self._answers.get(task, "ok") != "ok"]
-        if error and not failed:
+        accounts = self._world.accounts
+        if error and not failed and not any(map(accounts.lost_any, self._waits_for)):
             raise SimulationFailed(f"all went well with those that hold the WaitGroup, and it is said: {error}")
-        open_ = [task.hex() for task in self._waits_for if task not in failed and task not in self._world.counted_down]
+        well = [task for task in self._waits_for if task not in failed]
+        open_ = [named(task) for task in well if not accounts.settled(task, answered=task in self._answers, told=error)]
         if open_:
             raise SimulationFailed(f"the WaitGroup is zero before {open_} have counted down")

@@ -13,7 +13,10 @@ from ..core.policy import POLICIES
 from ..core.settings import Settings
 from ..core.stops import LOOK_S
 from ..protocol import Command, Options
-from .actors import GROUP, SIGNAL_S, Plan, SimBroker, SimClient, SimNode
+from .clients import GROUP, InnerClient, SimClient
+from .nodes import SIGNAL_S, SimNode
+from .peers import SimBroker
+from .plans import Plan
 from .world import SimulationFailed, World
 
 THOROUGH = 4  # each so manieth seed is
@@ -77,6 +80,7 @@ class Cluster:
         )
         self._waiting = random.choice((0.0, 0.3))  # how many wait for others, as tasks with tasks of their own do
         self._dependent = random.choice((0.0, 0.2, 0.6))  # how many have others' results as arguments
+        self._with_families = random.choice((0.0, 0.3, 0.6))  # how many of those that count have tasks of their own
         self.clients = [self._client() for _ in range(random.randint(1, 2))]
         self._asked_by = list(self.clients)
         if "forget functions" in world.faults:
@@ -119,15 +123,33 @@ class Cluster:
             once = not options.requeue and not options.retries
             retried, stubborn = random.random() < 0.75, random.random() < 0.3
             inputs = self._inputs(number) if random.random() < self._dependent else ()
-            group, counts = b"", ""
+            group, counts, awaits = b"", "", ""
+            children: tuple[Plan, ...] = ()
             if not options.job and random.random() < 0.3:
-                group = client.debts.group
+                group = client.debts[0].group
+                counts = _counts(random, ends)
+                if random.random() < self._with_families:
+                    children, awaits, counts = self._children(), random.choice(("answers", "group", "")), "late"
+                    if awaits == "group":
+                        group, counts = client.private_group(), "early"
                 options = replace(options, holds=(group,))
-                counts = random.choice(("early", "late", "around", "never" if ends in ("error", "death") else "late"))
-            waits = random.random() < self._waiting
+            waits = random.random() < self._waiting and not children
             plan = Plan(number, seconds, ends, once, retried, options.timeout, stubborn, inputs, group, counts, waits)
+            plan = replace(plan, children=children, awaits=awaits)
             plans.append((plan, options))
         return plans
+
+    def _children(self, depth: int = 1) -> tuple[Plan, ...]:
+        random = self.world.random
+        plans = []
+        for _ in range(random.randint(1, 3)):
+            ends = random.choices(("value", "error", "flaky", "death"), (85, 5, 5, 5))[0]
+            seconds = random.choice(self._seconds) * random.random()
+            plan = Plan(0, seconds, ends, retried=random.random() < 0.75, counts=_counts(random, ends))
+            if depth == 1 and random.random() < 0.2:
+                plan = replace(plan, children=self._children(2), awaits=random.choice(("answers", "")), counts="late")
+            plans.append(plan)
+        return tuple(plans)
 
     def _inputs(self, number: int) -> tuple[int, ...]:
         """Of the tasks asked for before, of late mostly."""
@@ -157,7 +179,8 @@ class Cluster:
 
     def _strike_connections(self) -> None:
         world, random = self.world, self.world.random
-        peers = [*self.nodes, *self.leaving, *self.clients]
+        inner = [client for node in (*self.nodes, *self.leaving) for client in node.inner_clients()]
+        peers = [*self.nodes, *self.leaving, *self.clients, *inner]
         if world.chance("reconnect"):
             random.choice(peers).reconnect(late=world.chance("late messages", 2.0))
         if world.chance("cut up"):
@@ -263,18 +286,20 @@ class Cluster:
 
     def complaint(self) -> str:
         """What is not as it must be in the end, if anything."""
-        for client in self.clients:
+        inner = [process for process in self.world.processes.values() if isinstance(process, InnerClient)]
+        for client in (*self.clients, *inner):
             if not client.done:
                 missing = [plan for task, plan in client.plans.items() if task not in client.answers]
                 return (
                     f"{client.name.decode()} has no answer to {missing}, WaitGroup zero: {client.group_zero}, "
-                    f"debts settled: {client.debts.settled}"
+                    f"debts settled: {[debts.settled for debts in client.debts]}"
                 )
             if client.core.open:
                 return f"{client.name.decode()} keeps what is answered"
         left = dict(self.broker.core.book.open_counts())
         groups = self.broker.core.book.counting.groups
-        wanted = [GROUP, *(client.debts.group for client in self.clients if not client.debts.forgotten)]
+        debts = [debts for client in self.clients for debts in client.debts if not client.forgotten]
+        wanted = [GROUP, *(each.group for each in debts if not each.families)]
         if not any(group in groups for group in wanted):  # those of clients that were killed are nobody's
             left.pop("groups", None)
         if left:
@@ -286,7 +311,7 @@ class Cluster:
         for node in self.nodes:
             if why := self._node_complaint(node):
                 return f"{node.name.decode()} ({node.core.name}) {why}"
-        if strangers := len(list(self.broker.core._sessions)) - len(self.nodes) - len(self.clients):
+        if strangers := len(list(self.broker.core._sessions)) - len(self.nodes) - len(self.clients) - len(inner):
             return f"the scheduler keeps {strangers} sessions of nobody"
         return ""
 
@@ -301,6 +326,10 @@ class Cluster:
         if record.credit != node.core._reports.credit or record.credit < record.slots:
             return f"offers {node.core._reports.credit} and is thought to offer {record.credit} for its {record.slots} slots"
         return ""
+
+
+def _counts(random: Random, ends: str) -> str:
+    return random.choice(("early", "late", "around", "never" if ends in ("error", "death") else "late"))
 
 
 def _kinds(random: Random) -> list[Options]:

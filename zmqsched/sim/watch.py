@@ -13,7 +13,7 @@ from ..core.reasons import Reasons
 from ..core.scheduler import Scheduler
 from ..core.tasks import Task
 from ..protocol import Dispatch, Envelope, Finals, Results, Submit
-from .world import SimulationFailed
+from .world import SimulationFailed, named
 
 SLACK_S = 0.1  # of deadlines that are met at the next turn
 
@@ -107,7 +107,7 @@ class Watch:
                 for final in finals:
                     told = self._answered.setdefault(final.task, set())
                     if envelope.session in told:
-                        raise SimulationFailed(f"the broker answered task {final.task.hex()} twice")
+                        raise SimulationFailed(f"the broker answered task {named(final.task)} twice")
                     told.add(envelope.session)
             case _:
                 pass
@@ -126,11 +126,11 @@ class Watch:
             raise SimulationFailed(f"{node.id} has {node.assigned} tasks and credit for {node.credit}")
         for order in dispatch.orders:
             if order.attempt <= self._attempts.get(order.task, 0):
-                raise SimulationFailed(f"task {order.task.hex()}: attempt {order.attempt} was there before")
+                raise SimulationFailed(f"task {named(order.task)}: attempt {order.attempt} was there before")
             if order.task in self._answered:
-                raise SimulationFailed(f"task {order.task.hex()} was answered and runs again")
+                raise SimulationFailed(f"task {named(order.task)} was answered and runs again")
             if self._core.book.tasks[order.task].cancelled:
-                raise SimulationFailed(f"task {order.task.hex()} was cancelled and is started again")
+                raise SimulationFailed(f"task {named(order.task)} was cancelled and is started again")
             self._attempts[order.task] = order.attempt
 
     def _published(self, kind: str, node: str, by_clock: bool, listened: float) -> None:

@@ -13,7 +13,8 @@ from typing import Literal
 
 from ..codec import decode, encode
 from ..core.events import Tick
-from ..protocol import Dispatch, Envelope, Finals, Message, Progress, Results, Revoke, Submit
+from ..protocol import Dispatch, Envelope, Finals, GroupAdd, GroupDone, GroupWait, Message, Progress, Results, Revoke, Submit
+from .accounts import Accounts
 
 DELAY_S = 0.0002
 MOST_STEPS = 30_000  # of a run; usual are 1,000
@@ -32,7 +33,8 @@ class World:
 
     ``faults``: how likely each is to strike, when it may. ``executions`` and ``deaths`` count, by task, how often one was
     really started, and how often a worker really died running it. ``overran``: tasks that were interrupted over their limit.
-    ``counted_down``: tasks of which an attempt has called ``done``.
+    ``accounts``: what tasks have counted on WaitGroups. ``counts_lost``: those of families need not be right any more:
+    another broker does not know whose tasks are whose, or what was given up with a client in a task is run again.
     """
 
     def __init__(self, seed: int, *, verbose: bool = False, thorough: bool = True) -> None:
@@ -46,7 +48,9 @@ class World:
         self.executions: Counter[bytes] = Counter()
         self.deaths: Counter[bytes] = Counter()
         self.overran: set[bytes] = set()
-        self.counted_down: set[bytes] = set()
+        self.accounts = Accounts()
+        self.counts_lost = False
+        self.inner_clients = itertools.count()  # of workers
         self.processes: dict[bytes, Process] = {}
         self._cut: dict[tuple[bytes, Way], float] = {}  # until when
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
@@ -203,13 +207,24 @@ class Process(ABC):
         """Of the core: its ``sanity_check``."""
 
 
+def named(task: bytes) -> str:
+    """The client that has asked for a simulated task, and its number."""
+    return f"{task[:8].rstrip(b'.').decode(errors='replace')}.{int.from_bytes(task[8:], 'big')}" if task else ""
+
+
 def _words(body: Message) -> str:
     """A message in a line: its name, and the tasks it is about."""
     match body:
         case Dispatch(_, tasks) | Results(tasks) | Revoke(tasks) | Progress(_, _, tasks):
-            about = [f"{task.task.hex()[-4:]}#{task.attempt}" for task in tasks]
+            about = [f"{named(task.task)}#{task.attempt}" for task in tasks]
         case Submit(_, tasks) | Finals(tasks):
-            about = [task.task.hex()[-4:] for task in tasks]
+            about = [named(task.task) for task in tasks]
+        case GroupAdd(deltas, _, task, failed):
+            about = [named(task), *(f"{group!r} {delta:+}" for group, delta in deltas), failed]
+        case GroupWait(_, group, task):
+            about = [named(task), repr(group)]
+        case GroupDone(request, error):
+            about = [str(request), error]
         case _:
             about = []
     return " ".join([type(body).__name__, *about])
