@@ -666,12 +666,17 @@ class Workplace:
 
     # what the broker does
 
-    def broker_welcomes(self, beat_interval_s: float = 1.0, lease_s: float = 3.0) -> None:
+    def broker_welcomes(self, *adopted: str, beat_interval_s: float = 1.0, lease_s: float = 3.0) -> None:
+        """First attempts that it adopts are right behind the welcome."""
         self.session += 1
         self.link = Link(self.session)
         self._taught.clear()
         life = self.hellos[-1].life
         self._arrive(Envelope(self.session, 0, 0, Welcome(self.session, life, 1, "n1", beat_interval_s, lease_s=lease_s)))
+        if adopted:
+            self.link.send(Adopt([Attempt(task_id(label), 1) for label in adopted]))
+            for envelope in self.link.flush(self.now):
+                self._arrive(envelope)
         self.turn()
 
     def broker_forgets(self) -> None:

@@ -76,7 +76,7 @@ def test_a_node_beats_and_keeps_its_lease_as_its_broker_says():
     assert (broker.facts_of("suspect"), broker.facts_of("lost")) == (["n1"], ["n1"])
 
     place = Workplace(joins=False)
-    place.broker_welcomes(5.0, lease_s=15.0)
+    place.broker_welcomes(beat_interval_s=5.0, lease_s=15.0)
     beats = len(place.beats)
     place.passes(20.0)
     assert 3 <= len(place.beats) - beats <= 5

@@ -165,6 +165,19 @@ def test_a_wait_outlives_the_session_in_which_it_began():
     assert place.agent._reports.credit == 2
 
 
+def test_a_broker_that_adopts_more_than_there_are_slots_is_told_that_there_are_no_more():
+    place = Workplace(slots=1)
+    place.broker_orders("parent")
+    place.waits("parent")
+    place.broker_orders("child")
+    place.goes_on("parent")
+    assert place.all_running == ["child", "parent"]
+    place.broker_forgets()
+    place.told.clear()
+    place.broker_welcomes("parent", "child")
+    assert place.credits == [1]
+
+
 @pytest.mark.parametrize("message", ["waits", "goes_on"])
 def test_a_wait_of_another_task_than_the_one_that_runs_is_an_offence(message):
     place = Workplace(slots=1)

@@ -360,6 +360,8 @@ class Agent:
                 self._orphans -= 1
                 if self._workers[held.worker].waits:
                     self._reports.waiting.append(attempt)
+        # The broker takes it that this node has room for what it holds; if slots were lent, it has less.
+        self._reports.credit = max(self._reports.credit, len(self._held) - self._orphans)
 
     def _ordered(self, order: Order, shape: Shape, rank: int, needs: list[bytes], coming: set[bytes]) -> None:
         """``needs``: the shape's function."""

@@ -285,7 +285,8 @@ class Counting:
             self._book.record(b"", GroupAdd(kept))
         if final.verdict not in ("ok", "NotAccepted"):
             self._failed(task, debts, "it raised an exception" if final.verdict == "error" else final.text)
-            debts.added[debts.live] = {}  # its children are known by it, should one come late
+            if debts.live:
+                debts.added[debts.live] = {}  # its children are known by it, should one come late
         else:
             debts.added.pop(debts.live, None)
         debts.failures.pop(debts.live, None)
