@@ -38,7 +38,7 @@ from zmqsched.sim.plans import FUNCTIONS, Plan
 from zmqsched.sim.tally import MOST_EXECUTIONS, Tally, run_many
 from zmqsched.sim.world import DELAY_S, Deliver, Way, World
 
-SEEDS = 100  # in each part; a run takes about 40 ms of one CPU. `make sim SEEDS=100000` runs more
+SEEDS = 70  # in each part; a run takes about 0.1 s of one CPU. `make sim SEEDS=100000` runs more
 PARTS = 5  # for each policy
 
 
