@@ -178,6 +178,17 @@ def test_a_broker_that_adopts_more_than_there_are_slots_is_told_that_there_are_n
     assert place.credits == [1]
 
 
+def test_a_broker_that_adopts_what_it_was_told_of_as_no_room_is_told_that_it_is_room_again():
+    place = Workplace(slots=1)
+    place.broker_orders("a")
+    place.broker_forgets()
+    place.told.clear()
+    place.broker_welcomes()
+    assert place.credits == [0], "what runs for nobody takes the slot"
+    place.broker_says(Adopt([Attempt(task_id("a"), 1)]))
+    assert place.credits == [0, 1], "the broker may have heard the first after it adopted"
+
+
 @pytest.mark.parametrize("message", ["waits", "goes_on"])
 def test_a_wait_of_another_task_than_the_one_that_runs_is_an_offence(message):
     place = Workplace(slots=1)

@@ -271,7 +271,7 @@ class Agent:
                 for attempt in attempts:
                     self._revoke(attempt, force=force)
             case Adopt(attempts):
-                self._adopted(attempts)
+                self._adopted(attempts, now)
             case Welcome():
                 self._welcomed(message)
             case SayHello():
@@ -351,7 +351,7 @@ class Agent:
                 held.unwanted = True
             self._giving.take_back(worker)
 
-    def _adopted(self, attempts: list[Attempt]) -> None:
+    def _adopted(self, attempts: list[Attempt], now: float) -> None:
         for attempt in attempts:
             held = self._held.get(attempt.task)
             if held is not None and held.orphan and held.attempt == attempt.attempt:
@@ -360,8 +360,9 @@ class Agent:
                 self._orphans -= 1
                 if self._workers[held.worker].waits:
                     self._reports.waiting.append(attempt)
-        # The broker takes it that this node has room for what it holds; if slots were lent, it has less.
-        self._reports.credit = max(self._reports.credit, len(self._held) - self._orphans)
+        # The broker takes it that this node has room for what it adopted, whatever it was told on the way: say what is so.
+        self._reports.credit = self._wanted_credit(now)
+        self._uplink.send(Progress(self._reports.credit))
 
     def _ordered(self, order: Order, shape: Shape, rank: int, needs: list[bytes], coming: set[bytes]) -> None:
         """``needs``: the shape's function."""
