@@ -379,7 +379,10 @@ class Submit(_Wire, tag=20):
 
 
 class Functions(_Wire, tag=21):
+    """``unknown``: of those that were asked for, what the client does not have."""
+
     functions: Annotated[list[Function], Meta(max_length=MAX_ITEMS)]
+    unknown: Annotated[list[Digest], Meta(max_length=MAX_ITEMS)] = []
 
 
 class NeedFunctions(_Wire, tag=22):

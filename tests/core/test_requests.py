@@ -125,7 +125,7 @@ def test_a_function_that_the_broker_lacks_is_sent_again():
     desk = Desk()
     desk.asks("a")
     desk.broker_says(NeedFunctions([digest("f"), digest("unknown")]))
-    assert desk.all(Functions) == [Functions([Function(digest("f"), blob("f"))])]
+    assert desk.all(Functions) == [Functions([Function(digest("f"), blob("f"))]), Functions([], [digest("unknown")])]
 
 
 def test_withdrawing_what_is_open():

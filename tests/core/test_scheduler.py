@@ -1172,6 +1172,29 @@ def test_a_missing_function_is_asked_for_and_the_task_runs_when_it_comes():
     assert node.holds == ["a"]
 
 
+def test_a_jobs_tasks_whose_function_never_came_end_though_others_submit_to_it():
+    broker = Broker()
+    ann, ben = broker.client("ann"), broker.client("ben")
+    ann.submits("other", function="g", job="night")
+    ben.submits("a", job="night", with_code=False)
+    ben.freezes()
+    broker.passes(2 * broker.settings.client_lease_s + 10)
+    assert ann.answers["a"] == "NotAccepted"
+
+
+def test_a_client_that_is_asked_for_a_function_it_does_not_have_is_not_waited_for():
+    broker = Broker()
+    ann, ben = broker.client("ann"), broker.client("ben")
+    ann.submits("a", job="night", with_code=False)
+    ben.submits("b", job="night", with_code=False)
+    ben.says(Functions([], [digest("f")]))
+    broker.passes(100)
+    assert ben.answers == {}, "the other has it"
+    ann.says(Functions([], [digest("f")]))
+    broker.passes(broker.settings.client_lease_s + 10)
+    assert set(ann.answers) == {"a", "b"}
+
+
 def test_a_node_that_lacks_a_function_gets_it():
     broker = Broker()
     client, node = broker.client(), broker.node()

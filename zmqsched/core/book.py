@@ -85,6 +85,7 @@ class Book:
         self.tasks: dict[bytes, Task] = {}
         self._most_tasks = 0  # since the table of tasks was last made anew
         self.waiting: dict[bytes, dict[bytes, Task]] = {}  # by the digest of the function they wait for
+        self._asked: dict[bytes, set[int]] = {}  # sessions that were asked for a function, and may yet send it
         self._waiting_since: dict[bytes, float] = {}  # as each round has found it
         self.delayed: Timers[bytes] = Timers()  # when to queue a task again that failed
         # By task: attempts that nodes run and nobody wants so far, and since when they are known.
@@ -185,7 +186,7 @@ class Book:
         self.counts["accepted"] += self._seq - before
         self.accepted_all(kinds)
         if missing and not trouble:
-            self.sessions.send(session, NeedFunctions(sorted(missing)))
+            self._ask_for(missing, session)
         if dependent:
             self.dependencies.ask(session, [tasks[task_id] for task_id in dependent if task_id in tasks])
         if refused:
@@ -204,7 +205,11 @@ class Book:
         """Of what was answered before it hears when it asks."""
         if session not in owner.sessions:
             self._let_follow(session, owner)
-        owner.submitters.add(session.token)
+
+    def _ask_for(self, functions: set[bytes], session: Session) -> None:
+        self.sessions.send(session, NeedFunctions(sorted(functions)))
+        for digest in functions:
+            self._asked.setdefault(digest, set()).add(session.token)
 
     def accept(self, spec: TaskSpec, kind: Kind, owner: Owner, client: Owner, *, waits: bool) -> Task:
         """``client``: who submits it, be the owner a job. ``waits``: its function is not here."""
@@ -258,7 +263,7 @@ class Book:
             self._submitted_again(task_id, owner, session)
         known = [self.tasks[task] for task in tasks if task in self.tasks]
         if missing := {task.kind.shape.function for task in known if task.kind.shape.function in self.waiting}:
-            self.sessions.send(session, NeedFunctions(sorted(missing)))
+            self._ask_for(missing, session)
         self.dependencies.ask(session, known)
         self.sessions.send(session, Unknown(unknown))
 
@@ -299,8 +304,14 @@ class Book:
             if function.digest not in self.functions:
                 self.functions.add(function.digest, function.blob)
                 self.record(b"", Functions([function]))
+            self._asked.pop(function.digest, None)
             for task in self.waiting.pop(function.digest, {}).values():
                 self.queue_if_ready(task)
+
+    def has_none_of(self, session: Session, functions: list[bytes]) -> None:
+        """No use in waiting for these from there."""
+        for digest in functions:
+            self._asked.get(digest, set()).discard(session.token)
 
     def cancel(self, session: Session, task_id: bytes, *, force: bool) -> None:
         for task in self.asked_about(session, [task_id]):
@@ -342,9 +353,9 @@ class Book:
     def unfollow(self, session: Session) -> None:
         """The session is over."""
         self.counting.groups.forget(session.token)
+        self.has_none_of(session, list(self._asked))
         for owner in session.follows:
             owner.sessions.remove(session)
-            owner.submitters.discard(session.token)
             if not owner.job:
                 owner.quiet_since = self.now
 
@@ -607,6 +618,7 @@ class Book:
         waiting = self.waiting.get(task.kind.shape.function, {})
         if waiting.pop(task.id, None) is not None and not waiting:
             del self.waiting[task.kind.shape.function]
+            self._asked.pop(task.kind.shape.function, None)
 
     def _tell_running(self, task: Task) -> None:
         for session in task.owner.sessions:
@@ -684,7 +696,7 @@ class Book:
         helpless = {
             digest
             for digest, tasks in self.waiting.items()
-            if not any(task.owner.submitters or not task.owner.job for task in tasks.values())
+            if not self._asked.get(digest) and all(task.owner.job for task in tasks.values())
         }
         self._waiting_since = {digest: self._waiting_since.get(digest, self.now) for digest in helpless}
         text = "the task's function has not arrived: the client that submitted it is gone"

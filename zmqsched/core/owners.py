@@ -22,13 +22,12 @@ _CLIENT, _JOB = b"c", b"j"
 class Owner:
     """``unwritten``: answers that are not in the journal yet, and so not to be told; ``open``: how many tasks have none."""
 
-    __slots__ = ("answers", "id", "job", "open", "quiet_since", "sessions", "submitters", "unwritten")
+    __slots__ = ("answers", "id", "job", "open", "quiet_since", "sessions", "unwritten")
 
     def __init__(self, owner_id: bytes, job: str, now: float) -> None:
         self.id = owner_id
         self.job = job
         self.sessions: list[Session] = []  # of a client at most one, of a job its followers'
-        self.submitters: set[int] = set()  # those of a job's sessions that have submitted to it
         self.answers: dict[bytes, Final] = {}
         self.unwritten: dict[bytes, Final] = {}
         self.open = 0

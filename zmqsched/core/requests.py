@@ -290,6 +290,8 @@ class Requests:
                 known = [Function(digest, self._functions[digest]) for digest in digests if digest in self._functions]
                 for batch in batches(known, function_bytes):
                     self._uplink.send(Functions(batch))
+                if unknown := [digest for digest in digests if digest not in self._functions]:
+                    self._uplink.send(Functions([], unknown))
             case Output():
                 self._heard(message)
             case Hold(on):

@@ -231,8 +231,9 @@ class Scheduler:
         match message:
             case Submit():
                 self.book.submit(session, message)
-            case Functions(functions):
+            case Functions(functions, unknown):
                 self.book.learn(functions)
+                self.book.has_none_of(session, unknown)
             case Inputs(finals):
                 self.book.dependencies.told(session, finals)
             case Cancel(tasks, force):
