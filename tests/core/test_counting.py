@@ -825,6 +825,40 @@ def test_and_by_the_broker_that_follows():
     assert told(client)[-1] == ""
 
 
+def test_a_childs_failure_that_nobody_was_told_of_yet_is_not_the_next_attempts():
+    broker, node, other, client, inside = family()
+    client.says(GroupAdd([(token("g"), 1)]))
+    inside.says(GroupWait(9, token("g"), task_id("parent")))
+    other.fails("child")
+    assert (counter(broker), told(inside)) == (2, []), "its debt was counted down: somebody waits"
+    node.loses_a_worker(running="parent")
+    assert counter(broker) == 2, "without what the attempt that died had added and counted down"
+    running = node if node.holds else other
+    client.says(GroupAdd([(token("g"), -1)]))
+    goes_well(running, "parent", -1)
+    assert told(client) == [""]
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_but_it_is_told_if_that_attempt_has_the_result_after_all():
+    broker, node, other, client, inside = family()
+    client.says(GroupAdd([(token("g"), 1)]))
+    inside.says(GroupWait(9, token("g"), task_id("parent")))
+    other.fails("child")
+    node.freezes()
+    broker.passes(6)
+    client.says(GroupAdd([(token("g"), -1)]))
+    node.thaws()
+    node.orders.clear()
+    node.comes_back()
+    node.counts("parent", -1)
+    ends(node, "parent", 1)
+    assert [error.partition(": ")[0] for error in told(client)] == [
+        "a task that held this WaitGroup has ended without done()"
+    ]
+    assert not broker.scheduler.book.open_counts()
+
+
 def with_one_that_is_yet_to_be_submitted(**options: object) -> tuple[Broker, Node, Node, Client, Client]:
     """A family, whose parent's node is given up; the client has added one more."""
     broker, node, other, client, inside = family(**options)
@@ -895,6 +929,17 @@ def test_nor_is_that_of_a_childs_child():
     assert (counter(broker), told(client)) == (2, []), "nothing is taken for the one that is not here"
 
 
+def test_nor_is_that_of_the_child_of_one_that_is_unfinished():
+    broker, node, other, client, _ = family()
+    other.counts("child", 1)
+    third, within = broker.node("third"), nested(broker, other, 1)
+    child(within, "grandchild", "child")
+    third.fails("grandchild")
+    node.loses_a_worker(running="parent")
+    client.says(GroupAdd([(token("g"), 1)]))
+    assert (counter(broker), told(client)) == (2, []), "nothing is taken for the one that is not here"
+
+
 def test_a_child_that_comes_when_its_parent_has_failed_counts_for_nothing():
     broker, node, other, client, inside = family()
     client.says(GroupAdd([(token("g"), 1)]))
@@ -907,11 +952,12 @@ def test_a_child_that_comes_when_its_parent_has_failed_counts_for_nothing():
     assert (counter(broker), told(client)) == (before, [])
 
 
-def test_so_does_one_of_a_child_that_has_ended_with_its_parents_worker():
+@pytest.mark.parametrize("counts", [[1], []])
+def test_so_does_one_of_a_child_that_has_ended_with_its_parents_worker(counts):
     broker, node, other, client, _ = family()
     client.says(GroupAdd([(token("g"), 1)]))
     within = nested(broker, other, 1)
-    other.counts("child", 1)
+    other.counts("child", *counts)
     node.loses_a_worker(running="parent")
     has(node, 2)
     other.stops("child", "cancelled")

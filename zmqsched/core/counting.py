@@ -52,7 +52,7 @@ HEARD = "heard"
 GONE = "whoever had submitted it is gone"
 
 _NOTHING: dict[bytes, int] = {}
-_NO_FAILURES: Counter[tuple[bytes, str]] = Counter()
+_NO_FAILURES: Counter[tuple[bytes, str, bool]] = Counter()
 
 
 class Debts:
@@ -60,7 +60,7 @@ class Debts:
     counted on. ``added``: what it has added to which, by the incarnation of the node that ran it; ``live``: the one whose
     additions count now, or b"". ``parent``: the unfinished task that has submitted it, or b""; ``children``: those it has
     submitted, each with the incarnation of the node that ran the attempt. ``failures``: debts of children that have failed,
-    by that incarnation, and by group and text. ``ended``: by that, too, the last attempt that is over there. ``void``: it
+    by that incarnation, and by group, text, and whether they were counted down. ``ended``: by that, too, the last attempt that is over there. ``void``: it
     counts for nothing any more."""
 
     __slots__ = ("added", "children", "ended", "failures", "holds", "live", "parent", "sent", "void")
@@ -73,7 +73,7 @@ class Debts:
         self.parent = b""
         self.children: dict[bytes, bytes] = {}
         self.ended: dict[bytes, int] = {}
-        self.failures: dict[bytes, Counter[tuple[bytes, str]]] = {}
+        self.failures: dict[bytes, Counter[tuple[bytes, str, bool]]] = {}
         self.void = False
 
     @property
@@ -226,13 +226,12 @@ class Counting:
         changes: Counter[bytes] = Counter()
         for counted in (debts.counted, *(self._debts(child).counted for child, _ in orphans)):
             changes.subtract(counted)
-        for (group, text), number in debts.failures.get(debts.live, _NO_FAILURES).items():
-            self.groups.withdraw(group, text, number)
+        self._withdraw_failures(debts)
         if debts.live:
             debts.added.setdefault(debts.live, {})  # its children are known by it, should one come late
         debts.live = incarnation
-        for (group, text), number in debts.failures.get(incarnation, _NO_FAILURES).items():
-            self.groups.fail(group, text, number)
+        for (group, text, lost), number in debts.failures.get(incarnation, _NO_FAILURES).items():
+            (self.groups.note_lost if lost else self.groups.fail)(group, text, number)
         changes.update(debts.counted)
         self._apply(task, debts, changes)
         for child, where in orphans:
@@ -243,6 +242,7 @@ class Counting:
         for incarnation, added in debts.added.items():
             self._taken_back(task.id, incarnation, added)
             self._kept(task.id).added[incarnation] = {}  # for the same reason
+        self._withdraw_failures(debts)
         left = ((group, number) for group in debts.holds if (number := debts.stands_for(group)))
         self._note_failures(parents, where, self._failure(task, GONE), left)
         self._leave(task, debts)
@@ -301,8 +301,9 @@ class Counting:
     def keep(self, task_id: bytes, debts: Debts) -> None:
         """What its attempts have counted that count for nothing: its owner may come back and submit it again, and one of
         them have a result; and what comes from them late is known by it."""
-        if debts.added:
+        if debts.added or debts.void:
             kept = self._kept(task_id)
+            kept.void = debts.void
             kept.added.update(debts.added)
             kept.failures.update(debts.failures)
             kept.ended.update(debts.ended)
@@ -329,6 +330,8 @@ class Counting:
         above = self._book.tasks.get(parent.task)
         if above is None:
             kept = self._unclaimed.get(parent.task)
+            if kept is not None and kept.void:
+                return _void()
             return debts if kept is None else self._outlived(task, debts, kept, parent.attempt, 0)
         if above.debts is None:
             return debts
@@ -399,7 +402,12 @@ class Counting:
 
     def _note_failures(self, debts: Debts, where: bytes, failed: str, numbers: Iterable[tuple[bytes, int]]) -> None:
         """They are of children of the attempt there."""
-        debts.failures.setdefault(where, Counter()).update({(group, failed): number for group, number in numbers})
+        debts.failures.setdefault(where, Counter()).update({(group, failed, False): number for group, number in numbers})
+
+    def _withdraw_failures(self, debts: Debts) -> None:
+        """Those of the children of its attempt."""
+        for (group, text, lost), number in debts.failures.get(debts.live, _NO_FAILURES).items():
+            (self.groups.find if lost else self.groups.withdraw)(group, text, number)
 
     def _failure(self, task: Task, why: str) -> str:
         """As it is told."""
@@ -424,9 +432,9 @@ class Counting:
             if task is None or task.debts is None:
                 continue
             failures = task.debts.failures.get(task.debts.live, _NO_FAILURES)
-            charged = min(overdue, failures[group, text])
+            charged = min(overdue, failures[group, text, False])
             for step in _steps([(group, -charged)]):
-                failures[group, text] -= charged
+                failures[group, text, False] += step[0][1]
                 message = GroupAdd(step, task=task_id, failed=text)
                 self._book.record(task.debts.live, message)
                 self.charge(task_id, task.debts.live, message)
@@ -436,9 +444,13 @@ class Counting:
     def charge(self, task_id: bytes, incarnation: bytes, message: GroupAdd) -> None:
         """Debts of a task's children that have failed are counted down as the attempt does."""
         for group, delta in message.deltas:
+            self.groups.withdraw(group, message.failed, -delta)
             self.groups.note_lost(group, message.failed, -delta)
         if (task := self._book.tasks.get(task_id)) is not None:
             self._add_for_now(task, incarnation, message)
+            if task.debts is not None:
+                failures = task.debts.failures.setdefault(incarnation, Counter())
+                failures.update({(group, message.failed, True): -delta for group, delta in message.deltas})
 
     def _apply(self, task: Task, debts: Debts, changes: Mapping[bytes, int]) -> None:
         for group in changes.keys() & debts.holds.keys():

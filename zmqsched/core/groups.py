@@ -124,13 +124,18 @@ class Groups:
 
     def lose(self, group: bytes, text: str, debts: int) -> list[Answer]:
         """Count down debts that this failure has left; a wait will be told."""
+        self.withdraw(group, text, debts)
         self.note_lost(group, text, debts)
         return self.add(group, -debts)
 
     def note_lost(self, group: bytes, text: str, debts: int) -> None:
-        """These are about to be counted down."""
-        self.withdraw(group, text, debts)
+        """These are about to be counted down, or have been."""
         _count(self._lost, group, text, debts)
+
+    def find(self, group: bytes, text: str, debts: int) -> None:
+        """What has counted them down does not count, and no wait was told."""
+        if text in self._lost.get(group, ()):
+            _count(self._lost, group, text, -debts)
 
     def waiting_in(self, group: bytes) -> list[bytes]:
         """The tasks in which somebody waits."""
