@@ -60,8 +60,8 @@ class Debts:
     counted on. ``added``: what it has added to which, by the incarnation of the node that ran it; ``live``: the one whose
     additions count now, or b"". ``parent``: the unfinished task that has submitted it, or b""; ``children``: those it has
     submitted, each with the incarnation of the node that ran the attempt. ``failures``: debts of children that have failed,
-    by that incarnation, and by group, text, and whether they were counted down. ``ended``: by that, too, the last attempt that is over there. ``void``: it
-    counts for nothing any more."""
+    by that incarnation, and by group, text, and whether they were counted down. ``ended``: by that, too, the last attempt
+    that is over there. ``void``: it counts for nothing any more."""
 
     __slots__ = ("added", "children", "ended", "failures", "holds", "live", "parent", "sent", "void")
 
