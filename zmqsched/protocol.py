@@ -409,7 +409,7 @@ class Running(_Wire, tag=25):
 class GroupAdd(_Wire, tag=26):
     """Add to WaitGroup counters; ``done()`` is a delta of -1. ``number``: a process numbers its additions from 1, through
     all its sessions, so that one offered again is recognised. ``task``: whose code has said it, if a node tells.
-    No deltas and a task: its attempt at that node is over, without a result.
+    No deltas and a task: its ``attempt`` at that node is over, without a result; 0 if it was one of an earlier session.
 
     ``failed``: a task that held these groups has ended without counting down; which, and why. What deltas mean with it is in
     ``core/counting.py``. If a client says so, ``task`` is the one that it is in.
@@ -419,6 +419,7 @@ class GroupAdd(_Wire, tag=26):
     number: Count = 0
     task: Annotated[bytes, Meta(max_length=16)] = b""
     failed: Text = ""
+    attempt: Count = 0
 
 
 class GroupWait(_Wire, tag=27):

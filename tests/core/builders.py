@@ -377,10 +377,10 @@ class Node(Peer):
             self._additions += 1
             self.says(GroupAdd([(token(group), delta)], self._additions, task_id(label)))
 
-    def is_over(self, label: str) -> None:
-        """What this attempt has counted is followed by nothing, not by a result either."""
+    def is_over(self, label: str, attempt: int = 0) -> None:
+        """What this attempt has counted is followed by nothing, not by a result either. 0: one of an earlier session."""
         self._additions += 1
-        self.says(GroupAdd([], self._additions, task_id(label)))
+        self.says(GroupAdd([], self._additions, task_id(label), attempt=attempt))
 
     def starts(self, *labels: str) -> None:
         self.says(Progress(self.credit, started=[self._attempt(label) for label in labels]))

@@ -623,6 +623,14 @@ def test_the_end_of_an_attempt_that_has_counted_and_has_no_result_is_numbered_to
     assert place.all(GroupAdd) == [GroupAdd([(token("g"), -1)], 1, task_id("a")), GroupAdd([], 2, task_id("a"))]
 
 
+def test_it_names_the_attempt_if_that_is_of_this_session():
+    place = Workplace()
+    place.broker_orders("a")
+    place.says(1, GroupAdd([(token("g"), -1)]))
+    place.dies(1)
+    assert place.all(GroupAdd)[-1] == GroupAdd([], 2, task_id("a"), attempt=1)
+
+
 def test_an_answer_to_what_was_never_given_is_ignored():
     place = Workplace()
     place.says(1, Done(task_id("nothing"), 1, True, b"", 0.0))

@@ -290,7 +290,7 @@ def test_a_result_of_a_task_that_is_submitted_again_brings_what_was_counted_whil
     client.thaws()
     client.comes_back()
     client.submits("a", holds=["g"])
-    ends(node, "a", 1, ok=ok)
+    ends(node, *node.attempts[-1], ok=ok)  # what it runs is what it was sent again
     assert client.answers == {"a": "ok" if ok else "error"}
     waits(client, 2)
     assert told(client) == [""]
@@ -988,6 +988,33 @@ def test_a_child_of_an_attempt_that_was_given_up_and_is_the_present_one_again_co
     third = broker.node("third")
     goes_well(third if third.holds else node, "child", -1)
     goes_well(node, "parent", -1)
+    assert told(client) == [""]
+    assert not broker.scheduler.book.open_counts()
+
+
+def test_the_end_of_an_attempt_of_before_its_client_was_gone_is_not_that_of_the_next():
+    """Which is at the same node; what has ended is told when that was sent."""
+    broker = Broker(client_lease_s=5.0)
+    node = broker.node()
+    client = owing(broker, "parent")
+    node.counts("parent", 1)
+    inside = nested(broker, node, 1)
+    client.freezes()
+    broker.passes(8)
+    node.hands_back("parent")
+    client.thaws()
+    client.comes_back()
+    client.submits("parent", holds=["g"])
+    assert node.attempts == [("parent", 1), ("parent", 2)]
+    other = broker.node("other")
+    child(inside, "of the second", "parent", 2)
+    node.is_over("parent", 1)
+    child(inside, "of the first", "parent", 1)
+    node.counts("parent", 1)
+    for label in ("of the second", "of the first"):
+        goes_well(other, label, -1)
+    goes_well(node, "parent", -1)
+    waits(client, 2)
     assert told(client) == [""]
     assert not broker.scheduler.book.open_counts()
 

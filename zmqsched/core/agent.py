@@ -295,8 +295,11 @@ class Agent:
         self._out.append(Log("info", f"joined as {welcome.name}"))
         self._crew.changed = True
         self._reports.credit = self._crew.slots  # what the hello said
+        self._reports.session_begins()
         for body in self._uplink.undelivered:  # what the last session did not deliver and is still worth something
-            if isinstance(body, Results | GroupAdd | Fence | Output):
+            if isinstance(body, GroupAdd):
+                self._uplink.send(replace(body, attempt=0))
+            elif isinstance(body, Results | Fence | Output):
                 self._uplink.send(body)
             elif isinstance(body, Progress) and (ended := self._ended_since_hello(body)):
                 self._uplink.send(ended)

@@ -415,7 +415,7 @@ class Book:
             if task is None or not current:
                 self.counts["zombie results"] += 1
                 if task is None or not outcome.ok:
-                    self.counting.over(outcome.task, node.incarnation)
+                    self.counting.over(Attempt(outcome.task, outcome.attempt), node.incarnation)
                     continue
                 if task.node:  # a newer attempt elsewhere is no longer wanted
                     self._call_back(task, force=False)
@@ -430,7 +430,7 @@ class Book:
                 if self.limbo.pop(task.id, None) is None:
                     self.let_go(task, node)
                 self.charge(task)
-                self.counting.over(task.id, node.incarnation)
+                self.counting.over(Attempt(task.id, outcome.attempt), node.incarnation)
                 self._retry(task)
             else:
                 self.counting.runs_at(task, node.incarnation)
@@ -466,7 +466,7 @@ class Book:
                 self.let_go(task, node)
                 if not task.kind.options.requeue:
                     self.charge(task)
-                self.counting.over(task.id, node.incarnation)
+                self.counting.over(attempt, node.incarnation)
                 self.requeue(task)
         for death in message.deaths:
             self._death(node, death)
@@ -492,7 +492,7 @@ class Book:
         self._end_offer(node, stopped.task, stopped.attempt)
         task = self.limbo.get(stopped.task) or self._current(node, Attempt(stopped.task, stopped.attempt))
         if task is None:
-            self.counting.over(stopped.task, node.incarnation)
+            self.counting.over(Attempt(stopped.task, stopped.attempt), node.incarnation)
             return
         self.counting.runs_at(task, node.incarnation)
         self.counts["stopped"] += 1
@@ -503,7 +503,7 @@ class Book:
         if task.node:
             self.let_go(task, node)
         if task.kind.options.requeue:
-            self.counting.over(task.id, node.incarnation)
+            self.counting.over(Attempt(task.id, stopped.attempt), node.incarnation)
             self.requeue(task)
         else:
             self._fail(task, "it was stopped while its client seemed gone, and requeue=False forbids another try")
@@ -513,7 +513,7 @@ class Book:
         self._end_offer(node, death.task, death.attempt)
         task = self._current(node, Attempt(death.task, death.attempt)) if death.task else None
         if task is None:
-            self.counting.over(death.task, node.incarnation)
+            self.counting.over(Attempt(death.task, death.attempt), node.incarnation)
             return
         self.let_go(task, node)
         if death.blamed:
@@ -528,7 +528,7 @@ class Book:
             self._fail(task, f"{len(task.deaths)} workers died running it")
         else:
             self.counts["requeued: worker died"] += 1
-            self.counting.over(task.id, node.incarnation)
+            self.counting.over(Attempt(task.id, death.attempt), node.incarnation)
             self.requeue(task)
 
     def _current(self, node: Node, attempt: Attempt) -> Task | None:

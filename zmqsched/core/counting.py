@@ -32,11 +32,11 @@ Rules
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ..protocol import MAX_DELTA, MAX_HELD, MAX_ITEMS, Final, GroupAdd, GroupDone, GroupWait, nested_in, tag_of
+from ..protocol import MAX_DELTA, MAX_HELD, MAX_ITEMS, Attempt, Final, GroupAdd, GroupDone, GroupWait, nested_in, tag_of
 from .groups import Answer, Groups, Waiter
 from .ledger import Counted
 
@@ -61,9 +61,9 @@ class Debts:
     additions count now, or b"". ``parent``: the unfinished task that has submitted it, or b""; ``children``: those it has
     submitted, each with the incarnation of the node that ran the attempt. ``failures``: debts of children that have failed,
     by that incarnation, and by group, text, and whether they were counted down. ``ended``: by that, too, the last attempt
-    that is over there. ``void``: it counts for nothing any more."""
+    that is over there. ``attempts``: how many a task has had that is not here. ``void``: it counts for nothing any more."""
 
-    __slots__ = ("added", "children", "ended", "failures", "holds", "live", "parent", "sent", "void")
+    __slots__ = ("added", "attempts", "children", "ended", "failures", "holds", "live", "parent", "sent", "void")
 
     def __init__(self, sent: tuple[bytes, ...]) -> None:
         self.sent = sent
@@ -73,6 +73,7 @@ class Debts:
         self.parent = b""
         self.children: dict[bytes, bytes] = {}
         self.ended: dict[bytes, int] = {}
+        self.attempts = 0
         self.failures: dict[bytes, Counter[tuple[bytes, str, bool]]] = {}
         self.void = False
 
@@ -108,7 +109,7 @@ class Counting:
             self._said_by_client(incarnation, message)
         elif not message.deltas:
             self._book.record(incarnation, GroupAdd([], message.number))
-            self.over(message.task, incarnation)
+            self.over(Attempt(message.task, message.attempt), incarnation)
         elif (task := self._book.tasks.get(message.task)) is not None and task.debts is not None and task.debts.void:
             self._book.record(incarnation, GroupAdd([], message.number))
         elif task is not None:
@@ -202,6 +203,7 @@ class Counting:
             self.groups.hold(group, task.id, 1)
         if (kept := self._unclaimed.pop(task.id, None)) is not None:
             task.debts.failures, task.debts.ended = kept.failures, kept.ended
+            task.attempt = kept.attempts  # an earlier one may be heard of yet
             for incarnation, added in kept.added.items():
                 mine = {group: delta for group, delta in added.items() if group in task.debts.holds}
                 task.debts.added[incarnation] = mine
@@ -217,10 +219,10 @@ class Counting:
         if task.debts is not None:
             self._now_counts(task, task.debts, b"")
 
-    def _now_counts(self, task: Task, debts: Debts, incarnation: bytes) -> None:
+    def _now_counts(self, task: Task, debts: Debts, incarnation: bytes, spared: Container[bytes] = ()) -> None:
         """What was counted in the attempt at this node, and by its open children. In one step: on the way the counter may be
         zero."""
-        orphans = [(child, where) for child, where in debts.children.items() if where != incarnation]
+        orphans = [(child, at) for child, at in debts.children.items() if at != incarnation and child not in spared]
         for child, where in orphans:  # it grows
             orphans += [(each, where) for each in self._debts(child).children]
         changes: Counter[bytes] = Counter()
@@ -248,23 +250,34 @@ class Counting:
         self._leave(task, debts)
         task.debts = _void()
 
-    def over(self, task_id: bytes, incarnation: bytes) -> None:
-        """The attempt of the task at this node has ended, and the task has not."""
-        task = self._book.tasks.get(task_id)
+    def over(self, ended: Attempt, incarnation: bytes) -> None:
+        """This attempt at this node has ended, and the task has not. It may be at the same node again by now."""
+        task = self._book.tasks.get(ended.task)
         if task is None:
-            kept = self._unclaimed.get(task_id)
-            if kept is not None and incarnation in kept.added:
-                kept.added[incarnation] = {}
-                kept.failures.pop(incarnation, None)
+            kept = self._unclaimed.get(ended.task)
+            if kept is not None:
+                if incarnation in kept.added:
+                    kept.added[incarnation] = {}
+                    kept.failures.pop(incarnation, None)
+                kept.ended[incarnation] = ended.attempt or kept.attempts
             return
         if task.debts is None:
             return
+        last = ended.attempt
+        if not 0 < last <= task.attempt:  # of an earlier session, or of before the task was forgotten
+            last = task.attempt - (self._incarnation(task) == incarnation)
         if task.debts.live == incarnation or incarnation in task.debts.children.values():
-            self.given_up(task)
-        self._taken_back(task_id, incarnation, task.debts.added.get(incarnation, _NOTHING))
+            later = {child for child in task.debts.children if self._attempt_of_parent(child, task) > last}
+            self._now_counts(task, task.debts, b"", later)
+        self._taken_back(task.id, incarnation, task.debts.added.get(incarnation, _NOTHING))
         task.debts.added[incarnation] = {}
-        task.debts.ended[incarnation] = task.attempt
+        task.debts.ended[incarnation] = last
         task.debts.failures.pop(incarnation, None)
+
+    def _attempt_of_parent(self, child: bytes, task: Task) -> int:
+        """The one that has submitted it itself; else 0."""
+        parent = self._book.tasks[child].kind.options.parent
+        return parent.attempt if parent is not None and parent.task == task.id else 0
 
     def _taken_back(self, task_id: bytes, incarnation: bytes, added: dict[bytes, int]) -> None:
         for back in _steps((group, -delta) for group, delta in added.items()):
@@ -278,7 +291,7 @@ class Counting:
             self.release(task, debts)
             debts.added.pop(over, None)
             debts.failures.pop(over, None)
-            self.keep(task.id, debts)
+            self.keep(task, debts)
             return
         for_good = self._handed_on(task, debts)
         for kept in _steps(for_good.items()):
@@ -290,7 +303,8 @@ class Counting:
         else:
             debts.added.pop(debts.live, None)
         debts.failures.pop(debts.live, None)
-        self.keep(task.id, debts)
+        if debts.added or debts.void:
+            self.keep(task, debts)
         self._leave(task, debts)
 
     def release(self, task: Task, debts: Debts) -> None:
@@ -298,15 +312,14 @@ class Counting:
         self._now_counts(task, debts, b"")
         self._leave(task, debts)
 
-    def keep(self, task_id: bytes, debts: Debts) -> None:
+    def keep(self, task: Task, debts: Debts) -> None:
         """What its attempts have counted that count for nothing: its owner may come back and submit it again, and one of
         them have a result; and what comes from them late is known by it."""
-        if debts.added or debts.void:
-            kept = self._kept(task_id)
-            kept.void = debts.void
-            kept.added.update(debts.added)
-            kept.failures.update(debts.failures)
-            kept.ended.update(debts.ended)
+        kept = self._kept(task.id)
+        kept.attempts, kept.void = task.attempt, debts.void
+        kept.added.update(debts.added)
+        kept.failures.update(debts.failures)
+        kept.ended.update(debts.ended)
 
     def _leave(self, task: Task, debts: Debts) -> None:
         if debts.parent in self._book.tasks:

@@ -108,7 +108,7 @@ def _replay(book: Book, owner_id: bytes, body: RecordMessage, once: set[bytes]) 
                 for task in [task for task in book.tasks.values() if task.owner is gone]:
                     _forget(book, task.id)
                     if task.debts is not None:
-                        book.counting.keep(task.id, task.debts)
+                        book.counting.keep(task, task.debts)
         case GroupAdd(task=task_id, failed=failed) if task_id and failed:
             book.counting.charge(task_id, owner_id, body)
         case GroupAdd():

@@ -30,7 +30,7 @@ class Reports:
         self.waiting: list[Attempt] = []
         self.resumed: list[Attempt] = []
         self._uplink = uplink
-        self._taken_down: list[bytes] = []  # tasks that had counted on WaitGroups, when their attempts died or were stopped
+        self._taken_down: list[tuple[bytes, int]] = []  # attempts that had counted on WaitGroups, and died or were stopped
         self._additions = 0  # to WaitGroups, by tasks
 
     @property
@@ -43,6 +43,10 @@ class Reports:
         for what in (self.started, self.returned, self.stopped, self.waiting, self.resumed):
             what.clear()
 
+    def session_begins(self) -> None:
+        """Perhaps with another broker, which numbers attempts anew."""
+        self._taken_down = [(task, 0) for task, _ in self._taken_down]
+
     def counted(self, message: GroupAdd, task: bytes) -> None:
         """A task adds to WaitGroups."""
         self._additions += 1
@@ -51,7 +55,7 @@ class Reports:
     def no_longer_counts(self, held: Held) -> None:
         """Its attempt has ended and has no result. The report of that may end with the session; this does not."""
         if held.counted:
-            self._taken_down.append(held.task)
+            self._taken_down.append((held.task, 0 if held.orphan else held.attempt))
 
     def send(self, credit: int) -> None:
         if self.outcomes:
@@ -75,9 +79,9 @@ class Reports:
             for stopped in batches(self.stopped, _stopped_bytes):
                 self._uplink.send(Progress(credit, stopped=stopped))
             self.stopped = []
-        for task in self._taken_down:  # behind the report, which may say that it was the last attempt
+        for task, attempt in self._taken_down:  # behind the report, which may say that it was the last attempt
             self._additions += 1
-            self._uplink.send(GroupAdd([], self._additions, task))
+            self._uplink.send(GroupAdd([], self._additions, task, attempt=attempt))
         self._taken_down.clear()
 
     def _progress(self, credit: int) -> list[Progress]:

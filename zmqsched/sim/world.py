@@ -219,7 +219,7 @@ def _words(body: Message) -> str:
             about = [f"{named(task.task)}#{task.attempt}" for task in tasks]
         case Submit(_, tasks) | Finals(tasks):
             about = [named(task.task) for task in tasks]
-        case GroupAdd(deltas, _, task, failed):
+        case GroupAdd(deltas, _, task, failed, _):
             about = [named(task), *(f"{group!r} {delta:+}" for group, delta in deltas), failed]
         case GroupWait(_, group, task):
             about = [named(task), repr(group)]
