@@ -9,7 +9,8 @@ Rules
 * The attempt is known by its node's incarnation: a node has at most one of a task. What was counted at a node that was given
   up is kept until that attempt is heard of to be over: it may be adopted, or its result come after all, and then it counts.
 * A node numbers the end of an attempt that has counted, if it has no result, as an addition of nothing: the report of a
-  death may end with the session, and the next attempt may be at the same node. Behind it nothing of the old one follows.
+  death may end with the session, and the next attempt may be at the same node. Behind it nothing of the old one follows
+  on that way; its children, who come on another, are known by the attempt's number.
 * A task of an owner that is gone counts for nothing: should the owner come back, it is run again. But an owner that was in
   a task will not, and others may wait: then it is as if the task had ended there. What is said for a task that is answered
   counts for nothing either; but as it may be one that its client asks for again, it is kept for a while: the attempt's
@@ -17,7 +18,8 @@ Rules
 * What a task has submitted belongs to its attempt, as far as both hold the WaitGroup: what such a *child* has counted when
   it is answered counts as the attempt does, and if the task is run again its unfinished children count for nothing any more.
   They are not ended for that, unless their worker is. A broker that starts from a journal does not know who is whose child.
-* What a task's children have left that failed, and is counted down while the task waits for it, counts as its attempt does.
+* What a task's children have left that failed, and is counted down while the task waits for it, counts as its attempt does,
+  and so does what a wait will be told of it.
   What those have left that outlive their attempt is owed only if that attempt counts again.
 * A child that comes when its parent's attempt is over counts for nothing.
 * A task stands for one debt of each WaitGroup that it was sent, and for what it has added to any, as far as it has not
