@@ -325,7 +325,7 @@ def test_a_node_that_can_reach_the_broker_does_not_take_the_way_back(hosts, clus
         launcher.start(["g-1"])
         eventually(lambda: all_run(launcher))
         assert one(launcher).where == "alpha"
-        assert f"its broker at tcp://{HERE}:" in here.log("g-1")
+        eventually(lambda: f"its broker at tcp://{HERE}:" in here.log("g-1"))  # said when its workers are ready, too
         assert here.client.submit(where).result(timeout=60) == "alpha"
         assert not caplog.records
 
