@@ -187,6 +187,18 @@ def test_the_same_input_named_twice_is_one():
     assert len(node.orders["b"].inputs) == 1
 
 
+def test_those_whose_functions_never_came_may_follow_from_each_other():
+    broker = Broker()
+    ann, ben = broker.client("ann"), broker.client("ben")
+    for label, function, inputs in (("a", "f", ()), ("b", "g", ("a",))):
+        spec = TaskSpec(task_id(label), 0, b"call", tuple(map(task_id, inputs)))
+        ben.says(Submit([Shape(digest(function), options(job="night"))], [spec]))
+    assert ann.follows("night") == ["a", "b"]
+    ben.freezes()
+    broker.passes(2 * broker.settings.client_lease_s + 10)
+    assert ann.answers == {"a": "NotAccepted", "b": "DependencyFailed"}
+
+
 def test_a_failed_input_fails_all_that_follow_from_it_once():
     broker = Broker()
     client = diamond(broker)

@@ -693,17 +693,18 @@ class Book:
 
     def expire_waiting(self) -> None:
         """A job's tasks whose function never came: whoever has it is gone. Those of a client end with the client."""
-        helpless = {
+        helpless = [
             digest
             for digest, tasks in self.waiting.items()
             if not self._asked.get(digest) and all(task.owner.job for task in tasks.values())
-        }
+        ]
         self._waiting_since = {digest: self._waiting_since.get(digest, self.now) for digest in helpless}
         text = "the task's function has not arrived: the client that submitted it is gone"
         for digest, since in self._waiting_since.items():
             if self.now - since > self._settings.client_lease_s:
-                for task in [task for task in self.waiting[digest].values() if task.state is WAITING]:
-                    self.finish(task, Final(task.id, "NotAccepted", text=text))
+                for task in list(self.waiting.get(digest, {}).values()):
+                    if task.state is WAITING:  # it may have waited for the result of one that has just ended
+                        self.finish(task, Final(task.id, "NotAccepted", text=text))
 
     def expire_offers(self) -> None:
         """What runs for a client that did not come back in its time is ended."""
