@@ -101,6 +101,23 @@ def test_results_are_acknowledged_and_answered_when_they_are_on_disk():
     assert acknowledged(node)
 
 
+def test_an_answer_that_comes_to_disk_when_its_client_was_given_up_and_is_back_is_not_told_for_the_next():
+    broker = journaled(client_lease_s=5.0)
+    client, node = broker.client(), broker.node()
+    client.submits("a")
+    broker.disk.slow = True
+    node.finishes("a", value=b"of before")
+    client.freezes()
+    broker.passes(8)
+    client.thaws()
+    client.comes_back()
+    client.submits("a")
+    node.finishes("a", value=b"another")
+    broker.writes()
+    broker.writes()
+    assert client.final("a").value == b"another"
+
+
 def test_a_wait_is_over_when_what_ended_it_is_on_disk():
     broker = journaled()
     client, node = broker.client(), broker.node()

@@ -637,9 +637,10 @@ class Book:
             self._tell(owner, final)
 
     def written(self, owner_id: bytes, final: Final) -> None:
-        """The answer is on disk."""
+        """The answer is on disk. If its owner was given up meanwhile and is back, the task may have another by now."""
         owner = self.owners.get(owner_id)
-        if owner is not None and owner.unwritten.pop(final.task, None) is not None:
+        if owner is not None and owner.unwritten.get(final.task) is final:
+            del owner.unwritten[final.task]
             self._tell(owner, final)
 
     def _tell(self, owner: Owner, final: Final) -> None:

@@ -311,8 +311,10 @@ class InnerClient(SimClient):
         return self.answers.get(task) == "ok"
 
     def may_lose(self, task: bytes) -> bool:
-        """What the task counts, or the task."""
-        return self.answers.get(task, "ok") != "ok" or (task not in self.answers and not self.alive) or self.forgotten
+        """What the task counts, or the task. That it has failed may be known here later than to one who waits elsewhere."""
+        if self.answers.get(task, "ok") != "ok" or task in self.broker.watch.failed:
+            return True
+        return (task not in self.answers and not self.alive) or self.forgotten
 
     @property
     def orphans(self) -> bool:

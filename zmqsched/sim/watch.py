@@ -24,6 +24,7 @@ class Watch:
     def __init__(self, core: Scheduler, before: Watch | None = None) -> None:
         """``before``: of the broker before, whose journal this one has: what that one answered, this one does not run."""
         self.lost: set[str] = set()  # ids of nodes that were given up
+        self.failed: set[bytes] = set()  # tasks whose clients were sent another end than a result
         self._core = core
         self._heard: dict[str, float] = {}  # by node, as ``listened`` was when it was last heard on the work channel
         self._attempts: dict[bytes, int] = {}
@@ -109,6 +110,8 @@ class Watch:
                     if envelope.session in told:
                         raise SimulationFailed(f"the broker answered task {named(final.task)} twice")
                     told.add(envelope.session)
+                    if final.verdict != "ok":
+                        self.failed.add(final.task)
             case _:
                 pass
 
