@@ -3,7 +3,7 @@
 A mutant replaces text of one module, in a process of its own. Text that is not there exactly once is an error: a gate
 whose bugs cannot be planted any more must not stand open.
 
-    python tests/mutants.py            tell for each mutant how many seeds it took
+    python tests/mutants.py            tell for each mutant at which seed
     python tests/mutants.py NAME 100   search with this one, within so many seeds
 """
 
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parent.parent
 NOTHING = "nothing"  # the name of a bug that is none
-WITHIN = 1_000  # seeds, from 0 on: half of what each run of the tests simulates. Most are found among the first 10
+WITHIN = 1_000  # seeds, from 0 on; each run of the tests simulates more. Most are found among the first 10
 
 
 class Mutant(NamedTuple):
@@ -228,9 +228,25 @@ MUTANTS = {
     "an interrupted task's error is its own": _one(
         "agent", "if ending is not None and ending.interrupted and not done.ok:", "if False:"
     ),
+    "a node takes its broker to know its credit after an adoption": _one(
+        "agent",
+        "self._reports.credit = self._wanted_credit(now)\n        self._uplink.send(Progress(self._reports.credit))",
+        "self._reports.credit = max(self._reports.credit, len(self._held) - self._orphans)",
+    ),
     "a retry that is waited for is forgotten": _one(
         "book", "self.delayed.set(task.id, self.now + wait_s", "(task.id, self.now + wait_s"
     ),
+}
+
+# Of those that are hardly found: where they were found last, for the search to begin there. It goes on from 0.
+NEAR = {
+    "what was received is acknowledged before it is written": 185,
+    "an answer is told before it is written": 156,
+    "what may be started only once is started before that is written": 101,
+    "a child that has failed is counted down for good, though its parent is run again": 100,
+    "a task is charged with the death of a worker that its node has killed": 98,
+    "what a task submits does not wait for what it has counted": 194,
+    "a node takes its broker to know its credit after an adoption": 281,
 }
 
 
@@ -268,19 +284,19 @@ def planted(mutant: Mutant) -> str:
 
 
 def search(name: str, within: int = WITHIN) -> tuple[int, str]:
-    """How many seeds it took, and what was found; or raise AssertionError."""
+    """At which seed it was found, and as what; or raise AssertionError."""
     command = [sys.executable, __file__, name, str(within)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, f"{name}: {done.stdout}{done.stderr}"
-    seeds, _, what = done.stdout.partition(" ")
-    return int(seeds), what.strip()
+    seed, _, what = done.stdout.partition(" ")
+    return int(seed), what.strip()
 
 
 def main() -> int:
     if len(sys.argv) == 1:
         for name in MUTANTS:
-            seeds, what = search(name)
-            print(f"{seeds:4}  {name}: {what}"[:180], flush=True)
+            seed, what = search(name)
+            print(f"{seed:4}  {name}: {what}"[:180], flush=True)
         return 0
     name, within = sys.argv[1], int(sys.argv[2])
     sys.path.insert(0, str(ROOT))
@@ -288,13 +304,14 @@ def main() -> int:
         sys.meta_path.insert(0, Planter(MUTANTS[name]))
     from zmqsched.sim import simulate
 
-    for seed in range(within):
+    near = NEAR.get(name, 0)
+    for seed in (*range(near, within), *range(near)):
         try:
             simulate(seed)
         except (NameError, AttributeError, TypeError):
             raise  # the planted code is wrong in another way than it is meant to be
         except Exception as error:  # noqa: BLE001 - whatever a core raises is a find
-            print(seed + 1, f"{type(error).__name__}: {error}".replace("\n", " "))
+            print(seed, f"{type(error).__name__}: {error}".replace("\n", " "))
             return 0
     print(f"not found within {within} seeds")
     return 1

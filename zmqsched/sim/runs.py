@@ -20,6 +20,7 @@ from .plans import Plan
 from .world import SimulationFailed, World
 
 THOROUGH = 4  # each so manieth seed is
+RAGGED = 4  # so is another
 STRIKE_EVERY_S = 0.5
 LOOK_EVERY_S = 0.25
 TAIL_S = 150.0  # of quiet, after which a run has failed
@@ -40,7 +41,7 @@ FAULTS = (
 
 def simulate(seed: int, *, verbose: bool = False, policy: str | None = None) -> World:
     """One run. Raises :class:`SimulationFailed` (or an AssertionError of a core) if a promise is broken."""
-    world = World(seed, verbose=verbose, thorough=seed % THOROUGH == 0)
+    world = World(seed, verbose=verbose, thorough=seed % THOROUGH == 0, ragged=seed % RAGGED == 1)
     cluster = Cluster(world, policy or world.random.choice(sorted(POLICIES)))
     world.run_until(cluster.quiet_at + TAIL_S, lambda: cluster.finished)
     if not cluster.finished:

@@ -35,9 +35,10 @@ class World:
     really started, and how often a worker really died running it. ``overran``: tasks that were interrupted over their limit.
     ``accounts``: what tasks have counted on WaitGroups. ``counts_lost``: those of families need not be right any more:
     another broker does not know whose tasks are whose, or what was given up with a client in a task is run again.
+    ``ragged``: what is sent together may arrive in parts, and be answered in parts.
     """
 
-    def __init__(self, seed: int, *, verbose: bool = False, thorough: bool = True) -> None:
+    def __init__(self, seed: int, *, verbose: bool = False, thorough: bool = True, ragged: bool = False) -> None:
         self.seed = seed
         self.verbose = verbose
         self.thorough = thorough
@@ -53,6 +54,8 @@ class World:
         self.inner_clients = itertools.count()  # of workers
         self.processes: dict[bytes, Process] = {}
         self._cut: dict[tuple[bytes, Way], float] = {}  # until when
+        self._parts = Random(seed) if ragged else None
+        self._arrives: dict[tuple[bytes, Way], float] = {}  # when the last part does
         self._agenda: list[tuple[float, int, Callable[[], None]]] = []
         self._numbers = itertools.count()
 
@@ -96,14 +99,24 @@ class World:
             self.say(f"{who} {_words(envelope.body)} seq={envelope.seq} ack={envelope.ack}")
         if self._cut and self.is_cut(peer, way):
             return
+        delay_s = DELAY_S if self._parts is None else self._apart(self._parts, peer, way)
         if not self.faults:
-            self.carry(envelope, deliver, DELAY_S)
+            self.carry(envelope, deliver, delay_s)
             return
         for _ in range(2 if self.chance("duplicate") else 1):
             if self.chance("drop") or (isinstance(envelope.body, Results | Finals) and self.chance("lose answers")):
                 continue
             late = self.random.expovariate(2.0) if self.chance("delay") else 0.0
-            self.carry(envelope, deliver, DELAY_S + late)  # without the delay: a connection keeps the order
+            self.carry(envelope, deliver, delay_s + late)  # without the delay: a connection keeps the order
+
+    def _apart(self, random: Random, peer: bytes, way: Way) -> float:
+        arrives = self.now + DELAY_S
+        if (last := self._arrives.get((peer, way), 0.0)) > arrives:
+            arrives = last + 1e-9
+        if random.random() < 0.2:
+            arrives += random.uniform(0.0, 5 * DELAY_S)
+        self._arrives[peer, way] = arrives
+        return arrives - self.now
 
     def carry(self, envelope: Envelope, deliver: Deliver, delay: float) -> None:
         if self.thorough:
