@@ -4,6 +4,7 @@ a user's would, and the check that each module leaves no process and no file beh
 from __future__ import annotations
 
 import contextlib
+import dis
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import psutil
@@ -34,6 +36,38 @@ def pytest_configure() -> None:
     """Who runs the tests in the background (`make test &`) hands an ignored SIGINT down to them, and to the programs that
     they start and interrupt. (Not at the module's import: workers import it too.)"""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def interrupt_behind_call(point: int, function: Callable[..., Any]) -> Iterator[list[int]]:
+    """KeyboardInterrupt behind this many calls that the function itself makes, where the interpreter looks for signals. What
+    is given holds where it was raised, and nothing if there are not so many."""
+    code = function.__code__
+    names = {each.offset: each.opname for each in dis.get_instructions(code)}
+    calls, before = 0, ""
+    interrupted: list[int] = []
+
+    def trace(frame: FrameType, event: str, arg: object) -> Any:
+        nonlocal calls, before
+        if frame.f_code is not code:
+            return None
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        if event == "opcode" and not interrupted:
+            calls += before.startswith("CALL")
+            before = names[frame.f_lasti]
+            if calls == point:
+                interrupted.append(frame.f_lineno)
+                raise KeyboardInterrupt
+        return trace
+
+    tracer = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield interrupted
+    except KeyboardInterrupt:
+        assert interrupted, "somebody else's"
+    finally:
+        sys.settrace(tracer)
 
 
 def eventually(fact: Callable[[], Any], timeout_s: float = PATIENCE_S) -> Any:

@@ -6,6 +6,7 @@ import asyncio
 import concurrent.futures
 import functools
 import gc
+import itertools
 import math
 import operator
 import os
@@ -17,7 +18,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from conftest import Home, Scripts, eventually, told
+from conftest import Home, Scripts, eventually, interrupt_behind_call, told
 
 import zmqsched
 from zmqsched import Client, LocalCluster, errors
@@ -906,6 +907,18 @@ def test_a_program_that_ends_by_an_exception(scripts: Scripts):
     )
     assert err.count("Traceback") == 1
     assert "SystemError: the user's" in err
+
+
+def test_an_interrupt_within_submit_leaves_nothing_that_never_ends(cluster):
+    with Client(cluster) as client:
+        for point in itertools.count(1):
+            anew = client.options(name=str(point))  # nothing is as the last task's
+            with interrupt_behind_call(point, Client._submit) as interrupted:
+                anew.submit(abs, -1)
+            eventually(lambda: not client._futures)
+            if not interrupted:
+                break
+    assert point > 10
 
 
 def test_nothing_is_left_open_by_clients(cluster):

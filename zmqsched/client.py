@@ -343,9 +343,10 @@ class Client(Shown, Tasks):
 
     def _submit(
         self, fn: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any], options: Options, retry_on: bytes,
-        *, accepted: bool = False,
+        *, accepted: bool = False, known_to: set[concurrent.futures.Future[Any]] | None = None,
     ) -> Future[T]:  # fmt: skip
-        """``accepted``: part of what was asked for before a shutdown."""
+        """``accepted``: part of what was asked for before a shutdown. ``known_to``: where the future is from before the task
+        is submitted, for one who is interrupted before it is returned."""
         if self._closed or self._broken is not None:
             self._check_usable(accepted=accepted)
         if self._nested:
@@ -382,11 +383,14 @@ class Client(Shown, Tasks):
             if self._waiting >= MAX_WAITING_BYTES and threading.current_thread() is not self._thread:
                 self._wait_for_room(accepted=accepted)
             self._asked += call_bytes(call, inputs)
-            self._futures[task] = future
             lifetime.needed.add(self)
             if options.job:
                 self._kept.add(task)
-            self._inbox.append(Submission(task, shape, call, inputs, blob, arguments))
+            if known_to is not None:
+                known_to.add(future)
+            submission = Submission(task, shape, call, inputs, blob, arguments)
+            self._futures[task] = future  # an interrupt is raised behind a call: not between this and the next
+            self._inbox.append(submission)
         if not self._awake:
             self._nudge()
         return future

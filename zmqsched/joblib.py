@@ -130,7 +130,10 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # 
         return self.effective_n_jobs(n_jobs)
 
     def start_call(self) -> None:
-        self._aborted = False
+        with self._lock:
+            self._aborted = False
+            self._open = set()  # what the last call has left is nobody's here
+            self._there = 0
 
     def submit(self, func: BatchedCalls, callback: Callable[[Any], None]) -> None:
         """Run a batch. Never raises: joblib calls this in callbacks too, where an error would be nobody's."""
@@ -144,14 +147,16 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # 
 
     def _start(self, batch: BatchedCalls, callback: Callable[[Any], None]) -> None:
         future: concurrent.futures.Future[Any]
+        calls = self._open
         try:
-            future = self._tasks.submit(joblib_batch, batch)
+            tasks = self._tasks
+            future = tasks._client._submit(joblib_batch, (batch,), {}, tasks._options, tasks._retry_on, known_to=calls)
         except Exception as error:  # noqa: BLE001 - the cluster is lost, the client shut down: the call's error
             future = concurrent.futures.Future()
             future.set_exception(error)
         with self._lock:
-            self._open.add(future)
-            aborted = self._aborted
+            calls.add(future)
+            aborted = self._aborted or calls is not self._open
         future.add_done_callback(self._ended)
         future.add_done_callback(callback)
         if aborted:  # meanwhile
@@ -159,6 +164,8 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # 
 
     def _ended(self, future: concurrent.futures.Future[Any]) -> None:
         with self._lock:
+            if future not in self._open:
+                return
             self._open.discard(future)
             held = self._held.popleft() if self._held else None
             self._there -= held is None

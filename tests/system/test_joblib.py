@@ -1,5 +1,7 @@
 """joblib's own ``Parallel`` on a cluster, and scikit-learn, which does its parallel work by it."""
 
+import contextlib
+import itertools
 import multiprocessing
 import os
 import signal
@@ -10,7 +12,7 @@ from concurrent.futures import CancelledError
 import joblib
 import numpy as np
 import pytest
-from conftest import eventually, told
+from conftest import eventually, interrupt_behind_call, told
 from sklearn.datasets import make_classification
 from sklearn.ensemble import RandomForestClassifier, RandomForestRegressor
 from sklearn.linear_model import LogisticRegression
@@ -212,6 +214,20 @@ def test_an_interrupt_ends_the_call_and_frees_the_workers(on_cluster, gate, idle
         joblib.Parallel()([joblib.delayed(gate.task)()] * 4)
     thread.join()
     idle()
+    assert squares(range(3)) == [0, 1, 4]
+
+
+def test_one_while_a_batch_is_submitted_frees_the_workers_too(on_cluster, idle):
+    for point in itertools.count(1):
+        with (
+            interrupt_behind_call(point, zmqsched.joblib.Backend._start) as interrupted,
+            contextlib.suppress(multiprocessing.TimeoutError),  # the last is interrupted by nothing else
+        ):
+            joblib.Parallel(timeout=1)([joblib.delayed(time.sleep)(600)] * 2)
+        idle()
+        if not interrupted:
+            break
+    assert point > 3
     assert squares(range(3)) == [0, 1, 4]
 
 
