@@ -147,16 +147,16 @@ class Backend(AutoBatchingMixin, ParallelBackendBase):  # type: ignore[misc]  # 
 
     def _start(self, batch: BatchedCalls, callback: Callable[[Any], None]) -> None:
         future: concurrent.futures.Future[Any]
-        calls = self._open
+        mine = self._open
         try:
             tasks = self._tasks
-            future = tasks._client._submit(joblib_batch, (batch,), {}, tasks._options, tasks._retry_on, known_to=calls)
+            future = tasks._client._submit(joblib_batch, (batch,), {}, tasks._options, tasks._retry_on, known_to=mine)
         except Exception as error:  # noqa: BLE001 - the cluster is lost, the client shut down: the call's error
             future = concurrent.futures.Future()
             future.set_exception(error)
         with self._lock:
-            calls.add(future)
-            aborted = self._aborted or calls is not self._open
+            mine.add(future)
+            aborted = self._aborted or mine is not self._open
         future.add_done_callback(self._ended)
         future.add_done_callback(callback)
         if aborted:  # meanwhile

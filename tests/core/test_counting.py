@@ -916,25 +916,16 @@ def test_a_failure_of_an_attempts_child_is_not_the_next_attempts():
     assert (counter(broker), told(client)) == (2, []), "nothing is taken for the one that is not here"
 
 
-def test_nor_is_that_of_a_childs_child():
+@pytest.mark.parametrize("child_ends", [True, False])
+def test_nor_is_that_of_a_childs_child(child_ends):
     broker, node, other, client, _ = family()
     other.counts("child", 1)
     third, within = broker.node("third"), nested(broker, other, 1)
     child(within, "grandchild", "child")
     third.fails("grandchild")
-    goes_well(other, "child", -1)
-    assert (counter(broker), told(client)) == (2, [])
-    node.loses_a_worker(running="parent")
-    client.says(GroupAdd([(token("g"), 1)]))
-    assert (counter(broker), told(client)) == (2, []), "nothing is taken for the one that is not here"
-
-
-def test_nor_is_that_of_the_child_of_one_that_is_unfinished():
-    broker, node, other, client, _ = family()
-    other.counts("child", 1)
-    third, within = broker.node("third"), nested(broker, other, 1)
-    child(within, "grandchild", "child")
-    third.fails("grandchild")
+    if child_ends:
+        goes_well(other, "child", -1)
+        assert (counter(broker), told(client)) == (2, [])
     node.loses_a_worker(running="parent")
     client.says(GroupAdd([(token("g"), 1)]))
     assert (counter(broker), told(client)) == (2, []), "nothing is taken for the one that is not here"

@@ -85,7 +85,7 @@ class Book:
         self.tasks: dict[bytes, Task] = {}
         self._most_tasks = 0  # since the table of tasks was last made anew
         self.waiting: dict[bytes, dict[bytes, Task]] = {}  # by the digest of the function they wait for
-        self._asked: dict[bytes, set[int]] = {}  # sessions that were asked for a function, and may yet send it
+        self._asked: dict[bytes, set[int]] = {}  # sessions that were asked for these functions, and may yet send them
         self._waiting_since: dict[bytes, float] = {}  # as each round has found it
         self.delayed: Timers[bytes] = Timers()  # when to queue a task again that failed
         # By task: attempts that nodes run and nobody wants so far, and since when they are known.
@@ -97,6 +97,7 @@ class Book:
         """Raise AssertionError if any two facts disagree."""
         self.placement.sanity_check()
         self.counting.sanity_check()
+        assert self._asked.keys() <= self.waiting.keys(), "a function is looked for that no task waits for"
         assert self.load.tasks == sum(task.held_bytes for task in self.tasks.values()), "bytes of tasks are off"
         assert self.load.answers == self.kept_for_clients(), "bytes of answers are off"
         self.dependencies.sanity_check()
@@ -208,7 +209,7 @@ class Book:
 
     def _ask_for(self, functions: set[bytes], session: Session) -> None:
         self.sessions.send(session, NeedFunctions(sorted(functions)))
-        for digest in functions:
+        for digest in functions & self.waiting.keys():
             self._asked.setdefault(digest, set()).add(session.token)
 
     def accept(self, spec: TaskSpec, kind: Kind, owner: Owner, client: Owner, *, waits: bool) -> Task:
@@ -415,7 +416,7 @@ class Book:
             if task is None or not current:
                 self.counts["zombie results"] += 1
                 if task is None or not outcome.ok:
-                    self.counting.over(Attempt(outcome.task, outcome.attempt), node.incarnation)
+                    self.counting.over(outcome, node.incarnation)
                     continue
                 if task.node:  # a newer attempt elsewhere is no longer wanted
                     self._call_back(task, force=False)
@@ -430,7 +431,7 @@ class Book:
                 if self.limbo.pop(task.id, None) is None:
                     self.let_go(task, node)
                 self.charge(task)
-                self.counting.over(Attempt(task.id, outcome.attempt), node.incarnation)
+                self.counting.over(outcome, node.incarnation)
                 self._retry(task)
             else:
                 self.counting.runs_at(task, node.incarnation)
@@ -492,7 +493,7 @@ class Book:
         self._end_offer(node, stopped.task, stopped.attempt)
         task = self.limbo.get(stopped.task) or self._current(node, Attempt(stopped.task, stopped.attempt))
         if task is None:
-            self.counting.over(Attempt(stopped.task, stopped.attempt), node.incarnation)
+            self.counting.over(stopped, node.incarnation)
             return
         self.counting.runs_at(task, node.incarnation)
         self.counts["stopped"] += 1
@@ -503,7 +504,7 @@ class Book:
         if task.node:
             self.let_go(task, node)
         if task.kind.options.requeue:
-            self.counting.over(Attempt(task.id, stopped.attempt), node.incarnation)
+            self.counting.over(stopped, node.incarnation)
             self.requeue(task)
         else:
             self._fail(task, "it was stopped while its client seemed gone, and requeue=False forbids another try")
@@ -513,7 +514,7 @@ class Book:
         self._end_offer(node, death.task, death.attempt)
         task = self._current(node, Attempt(death.task, death.attempt)) if death.task else None
         if task is None:
-            self.counting.over(Attempt(death.task, death.attempt), node.incarnation)
+            self.counting.over(death, node.incarnation)
             return
         self.let_go(task, node)
         if death.blamed:
@@ -528,7 +529,7 @@ class Book:
             self._fail(task, f"{len(task.deaths)} workers died running it")
         else:
             self.counts["requeued: worker died"] += 1
-            self.counting.over(Attempt(task.id, death.attempt), node.incarnation)
+            self.counting.over(death, node.incarnation)
             self.requeue(task)
 
     def _current(self, node: Node, attempt: Attempt) -> Task | None:

@@ -38,7 +38,21 @@ from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import TYPE_CHECKING
 
-from ..protocol import MAX_DELTA, MAX_HELD, MAX_ITEMS, Attempt, Final, GroupAdd, GroupDone, GroupWait, nested_in, tag_of
+from ..protocol import (
+    MAX_DELTA,
+    MAX_HELD,
+    MAX_ITEMS,
+    Attempt,
+    Death,
+    Final,
+    GroupAdd,
+    GroupDone,
+    GroupWait,
+    Outcome,
+    Stopped,
+    nested_in,
+    tag_of,
+)  # fmt: skip
 from .groups import Answer, Groups, Waiter
 from .ledger import Counted
 
@@ -52,6 +66,8 @@ MAX_HOLDS = 1_000  # WaitGroups that a task counts on
 MAX_REASON = 200  # characters of why a task has failed
 HEARD = "heard"
 GONE = "whoever had submitted it is gone"
+
+Ended = Attempt | Death | GroupAdd | Outcome | Stopped  # what may say that an attempt is over
 
 _NOTHING: dict[bytes, int] = {}
 _NO_FAILURES: Counter[tuple[bytes, str, bool]] = Counter()
@@ -111,7 +127,7 @@ class Counting:
             self._said_by_client(incarnation, message)
         elif not message.deltas:
             self._book.record(incarnation, GroupAdd([], message.number))
-            self.over(Attempt(message.task, message.attempt), incarnation)
+            self.over(message, incarnation)
         elif (task := self._book.tasks.get(message.task)) is not None and task.debts is not None and task.debts.void:
             self._book.record(incarnation, GroupAdd([], message.number))
         elif task is not None:
@@ -252,7 +268,7 @@ class Counting:
         self._leave(task, debts)
         task.debts = _void()
 
-    def over(self, ended: Attempt, incarnation: bytes) -> None:
+    def over(self, ended: Ended, incarnation: bytes) -> None:
         """This attempt at this node has ended, and the task has not. It may be at the same node again by now."""
         task = self._book.tasks.get(ended.task)
         if task is None:
@@ -422,7 +438,7 @@ class Counting:
     def _withdraw_failures(self, debts: Debts) -> None:
         """Those of the children of its attempt."""
         for (group, text, lost), number in debts.failures.get(debts.live, _NO_FAILURES).items():
-            (self.groups.find if lost else self.groups.withdraw)(group, text, number)
+            (self.groups.forget_lost if lost else self.groups.withdraw)(group, text, number)
 
     def _failure(self, task: Task, why: str) -> str:
         """As it is told."""

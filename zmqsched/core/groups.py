@@ -132,7 +132,7 @@ class Groups:
         """These are about to be counted down, or have been."""
         _count(self._lost, group, text, debts)
 
-    def find(self, group: bytes, text: str, debts: int) -> None:
+    def forget_lost(self, group: bytes, text: str, debts: int) -> None:
         """What has counted them down does not count, and no wait was told."""
         if text in self._lost.get(group, ()):
             _count(self._lost, group, text, -debts)

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .owners import Owner
 
 
+SHORT_S = 1.0  # what takes no longer may be given to a node that is about to leave, too
 STEPS = 4  # lengths of tasks for each doubling: none is thought to take a fifth longer than it does
 FORGETS = 0.02  # of the longest run, with each shorter one
 
@@ -192,7 +193,7 @@ class Kind:
     def step(self) -> int:
         """Of how long a run will take: as long as it may, else as long as the longest of late did."""
         seconds = self.options.timeout or self._longest_s
-        return 1 + math.ceil(STEPS * math.log2(seconds)) if seconds > 1 else 0
+        return 1 + math.ceil(STEPS * math.log2(seconds)) if seconds > SHORT_S else 0
 
 
 def task_bytes(task: Task) -> int:

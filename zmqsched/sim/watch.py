@@ -11,7 +11,7 @@ from ..core.events import Arrived, Publish, SchedulerAction, SchedulerEvent, Sen
 from ..core.nodes import ALIVE, DRAINING, PAUSED, SUSPECT
 from ..core.reasons import Reasons
 from ..core.scheduler import Scheduler
-from ..core.tasks import Task
+from ..core.tasks import SHORT_S, Task
 from ..protocol import Dispatch, Envelope, Finals, Results, Submit
 from .world import SimulationFailed, named
 
@@ -123,7 +123,8 @@ class Watch:
         if node.state is not ALIVE and not (nested and node.state in (PAUSED, DRAINING)):
             raise SimulationFailed(f"{node.id} is {node.state} and was given tasks")
         longest_s = max((dispatch.shapes[order.shape].options.timeout for order in dispatch.orders), default=0.0)
-        if longest_s > 1 and not node.lasts(longest_s, self._core.book.now) and not self._core.settings.journal:
+        lasts = node.lasts(longest_s if longest_s > SHORT_S else 0.0, self._core.book.now)
+        if not lasts and not self._core.settings.journal:
             raise SimulationFailed(f"{node.id} leaves before a task that it was given may have ended")
         if node.assigned > node.credit and not self._core.settings.journal:  # with one, what was placed may wait for it
             raise SimulationFailed(f"{node.id} has {node.assigned} tasks and credit for {node.credit}")
